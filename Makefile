@@ -1,0 +1,29 @@
+# `make install` first: the other targets use its environment. `make BIN= test` uses the active one.
+BIN ?= .venv/bin/
+
+.PHONY: install style quality test test-slow demo ci
+
+install:
+	python3.11 -m venv .venv
+	.venv/bin/python -m pip install -c constraints.txt -e ".[test]"
+
+style:
+	$(BIN)ruff check --fix .
+	$(BIN)ruff format .
+
+quality:
+	$(BIN)ruff check .
+	$(BIN)ruff format --check .
+
+test:
+	$(BIN)python -m pytest
+
+test-slow:
+	$(BIN)python -m pytest -m slow
+
+demo:
+	$(BIN)hf-pm demo --output_dir runs/demo
+
+# What a fresh clone does, with the commands of the README.
+ci:
+	.ci/run

@@ -1,0 +1,179 @@
+"""`hf-pm`: run a recipe, the demo, a report, a comparison. Heavy imports wait until a command needs them."""
+
+import argparse
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from .errors import UserError
+
+
+EPILOG = "Exit code: 0 done, 2 the input is wrong (one line says how to repair it), 130 interrupted, 1 anything else."
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Parse `argv` (the process's arguments by default), run the command, return the exit code."""
+    arguments = sys.argv[1:] if argv is None else argv
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    try:
+        options.handler(options, rest)
+    except UserError as error:
+        print(f"hf-pm: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("hf-pm: interrupted. Start the same command again to continue the run.", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("hf-pm", description="One language model that keeps learning.", epilog=EPILOG)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def add(name: str, handler: Any, text: str, overrides: bool = False) -> argparse.ArgumentParser:
+        more = " Every recipe key can be given as `--key value`." if overrides else ""
+        command = commands.add_parser(name, help=text, description=text + more, allow_abbrev=False)
+        command.set_defaults(handler=handler)
+        return command
+
+    run = add("run", run_command, "Learn the stream of a recipe, or continue it.", overrides=True)
+    run.add_argument("recipe", nargs="?", help="YAML file; its keys are the fields of hf_pm.config.Recipe")
+    run.add_argument("--config", help="the same, as `accelerate launch scripts/train.py --config FILE` writes it")
+    demo = add("demo", demo_command, "Learn the embedded stream sequentially and with P&M, offline.", overrides=True)
+    demo.add_argument("--output_dir", default="runs/demo", help="one run folder per method is left under it")
+    report = add("report", report_command, "Write report.html of a run.")
+    report.add_argument("run", help="a run folder")
+    compare = add("compare", compare_command, "Compare runs: one table and one page.")
+    compare.add_argument("runs", nargs="+", help="run folders; seeds of one method are averaged")
+    compare.add_argument("--output", default="compare.html", help="the page to write")
+    return parser
+
+
+def run_command(options: argparse.Namespace, overrides: list[str]) -> None:
+    from .config import parse_recipe
+
+    if options.recipe and options.config:
+        raise UserError(f"Two recipes are given, {options.recipe!r} and {options.config!r}. Name one.")
+    if not (options.recipe or options.config) and not overrides:
+        raise UserError("There is no recipe. Give a YAML file: `hf-pm run recipes/bench/pm.yaml`.")
+    run_recipe(parse_recipe(options.recipe or options.config, overrides))
+
+
+def run_recipe(recipe: Any) -> dict[str, Any]:
+    """Load what a `Recipe` names and train its stream; returns the content of `results.json`."""
+    import torch
+    import transformers
+    from peft import LoraConfig
+
+    from .adapters import check_config
+    from .benchmarks import load_stream
+    from .folding import BaseCheckpoint
+    from .stream import TaskStream
+    from .trainer import PMTrainer
+
+    transformers.logging.set_verbosity_error()
+    logging.getLogger("hf_pm").setLevel(logging.INFO)
+    peft_config = LoraConfig(
+        r=recipe.lora_r,
+        lora_alpha=recipe.lora_alpha,
+        lora_dropout=recipe.lora_dropout,
+        target_modules=recipe.lora_target_modules,
+        use_rslora=recipe.use_rslora,
+        use_dora=recipe.use_dora,
+        bias=recipe.lora_bias,
+    )
+    check_config(peft_config, recipe.task_type)
+    if recipe.tasks is not None:
+        stream = TaskStream.from_dicts(recipe.tasks)
+    else:
+        stream = load_stream(recipe.stream, recipe.data_dir)
+
+    # Reads the index of the weights, and says what is wrong, before anything is loaded.
+    base = BaseCheckpoint.resolve(recipe.model_name_or_path, recipe.model_revision)
+    loading: dict[str, Any] = {"dtype": recipe.dtype, "revision": recipe.model_revision}
+    if recipe.load_in_4bit:
+        loading["quantization_config"] = transformers.BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
+        )
+        loading["device_map"] = {"": recipe.device}
+    architectures = {
+        "CAUSAL_LM": transformers.AutoModelForCausalLM,
+        "SEQ_2_SEQ_LM": transformers.AutoModelForSeq2SeqLM,
+        "SEQ_CLS": transformers.AutoModelForSequenceClassification,
+    }
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(base.folder)
+        if recipe.task_type == "SEQ_CLS":
+            # One head wide enough for every task; each task keeps its own copy of the weights.
+            loading["num_labels"] = max(len(task.options or ()) for task in stream)
+            loading["pad_token_id"] = tokenizer.pad_token_id
+        transformers.set_seed(recipe.seed)
+        model = architectures[recipe.task_type].from_pretrained(recipe.model_name_or_path, **loading)
+    except (OSError, ValueError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"Cannot load {recipe.model_name_or_path!r} as {recipe.task_type}: {reason} Correct `model_name_or_path` "
+            "or `task_type`."
+        ) from error
+    trainer = PMTrainer(
+        model=model, args=recipe, stream=stream, processing_class=tokenizer, peft_config=peft_config
+    )
+    results = trainer.train_stream()
+    if trainer.is_world_process_zero():
+        print(f"Results, report and releases: {recipe.output_dir}")
+    return results
+
+
+def demo_command(options: argparse.Namespace, overrides: list[str]) -> None:
+    from importlib.resources import as_file, files
+
+    from .config import parse_recipe
+    from .report import format_table, write_comparison
+
+    # The demo must work without a network, and must not wait for one either.
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    runs = []
+    with as_file(files("hf_pm") / "demo") as demo:
+        for method in ("sequential", "pm"):
+            print(f"\n== {method} ==", flush=True)
+            output = Path(options.output_dir) / method
+            words = ["--method", method, "--output_dir", str(output), *overrides]
+            runs.append((method, output, run_recipe(parse_recipe(demo / "recipe.yaml", words))))
+    page = write_comparison([output for _, output, _ in runs], Path(options.output_dir) / "compare.html")
+    for method, _, results in runs:
+        print(f"\n{method}\n{format_table(results)}")
+    print(f"\nSide by side: {page}")
+
+
+def report_command(options: argparse.Namespace, overrides: list[str]) -> None:
+    from .report import write_report
+
+    _refuse(overrides)
+    print(write_report(_run_folder(options.run)))
+
+
+def compare_command(options: argparse.Namespace, overrides: list[str]) -> None:
+    from .report import compare, write_comparison
+
+    _refuse(overrides)
+    folders = [_run_folder(run) for run in options.runs]
+    print(compare(folders).markdown)
+    print(write_comparison(folders, Path(options.output)))
+
+
+def _run_folder(name: str) -> Path:
+    if not (Path(name) / "results.json").is_file():
+        raise UserError(f"{name!r} is not a run folder: it has no results.json. Give the `output_dir` of a run.")
+    return Path(name)
+
+
+def _refuse(words: list[str]) -> None:
+    if words:
+        raise UserError(f"Unexpected argument {words[0]!r}. See `hf-pm --help`.")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,74 @@
+"""Scores of the live model, without generation where none is needed."""
+
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+
+from .stream import IGNORE_INDEX
+
+
+@torch.no_grad()
+def exact_matches(
+    model: nn.Module,
+    batches: Iterable[Mapping[str, Any]],
+    *,
+    shifted: bool,
+    autocast: Callable[[], Any] = nullcontext,
+) -> list[bool]:
+    """Whether the greedy answer of each row equals its labels (end of sequence included), by one forward pass.
+
+    Why no generation is needed: let the answer be y_1..y_n (the last token ends the sequence) and suppose the argmax
+    after the prompt and y_1..y_{i-1} is y_i for every i. Then, by induction, greedy decoding has produced y_1..y_{i-1}
+    when it chooses token i, sees exactly the context of the teacher-forced pass, and chooses y_i. Conversely, if some
+    argmax differs, take the first such i: greedy decoding agrees up to i - 1 and then leaves the answer for good. A
+    longer answer that merely begins with the reference fails at the end-of-sequence token.
+
+    Args:
+        model (`nn.Module`): Left in the mode it was in.
+        batches (`Iterable[Mapping]`): Model inputs with `labels` (-100 outside the answer), on the model's device.
+        shifted (`bool`): Whether position i predicts label i + 1 (causal language models).
+        autocast (`Callable`, *optional*): Context manager factory for the forward pass.
+    """
+    verdicts: list[bool] = []
+    was_training = model.training
+    model.eval()
+    try:
+        for batch in batches:
+            labels = batch["labels"]
+            inputs = {key: value for key, value in batch.items() if key != "labels"}
+            if not shifted:
+                inputs["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels=labels)
+            with autocast():
+                predicted = model(**inputs).logits.argmax(-1)
+            if shifted:
+                predicted, labels = predicted[:, :-1], labels[:, 1:]
+            verdicts += ((predicted == labels) | (labels == IGNORE_INDEX)).all(1).tolist()
+    finally:
+        model.train(was_training)
+    return verdicts
+
+
+@torch.no_grad()
+def correct_classes(
+    model: nn.Module,
+    batches: Iterable[Mapping[str, Any]],
+    num_classes: int,
+    *,
+    autocast: Callable[[], Any] = nullcontext,
+) -> list[bool]:
+    """Whether a classification head's best class among the task's first `num_classes` is the label of each row."""
+    verdicts: list[bool] = []
+    was_training = model.training
+    model.eval()
+    try:
+        for batch in batches:
+            inputs = {key: value for key, value in batch.items() if key != "labels"}
+            with autocast():
+                predicted = model(**inputs).logits[:, :num_classes].argmax(-1)
+            verdicts += (predicted == batch["labels"]).tolist()
+    finally:
+        model.train(was_training)
+    return verdicts

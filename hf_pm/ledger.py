@@ -1,0 +1,144 @@
+"""The append-only record of what was learned, and the atomic file operations it rests on.
+
+A task is committed at the instant `ledger.json` is renamed into place, and not before: everything the entry points to
+(adapter, curvature state) is complete on disk by then.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .errors import UserError
+
+
+SCHEMA = 1
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Replace `path` by `data` so that a reader sees the old or the new content, also after a power cut."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    with open(temporary, "wb") as handle:
+        handle.write(data)
+        handle.flush()
+        os.fsync(handle.fileno())
+    os.replace(temporary, path)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames inside `folder` durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Write `data` atomically as readable JSON (NaN is refused)."""
+    write_bytes(path, (json.dumps(data, indent=2, allow_nan=False) + "\n").encode())
+
+
+def read_json(path: Path) -> Any:
+    """Parse a JSON file of the run folder.
+
+    Raises:
+        UserError: If the file is not valid JSON.
+    """
+    try:
+        return json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"{str(path)!r} is not valid JSON ({error}). Files of a run folder are written whole; restore it from a "
+            "copy or start with another `output_dir`."
+        ) from error
+
+
+def sha256_file(path: Path) -> str:
+    with open(path, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One committed task.
+
+    Args:
+        name (`str`): The task.
+        coefficient (`float`): alpha, the fraction of the update that is kept.
+        adapter (`str`): Folder of the adapter, relative to the run folder.
+        adapter_sha256 (`str`): Of its `adapter_model.safetensors`.
+        start (`str`): `"merged"` if the task began from the entries before it, `"base"` if from the untouched base.
+        terms (`dict`, *optional*): q, p, l, the trace of the curvature and the uniform coefficient 1/t.
+        state (`str`, *optional*): File with S and R after this task, relative to the run folder.
+        state_sha256 (`str`, *optional*): Of that file.
+        provenance (`dict`): Seed, data fingerprint and timings of the task.
+    """
+
+    name: str
+    coefficient: float
+    adapter: str
+    adapter_sha256: str
+    start: str = "merged"
+    terms: dict[str, float] | None = None
+    state: str | None = None
+    state_sha256: str | None = None
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+
+class Ledger:
+    """Committed entries of a run folder, oldest first."""
+
+    def __init__(self, run_dir: str | Path) -> None:
+        self.run_dir = Path(run_dir)
+        self.path = self.run_dir / "ledger.json"
+        self.entries: list[Entry] = []
+        if self.path.exists():
+            self.entries = [Entry(**entry) for entry in read_json(self.path)["entries"]]
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def commit(self, entry: Entry) -> None:
+        """Append `entry`; the task is learned once this returns."""
+        self._write([*self.entries, entry])
+
+    def _write(self, entries: Iterable[Entry]) -> None:
+        entries = list(entries)
+        write_json(self.path, {"schema": SCHEMA, "entries": [asdict(entry) for entry in entries]})
+        self.entries = entries
+
+    def active(self, task_number: int | None = None) -> list[Entry]:
+        """The entries whose updates make up the model after `task_number` tasks (all by default).
+
+        A task that started from the base stands alone: nothing before it is part of its model.
+        """
+        entries = self.entries[: len(self.entries) if task_number is None else task_number]
+        for position in range(len(entries) - 1, -1, -1):
+            if entries[position].start == "base":
+                return entries[position:]
+        return entries
+
+    def verify(self) -> None:
+        """Check that every file an entry points to is there and unchanged.
+
+        Raises:
+            UserError: Names the first file that is missing or differs.
+        """
+        for entry in self.entries:
+            files = [(f"{entry.adapter}/adapter_model.safetensors", entry.adapter_sha256)]
+            if entry is self.entries[-1] and entry.state is not None:
+                files.append((entry.state, entry.state_sha256))
+            for name, expected in files:
+                path = self.run_dir / name
+                if not path.is_file() or sha256_file(path) != expected:
+                    what = "is missing" if not path.is_file() else "does not have the sha256 recorded at its commit"
+                    raise UserError(
+                        f"{str(path)!r}, which task {entry.name!r} of the ledger needs, {what}. Restore the file from "
+                        "a copy; a run cannot go on from altered weights."
+                    )
