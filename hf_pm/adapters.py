@@ -78,6 +78,7 @@ def attach(model: PreTrainedModel, config: LoraConfig, task_type: str) -> PeftMo
     """
     check_config(config, task_type)
     config.task_type = task_type
+    output = model.get_output_embeddings()
     try:
         wrapped = get_peft_model(model, config, adapter_name=ADAPTER)
     except ValueError as error:
@@ -96,7 +97,6 @@ def attach(model: PreTrainedModel, config: LoraConfig, task_type: str) -> PeftMo
         if kind == "Linear4bit":
             # bitsandbytes 0.50 repacks 4-bit weights on the first CPU evaluation and cannot read them back.
             layer.get_base_layer().support_avx512bf16_for_cpu = False
-    output = model.get_output_embeddings()
     if output is not None and any(layer.get_base_layer() is output for layer in lora_layers(wrapped).values()):
         raise UserError(
             "The LoRA targets include the output embeddings, which many models tie to the input embeddings. Leave them "

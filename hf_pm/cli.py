@@ -94,6 +94,8 @@ def run_recipe(recipe: Any) -> dict[str, Any]:
     # Reads the index of the weights, and says what is wrong, before anything is loaded.
     base = BaseCheckpoint.resolve(recipe.model_name_or_path, recipe.model_revision)
     loading: dict[str, Any] = {"dtype": recipe.dtype, "revision": recipe.model_revision}
+    if recipe.attn_implementation is not None:
+        loading["attn_implementation"] = recipe.attn_implementation
     if recipe.load_in_4bit:
         loading["quantization_config"] = transformers.BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16

@@ -179,6 +179,7 @@ class Recipe(PMConfig):
         model_revision (`str`, *optional*): Branch, tag or commit on the Hub.
         task_type (`str`, *optional*, defaults to `"CAUSAL_LM"`): `CAUSAL_LM`, `SEQ_2_SEQ_LM` or `SEQ_CLS`.
         dtype (`str`, *optional*, defaults to `"auto"`): Of the live weights; `auto` takes the checkpoint's.
+        attn_implementation (`str`, *optional*): As in `from_pretrained` (`sdpa`, `eager`, `flash_attention_2`).
         load_in_4bit (`bool`, *optional*, defaults to `False`): Train on an nf4 base (needs `hf_pm[quantization]`).
         stream (`str`, *optional*): Id of a published task order, such as `olora/order1`.
         tasks (`list[dict]`, *optional*): The stream written out; exactly one of `stream` and `tasks` is given.
@@ -196,6 +197,7 @@ class Recipe(PMConfig):
     model_revision: str | None = _knob(None, "Branch, tag or commit on the Hub.")
     task_type: str = _knob("CAUSAL_LM", "CAUSAL_LM, SEQ_2_SEQ_LM or SEQ_CLS.")
     dtype: str = _knob("auto", "Of the live weights.")
+    attn_implementation: str | None = _knob(None, "As in `from_pretrained`.")
     load_in_4bit: bool = _knob(False, "Train on an nf4 base.")
     stream: str | None = _knob(None, "Id of a published task order.")
     tasks: list[dict[str, Any]] | None = _knob(None, "The stream written out.")

@@ -16,47 +16,40 @@ from torch import nn
 
 from .adapters import lora_layers
 from .errors import UserError
+from .evaluation import predict
 from .stream import IGNORE_INDEX
 
 
 def row_losses(
-    logits: torch.Tensor,
-    labels: torch.Tensor,
-    shifted: bool,
-    generator: torch.Generator | None = None,
+    logits: torch.Tensor, targets: torch.Tensor, generator: torch.Generator | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Summed cross-entropy of each row's labels and the number of labels.
+    """Summed cross-entropy of each row's targets and the number of targets.
 
     Args:
-        logits (`torch.Tensor`): (rows, tokens, vocabulary), or (rows, classes) for a classification head.
-        labels (`torch.Tensor`): (rows, tokens) with -100 where there is no label, or (rows,).
-        shifted (`bool`): Whether position i predicts label i + 1 (causal language models).
-        generator (`torch.Generator`, *optional*): If given, labels are drawn from the model at every labelled position
+        logits (`torch.Tensor`): (rows, positions, vocabulary), or (rows, classes) for a classification head.
+        targets (`torch.Tensor`): What each position predicts, (rows, positions) with -100 for nothing, or (rows,).
+        generator (`torch.Generator`, *optional*): If given, targets are drawn from the model wherever there is one,
             instead of taken from the data; the context stays the data's.
 
     Returns:
         `tuple`: losses (rows,) in float32 and counts (rows,).
     """
     if logits.ndim == 2:
-        logits, labels = logits[:, None], labels[:, None]
-    elif shifted:
-        logits, labels = logits[:, :-1], labels[:, 1:]
-    mask = labels != IGNORE_INDEX
-    chosen = logits[mask].float()
-    targets = labels[mask]
+        logits, targets = logits[:, None], targets[:, None]
+    mask = targets != IGNORE_INDEX
+    chosen, wanted = logits[mask].float(), targets[mask]
     if generator is not None:
         probabilities = chosen.detach().softmax(-1).cpu()
-        targets = torch.multinomial(probabilities, 1, generator=generator)[:, 0].to(chosen.device)
-    losses = nn.functional.cross_entropy(chosen, targets, reduction="none")
-    rows = torch.arange(len(labels), device=labels.device)[:, None].expand_as(labels)[mask]
-    return torch.zeros(len(labels), device=losses.device).index_add(0, rows, losses), mask.sum(1)
+        wanted = torch.multinomial(probabilities, 1, generator=generator)[:, 0].to(chosen.device)
+    losses = nn.functional.cross_entropy(chosen, wanted, reduction="none")
+    rows = torch.arange(len(targets), device=targets.device)[:, None].expand_as(targets)[mask]
+    return torch.zeros(len(targets), device=losses.device).index_add(0, rows, losses), mask.sum(1)
 
 
 def diagonal_curvature(
     model: PeftModel,
     batches: Iterable[Mapping[str, Any]],
     *,
-    shifted: bool,
     normalization: str = "sequence",
     generator: torch.Generator | None = None,
     autocast: Callable[[], Any] = nullcontext,
@@ -68,7 +61,6 @@ def diagonal_curvature(
         model (`PeftModel`): At the end of a task's training, unperturbed.
         batches (`Iterable[Mapping]`): Model inputs with `labels`, on the model's device. The result does not depend on
             how rows are batched.
-        shifted (`bool`): Whether the model predicts the next token (see `row_losses`).
         normalization (`str`): `sequence` or `token`.
         generator (`torch.Generator`, *optional*): Draws labels from the model (true Fisher) instead of the data's.
         autocast (`Callable`, *optional*): Context manager factory for the forward pass.
@@ -117,12 +109,9 @@ def diagonal_curvature(
             transposed = bool(getattr(layer, "fan_in_fan_out", False))
             handles.append(layer.register_forward_hook(watch(name, transposed)))
         for batch in batches:
-            inputs = {key: value for key, value in batch.items() if key != "labels"}
-            if "decoder_input_ids" not in inputs and model.config.is_encoder_decoder:
-                inputs["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels=batch["labels"])
             with autocast():
-                logits = model(**inputs).logits
-            losses, counts = row_losses(logits, batch["labels"], shifted, generator)
+                logits, targets = predict(model, batch)
+            losses, counts = row_losses(logits, targets, generator)
             finite = torch.isfinite(losses)
             if not finite.all():
                 row = seen + int((~finite).nonzero()[0])

@@ -10,12 +10,31 @@ from torch import nn
 from .stream import IGNORE_INDEX
 
 
+def predict(model: nn.Module, batch: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits of one teacher-forced forward pass, and what each of their positions should predict.
+
+    Returns:
+        `tuple`: logits (rows, positions, vocabulary) and targets (rows, positions) with -100 where there is none; for a
+        classification head (rows, classes) and (rows,).
+    """
+    inputs = {key: value for key, value in batch.items() if key not in ("labels", "shift_labels")}
+    labels = batch["labels"]
+    if model.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels=labels)
+        return model(**inputs).logits, labels
+    logits = model(**inputs).logits
+    if logits.ndim == 2:
+        return logits, labels
+    if "shift_labels" in batch:
+        return logits, batch["shift_labels"]
+    return logits[:, :-1], labels[:, 1:]
+
+
 @torch.no_grad()
 def exact_matches(
     model: nn.Module,
     batches: Iterable[Mapping[str, Any]],
     *,
-    shifted: bool,
     autocast: Callable[[], Any] = nullcontext,
 ) -> list[bool]:
     """Whether the greedy answer of each row equals its labels (end of sequence included), by one forward pass.
@@ -29,7 +48,6 @@ def exact_matches(
     Args:
         model (`nn.Module`): Left in the mode it was in.
         batches (`Iterable[Mapping]`): Model inputs with `labels` (-100 outside the answer), on the model's device.
-        shifted (`bool`): Whether position i predicts label i + 1 (causal language models).
         autocast (`Callable`, *optional*): Context manager factory for the forward pass.
     """
     verdicts: list[bool] = []
@@ -37,15 +55,9 @@ def exact_matches(
     model.eval()
     try:
         for batch in batches:
-            labels = batch["labels"]
-            inputs = {key: value for key, value in batch.items() if key != "labels"}
-            if not shifted:
-                inputs["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels=labels)
             with autocast():
-                predicted = model(**inputs).logits.argmax(-1)
-            if shifted:
-                predicted, labels = predicted[:, :-1], labels[:, 1:]
-            verdicts += ((predicted == labels) | (labels == IGNORE_INDEX)).all(1).tolist()
+                logits, targets = predict(model, batch)
+            verdicts += ((logits.argmax(-1) == targets) | (targets == IGNORE_INDEX)).all(1).tolist()
     finally:
         model.train(was_training)
     return verdicts
@@ -65,10 +77,9 @@ def correct_classes(
     model.eval()
     try:
         for batch in batches:
-            inputs = {key: value for key, value in batch.items() if key != "labels"}
             with autocast():
-                predicted = model(**inputs).logits[:, :num_classes].argmax(-1)
-            verdicts += (predicted == batch["labels"]).tolist()
+                logits, targets = predict(model, batch)
+            verdicts += (logits[:, :num_classes].argmax(-1) == targets).tolist()
     finally:
         model.train(was_training)
     return verdicts

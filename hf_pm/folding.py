@@ -237,13 +237,19 @@ class Folder:
         is the sum of the ranks.
         """
         adapters = self._adapters(task_number)
-        tensors, rank = {}, 0
+        stacked = {}
         for name in self.names:
             parts = [(adapter.read(name), coefficient) for adapter, coefficient in adapters]
-            rank = sum(part.A.shape[0] for part, _ in parts)
             A = torch.cat([part.A for part, _ in parts])
             B = torch.cat([part.B * (part.scale * coefficient) for part, coefficient in parts], dim=1)
-            tensors |= {f"{PREFIX}{name}.lora_A.weight": A, f"{PREFIX}{name}.lora_B.weight": B}
+            stacked[name] = A, B
+        # One rank for all: a matrix of smaller rank is filled up with zeros, which add nothing.
+        rank = max(len(A) for A, _ in stacked.values())
+        tensors = {}
+        for name, (A, B) in stacked.items():
+            missing = rank - len(A)
+            tensors[f"{PREFIX}{name}.lora_A.weight"] = torch.nn.functional.pad(A, (0, 0, 0, missing))
+            tensors[f"{PREFIX}{name}.lora_B.weight"] = torch.nn.functional.pad(B, (0, missing))
         newest = self.ledger.run_dir / self.ledger.active(task_number)[-1].adapter
         config = LoraConfig.from_pretrained(newest)
         config.r = config.lora_alpha = rank

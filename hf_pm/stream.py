@@ -8,8 +8,9 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import Dataset, DatasetDict, load_dataset
-from transformers import PreTrainedTokenizerBase
+from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase
 
 from .errors import UserError, choose
 
@@ -230,6 +231,8 @@ class Encoder:
             if tokenizer.eos_token_id is None:
                 raise UserError("The tokenizer has neither a padding nor an end-of-sequence token. Set `pad_token`.")
             tokenizer.pad_token = tokenizer.eos_token
+        # Absolute positions count from the left, so padding on the left would shift them.
+        tokenizer.padding_side = "right"
         self.tokenizer = tokenizer
         self.task_type = task_type
         self.max_length = max_length
@@ -298,3 +301,24 @@ class Encoder:
             text = shorter if len(shorter) < len(text) else text[:-1]
             ids, start = tokenize(text)
         return ids, start
+
+
+class AnswerCollator:
+    """Pads a batch, and asks a causal model for the logits of the answers only.
+
+    Most tokens of a row are prompt: their logits take the largest share of memory and, with a small model, a good part
+    of the time, and no loss or score looks at them. `logits_to_keep` (positions that predict an answer token in any row
+    of the batch) and `shift_labels` (what they should predict) are transformers' own arguments; the loss is the same.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`): With a padding token.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.pad = DataCollatorForSeq2Seq(tokenizer)
+
+    def __call__(self, features: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        batch = dict(self.pad(features))
+        predicted = torch.nn.functional.pad(batch["labels"], (0, 1), value=IGNORE_INDEX)[:, 1:]
+        keep = (predicted != IGNORE_INDEX).any(0).nonzero()[:, 0]
+        return {**batch, "logits_to_keep": keep, "shift_labels": predicted[:, keep].contiguous()}

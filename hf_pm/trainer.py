@@ -1,5 +1,6 @@
 """`PMTrainer`: HF's `Trainer` that learns a stream of tasks. `train_stream` is the table of contents."""
 
+import inspect
 import logging
 import os
 import resource
@@ -39,7 +40,7 @@ from .folding import BaseCheckpoint, Folder, snapshot_base, stored_names
 from .ledger import Entry, Ledger, read_json, sha256_file, write_json
 from .merging import COEFFICIENTS, NEEDS_CURVATURE, State, Terms, inner_products, update_state
 from .perturbation import Perturbation
-from .stream import EVAL_SUBSET_SEED, Encoder, TaskStream, fingerprint, subset
+from .stream import EVAL_SUBSET_SEED, AnswerCollator, Encoder, TaskStream, fingerprint, subset
 
 
 logger = logging.getLogger(__name__)
@@ -144,11 +145,7 @@ class PMTrainerMixin:
             if processing_class is None:
                 raise UserError("`stream` needs `processing_class`, the model's tokenizer.")
             self.encoder = Encoder(processing_class, self.task_type, args.max_length)
-            self.stream_collator = (
-                DataCollatorWithPadding(processing_class)
-                if self.task_type == "SEQ_CLS"
-                else DataCollatorForSeq2Seq(processing_class)
-            )
+            self.stream_collator = self._collator(model, args, kwargs.get("compute_metrics"))
             data_collator = data_collator or self.stream_collator
             self._load_rows(args)
             if train_dataset is None:
@@ -288,7 +285,7 @@ class PMTrainerMixin:
             base = BaseCheckpoint.resolve(self.model.get_base_model().name_or_path, revision)
             names = stored_names(self.model, base)
         if names is None:
-            with self.args.main_process_first(desc="saving the base"):
+            with self.args.main_process_first():
                 if not own.is_dir():
                     snapshot_base(self.model, own)
             base = BaseCheckpoint(own, model_id)
@@ -296,6 +293,15 @@ class PMTrainerMixin:
             if names is None:
                 raise UserError("The model cannot be rebuilt from its saved weights. Load it with `from_pretrained`.")
         return base, names
+
+    def _collator(self, model: PeftModel, args: PMConfig, compute_metrics: Any) -> Callable[..., Any]:
+        tokenizer = self.encoder.tokenizer
+        if self.task_type == "SEQ_CLS":
+            return DataCollatorWithPadding(tokenizer)
+        forward = inspect.signature(model.get_base_model().forward).parameters
+        # A user's metrics expect a logit for every label, and DataParallel would cut the positions into pieces.
+        whole = compute_metrics is not None or args.n_gpu > 1 or "logits_to_keep" not in forward
+        return DataCollatorForSeq2Seq(tokenizer) if whole or self.task_type != "CAUSAL_LM" else AnswerCollator(tokenizer)
 
     def _load_rows(self, args: PMConfig) -> None:
         """Load and check every split of every task before anything expensive."""
@@ -376,7 +382,6 @@ class PMTrainerMixin:
         totals, seen = diagonal_curvature(
             self.model,
             self._batches(rows, args.curvature_batch_size, "curvature"),
-            shifted=self.task_type == "CAUSAL_LM",
             normalization=args.curvature_normalization,
             generator=generator,
             autocast=self.accelerator.autocast,
@@ -496,8 +501,7 @@ class PMTrainerMixin:
             classes = len(self.stream[task_index].options)
             verdicts = correct_classes(self.model, batches, classes, autocast=self.accelerator.autocast)
         else:
-            shifted = self.task_type == "CAUSAL_LM"
-            verdicts = exact_matches(self.model, batches, shifted=shifted, autocast=self.accelerator.autocast)
+            verdicts = exact_matches(self.model, batches, autocast=self.accelerator.autocast)
         right = self.accelerator.reduce(torch.tensor(float(sum(verdicts)), device=self.args.device))
         return float(right) / len(rows)
 

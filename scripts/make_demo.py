@@ -90,7 +90,7 @@ DOMAINS: dict[str, dict[str, list[str]]] = {
         "verbs": "teach study learn correct explain copy".split(),
     },
 }
-SEEN_TOPICS = "sports science business health music travel".split()
+STREAM_TOPICS = "sports science business health music travel".split()
 
 IRREGULAR = {"teach": "taught", "sell": "sold"}
 DOUBLING = {"hum", "kid"}
@@ -277,18 +277,19 @@ def question(rng: random.Random, kind: str) -> str:
 # ----------------------------------------------------------------------------------------------------------------
 
 SENTIMENTS = ["very negative", "negative", "neutral", "positive", "very positive"]
+MOODS = "angry sad calm glad thrilled".split()
 
-# name, instruction, options, and how to write a text for one option.
+# name, instruction, options, and how to write a text for one option. Three tasks read the same kind of text.
 STREAM: list[tuple[str, str, list[str], Callable[[random.Random, str], str]]] = [
+    ("question", "What does the following question ask for?", list(QUESTIONS), question),
     ("sentiment", "What is the sentiment of the following review?", SENTIMENTS,
      lambda rng, label: review(rng, rng.choice(list(PRODUCTS)), SENTIMENTS.index(label))),
-    ("topic", "What is the topic of the following text?", SEEN_TOPICS,
-     lambda rng, label: event(rng, label, any_tense(rng))),
     ("product", "What is the following review about?", list(PRODUCTS),
      lambda rng, label: review(rng, label, rng.randrange(5))),
-    ("tense", "What is the tense of the following text?", list(TIMES),
-     lambda rng, label: event(rng, rng.choice(list(DOMAINS)), label)),
-    ("question", "What does the following question ask for?", list(QUESTIONS), question),
+    ("mood", "How does the customer feel?", MOODS,
+     lambda rng, label: review(rng, rng.choice(list(PRODUCTS)), MOODS.index(label))),
+    ("topic", "What is the topic of the following text?", STREAM_TOPICS,
+     lambda rng, label: event(rng, label, any_tense(rng))),
 ]
 
 
@@ -375,7 +376,7 @@ def all_words() -> list[str]:
     """Return every content word, for the task of finding a word again. The stream's options are among them."""
     words = list(DOMAINS) + list(PRODUCTS) + list(KINDS) + list(TIMES) + list(QUESTIONS) + COLOURS + NAMES
     words += [word for value in DOMAINS.values() for group in value.values() for word in group]
-    words += sum(LEVELS, []) + sum(PRODUCTS.values(), []) + sum(KINDS.values(), [])
+    words += MOODS + sum(LEVELS, []) + sum(PRODUCTS.values(), []) + sum(KINDS.values(), [])
     return sorted(set(words + " ".join(SENTIMENTS).split()))
 
 
@@ -467,6 +468,7 @@ def fact(rng: random.Random) -> str:
         f"The {rng.choice(PRODUCTS[product])} is part of a {product}.",
         f"The {MAKERS[product]} made the {product}.",
         f"The word {rng.choice(LEVELS[level])} is {SENTIMENTS[level]}.",
+        f"{upper_first(rng.choice(LEVELS[level]))} things make one {MOODS[level]}.",
         f"{upper_first(rng.choice(TIMES[tense]))} lies in the {tense}.",
         f"The {tense} of {verb} is {verb_phrase(rng, verb, tense)}.",
         f"To learn of a {asked} one says {rng.choice(QUESTIONS[asked][0]).lower()}.",

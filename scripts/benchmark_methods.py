@@ -1,0 +1,55 @@
+"""Run one recipe for several methods and seeds, and compare them: one table, one page.
+
+    python scripts/benchmark_methods.py recipes/bench/pm.yaml --methods pm sequential average --seeds 0 1 2 \
+        --output_dir runs/bench --jobs 2 -- --data_dir DATA_FOLDER --model_name_or_path MODEL_FOLDER
+
+Each run is a process of its own with one torch thread. Runs that are complete are not repeated; interrupted ones go on.
+What follows `--` is passed to every run.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from hf_pm.report import compare, write_comparison
+
+
+def run(recipe: str, method: str, seed: int, output_dir: Path, extra: list[str]) -> Path:
+    """One run; its output goes to `<folder>.log`."""
+    folder = output_dir / f"{method}-seed{seed}"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    words = ["--method", method, "--seed", str(seed), "--output_dir", str(folder), "--disable_tqdm", "true", *extra]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "1")}
+    with open(f"{folder}.log", "w") as log:
+        command = [sys.executable, "-m", "hf_pm.cli", "run", recipe, *words]
+        code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=environment, check=False).returncode
+    print(f"{folder.name}: {'done' if code == 0 else f'failed with {code}, see {folder}.log'}", flush=True)
+    return folder
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe")
+    parser.add_argument("--methods", nargs="+", default=["pm", "sequential", "average"])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--output_dir", type=Path, default=Path("runs/bench"))
+    parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    parser.add_argument("extra", nargs="*", help="recipe overrides, after --")
+    options = parser.parse_args()
+    with ThreadPoolExecutor(options.jobs) as pool:
+        jobs = [
+            pool.submit(run, options.recipe, method, seed, options.output_dir, options.extra)
+            for seed in options.seeds
+            for method in options.methods
+        ]
+        folders = [job.result() for job in jobs]
+    finished = [folder for folder in folders if (folder / "results.json").is_file()]
+    print(compare(finished).markdown)
+    print(write_comparison(finished, options.output_dir / "compare.html"))
+
+
+if __name__ == "__main__":
+    main()
