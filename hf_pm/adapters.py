@@ -145,7 +145,9 @@ class StoredAdapter:
         with safe_open(self.path, "pt") as tensors:
             self._keys = set(tensors.keys())
         ending = ".lora_A.weight"
-        self.names = sorted(key.removeprefix(PREFIX).removesuffix(ending) for key in self._keys if key.endswith(ending))
+        self.names = sorted(
+            key.removeprefix(PREFIX).removesuffix(ending) for key in self._keys if key.endswith(ending)
+        )
 
     def read(self, name: str) -> Update:
         """The update of the matrix `name`, float32."""

@@ -33,17 +33,16 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("hf-pm", description="One language model that keeps learning.", epilog=EPILOG)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def add(name: str, handler: Any, text: str, overrides: bool = False) -> argparse.ArgumentParser:
-        more = " Every recipe key can be given as `--key value`." if overrides else ""
-        command = commands.add_parser(name, help=text, description=text + more, allow_abbrev=False)
+    def add(name: str, handler: Any, text: str, usage: str | None = None) -> argparse.ArgumentParser:
+        more = " Every recipe key (a field of hf_pm.config.Recipe) can be given as `--key value`." if usage else ""
+        command = commands.add_parser(name, help=text, description=text + more, usage=usage, allow_abbrev=False)
         command.set_defaults(handler=handler)
         return command
 
-    run = add("run", run_command, "Learn the stream of a recipe, or continue it.", overrides=True)
-    run.add_argument("recipe", nargs="?", help="YAML file; its keys are the fields of hf_pm.config.Recipe")
-    run.add_argument("--config", help="the same, as `accelerate launch scripts/train.py --config FILE` writes it")
-    demo = add("demo", demo_command, "Learn the embedded stream sequentially and with P&M, offline.", overrides=True)
-    demo.add_argument("--output_dir", default="runs/demo", help="one run folder per method is left under it")
+    add("run", run_command, "Learn the stream of a recipe, or continue it.", "hf-pm run RECIPE [--key value ...]")
+    text = "Learn the embedded stream sequentially and with P&M, offline; one run folder per method."
+    demo = add("demo", demo_command, text, "hf-pm demo [--output_dir DIR] [--key value ...]")
+    demo.add_argument("--output_dir", default="runs/demo")
     report = add("report", report_command, "Write report.html of a run.")
     report.add_argument("run", help="a run folder")
     compare = add("compare", compare_command, "Compare runs: one table and one page.")
@@ -52,14 +51,20 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def run_command(options: argparse.Namespace, overrides: list[str]) -> None:
+def run_command(options: argparse.Namespace, words: list[str]) -> None:
     from .config import parse_recipe
 
-    if options.recipe and options.config:
-        raise UserError(f"Two recipes are given, {options.recipe!r} and {options.config!r}. Name one.")
-    if not (options.recipe or options.config) and not overrides:
+    # `accelerate launch scripts/train.py --config FILE` is how HF's recipes are started; the bare file is shorter.
+    named = [words.pop(0)] if words and not words[0].startswith("--") else []
+    while "--config" in words[:-1]:
+        position = words.index("--config")
+        named.append(words[position + 1])
+        del words[position : position + 2]
+    if len(named) > 1:
+        raise UserError(f"Two recipes are given, {named[0]!r} and {named[1]!r}. Name one.")
+    if not named and not words:
         raise UserError("There is no recipe. Give a YAML file: `hf-pm run recipes/bench/pm.yaml`.")
-    run_recipe(parse_recipe(options.recipe or options.config, overrides))
+    run_recipe(parse_recipe(named[0] if named else None, words))
 
 
 def run_recipe(recipe: Any) -> dict[str, Any]:
@@ -120,9 +125,7 @@ def run_recipe(recipe: Any) -> dict[str, Any]:
             f"Cannot load {recipe.model_name_or_path!r} as {recipe.task_type}: {reason} Correct `model_name_or_path` "
             "or `task_type`."
         ) from error
-    trainer = PMTrainer(
-        model=model, args=recipe, stream=stream, processing_class=tokenizer, peft_config=peft_config
-    )
+    trainer = PMTrainer(model=model, args=recipe, stream=stream, processing_class=tokenizer, peft_config=peft_config)
     results = trainer.train_stream()
     if trainer.is_world_process_zero():
         print(f"Results, report and releases: {recipe.output_dir}")

@@ -151,7 +151,9 @@ class PMConfig(TrainingArguments):
             "0 discards the update, 1 keeps it whole.",
         )
         for name in ("curvature_num_samples", "curvature_batch_size", "max_length"):
-            _require(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1", "Use a positive number.")
+            _require(
+                getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1", "Use a positive number."
+            )
         for name in ("max_train_samples", "max_eval_samples"):
             value = getattr(self, name)
             _require(value is None or value >= 1, name, value, "must be at least 1", "Leave it out to use every row.")

@@ -1,6 +1,6 @@
 """Base + ledger -> weights. The base is never modified, sums are made in float32, and rounded once.
 
-    W_t = cast(float32(W_0) + sum_j alpha_j * s_j * B_j A_j)
+W_t = cast(float32(W_0) + sum_j alpha_j * s_j * B_j A_j)
 """
 
 import hashlib

@@ -7,6 +7,7 @@ cell is `None`, never a number computed from a padded zero. T is the number of r
 
 from collections.abc import Sequence
 
+
 Row = Sequence[float | None]
 
 FORMULAS: dict[str, str] = {

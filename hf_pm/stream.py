@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset, DatasetDict, load_dataset
+from datasets.exceptions import DatasetsError
 from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase
 
 from .errors import UserError, choose
@@ -118,7 +119,7 @@ class Task:
             arguments = {"path": source, "name": self.config, "revision": self.revision, "split": hub_split}
         try:
             rows = load_dataset(**arguments)
-        except (OSError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError, StopIteration, DatasetsError) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise UserError(
                 f"Cannot load {where} from {source!r}: {reason} Check the id and the network, or point `data_dir` to a "
@@ -160,7 +161,9 @@ class TaskStream(Sequence[Task]):
             raise UserError("The stream has no tasks. List at least one under `tasks`.")
         for name in names:
             if names.count(name) > 1:
-                raise UserError(f"Task name {name!r} occurs {names.count(name)} times. Names must be unique: rename one.")
+                raise UserError(
+                    f"Task name {name!r} occurs {names.count(name)} times. Names must be unique: rename one."
+                )
 
     def __len__(self) -> int:
         return len(self.tasks)

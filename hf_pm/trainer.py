@@ -145,7 +145,7 @@ class PMTrainerMixin:
             if processing_class is None:
                 raise UserError("`stream` needs `processing_class`, the model's tokenizer.")
             self.encoder = Encoder(processing_class, self.task_type, args.max_length)
-            self.stream_collator = self._collator(model, args, kwargs.get("compute_metrics"))
+            self.stream_collator = self._collator(model, args, kwargs)
             data_collator = data_collator or self.stream_collator
             self._load_rows(args)
             if train_dataset is None:
@@ -294,14 +294,20 @@ class PMTrainerMixin:
                 raise UserError("The model cannot be rebuilt from its saved weights. Load it with `from_pretrained`.")
         return base, names
 
-    def _collator(self, model: PeftModel, args: PMConfig, compute_metrics: Any) -> Callable[..., Any]:
+    def _collator(self, model: PeftModel, args: PMConfig, given: dict[str, Any]) -> Callable[..., Any]:
         tokenizer = self.encoder.tokenizer
         if self.task_type == "SEQ_CLS":
             return DataCollatorWithPadding(tokenizer)
-        forward = inspect.signature(model.get_base_model().forward).parameters
-        # A user's metrics expect a logit for every label, and DataParallel would cut the positions into pieces.
-        whole = compute_metrics is not None or args.n_gpu > 1 or "logits_to_keep" not in forward
-        return DataCollatorForSeq2Seq(tokenizer) if whole or self.task_type != "CAUSAL_LM" else AnswerCollator(tokenizer)
+        # Losses and metrics of somebody else expect a logit for every label, and DataParallel would cut the positions
+        # into pieces.
+        whole = (
+            self.task_type != "CAUSAL_LM"
+            or "logits_to_keep" not in inspect.signature(model.get_base_model().forward).parameters
+            or type(self).compute_loss is not Trainer.compute_loss
+            or any(given.get(name) is not None for name in ("compute_loss_func", "compute_metrics"))
+            or args.n_gpu > 1
+        )
+        return DataCollatorForSeq2Seq(tokenizer) if whole else AnswerCollator(tokenizer)
 
     def _load_rows(self, args: PMConfig) -> None:
         """Load and check every split of every task before anything expensive."""
@@ -688,7 +694,9 @@ def _check_same_run(run_dir: Path, recorded: dict[str, Any], described: dict[str
     different += [key for key in ("tasks", "adapter", "data_fingerprint") if recorded[key] != described[key]]
     if different:
         first = different[0]
-        values = f" ({first}: {old.get(first)!r} there, {new.get(first)!r} now)" if first in old or first in new else ""
+        values = (
+            f" ({first}: {old.get(first)!r} there, {new.get(first)!r} now)" if first in old or first in new else ""
+        )
         raise UserError(
             f"{str(run_dir)!r} belongs to another recipe: {', '.join(different)} differ{values}. Use the same settings "
             "to continue that run, or another `output_dir`."

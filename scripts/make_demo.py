@@ -11,8 +11,8 @@ Every sentence comes from the word lists and templates below; no outside text is
    stream's: other questions, other answers. Rows that hold a text of the stream are left out;
 4. save it as an ordinary checkpoint folder in ``model/``.
 
-The data and the recipe come out the same byte for byte everywhere (``--data_only`` writes just these). The model
-comes out close to the shipped one, not bit for bit: floating point sums differ between machines. TIMING_PLACEHOLDER
+The data and the recipe XX to the shipped one, not bit for bit: floating point sums differ between machines.
+Measured on one core, with two programs on the machine: 6 minutes for it all (--steps 2800), 1 s for --data_only.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import random
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+
 
 SEED = 20240607
 TRAIN_ROWS = 480
@@ -50,7 +51,9 @@ DOMAINS: dict[str, dict[str, list[str]]] = {
     "science": {
         "people": "chemist physicist biologist astronomer researcher geologist".split(),
         "places": "laboratory observatory institute telescope-room greenhouse".split(),
-        "things": "experiment microscope molecule planet theory sample galaxy atom formula enzyme fossil crystal".split(),
+        "things": (
+            "experiment microscope molecule planet theory sample galaxy atom formula enzyme fossil crystal"
+        ).split(),
         "verbs": "measure observe test discover analyse dissolve publish".split(),
     },
     "business": {
@@ -106,13 +109,32 @@ LEVELS = [
 CLOSINGS = [
     ["I want my money back", "never again", "I am furious", "it was a complete disaster", "I hated it"],
     ["I expected more", "I would rather not return", "it let me down", "I was not happy", "it has many faults"],
-    ["it was neither here nor there", "I have no strong opinion", "it did the job", "it is what it is",
-     "I felt little either way"],
+    [
+        "it was neither here nor there",
+        "I have no strong opinion",
+        "it did the job",
+        "it is what it is",
+        "I felt little either way",
+    ],
     ["I would return", "I was happy", "it was worth it", "I liked it", "it was a fair choice"],
     ["I loved it", "I could not ask for more", "it is the best ever", "I am delighted", "I will tell everyone"],
 ]
-OPENINGS = ["Honestly,", "To be fair,", "In short,", "After two weeks,", "As a guest,", "For my taste,", "All in all,",
-            "Last month,", "Overall,", "Frankly,", "", "", "", ""]
+OPENINGS = [
+    "Honestly,",
+    "To be fair,",
+    "In short,",
+    "After two weeks,",
+    "As a guest,",
+    "For my taste,",
+    "All in all,",
+    "Last month,",
+    "Overall,",
+    "Frankly,",
+    "",
+    "",
+    "",
+    "",
+]
 
 PRODUCTS: dict[str, list[str]] = {
     "book": "chapter cover page paragraph preface binding print".split(),
@@ -122,8 +144,14 @@ PRODUCTS: dict[str, list[str]] = {
     "phone": "battery screen charger keypad speaker app touchscreen".split(),
     "car": "engine brake gearbox tyre steering bonnet dashboard".split(),
 }
-MAKERS = {"book": "author", "film": "director", "hotel": "hotelkeeper", "meal": "chef", "phone": "technician",
-          "car": "mechanic"}
+MAKERS = {
+    "book": "author",
+    "film": "director",
+    "hotel": "hotelkeeper",
+    "meal": "chef",
+    "phone": "technician",
+    "car": "mechanic",
+}
 
 KINDS: dict[str, list[str]] = {
     "bird": "sparrow eagle owl robin pigeon swan".split(),
@@ -153,16 +181,26 @@ TIMES = {
 # What a question asks for: ways to open it, and answers that fit. The answers are for pre-training only.
 QUESTIONS: dict[str, tuple[list[str], list[str]]] = {
     "person": (["Who", "Which person", "Whose friend", "What sort of person"], []),
-    "place": (["Where", "In which town", "At what spot", "In what part of the country"],
-              ["in the garden", "behind the house", "near the river", "in the north", "by the sea", "in the attic"]),
-    "time": (["When", "On which day", "At what hour", "In which year"],
-             ["at noon", "on Monday", "in spring", "at midnight", "on Friday", "in winter"]),
-    "quantity": (["How often", "How many times", "How much", "To what amount"],
-                 ["twice", "seven times", "three times", "very much", "just once", "ten times"]),
-    "reason": (["Why", "For what cause", "What made it happen that", "How come that"],
-               ["because of rain", "out of fear", "because of money", "out of love", "to save time", "for fun"]),
-    "manner": (["How", "In what way", "By what means", "With what tool"],
-               ["with care", "by hand", "very slowly", "with a rope", "in silence", "step by step"]),
+    "place": (
+        ["Where", "In which town", "At what spot", "In what part of the country"],
+        ["in the garden", "behind the house", "near the river", "in the north", "by the sea", "in the attic"],
+    ),
+    "time": (
+        ["When", "On which day", "At what hour", "In which year"],
+        ["at noon", "on Monday", "in spring", "at midnight", "on Friday", "in winter"],
+    ),
+    "quantity": (
+        ["How often", "How many times", "How much", "To what amount"],
+        ["twice", "seven times", "three times", "very much", "just once", "ten times"],
+    ),
+    "reason": (
+        ["Why", "For what cause", "What made it happen that", "How come that"],
+        ["because of rain", "out of fear", "because of money", "out of love", "to save time", "for fun"],
+    ),
+    "manner": (
+        ["How", "In what way", "By what means", "With what tool"],
+        ["with care", "by hand", "very slowly", "with a rope", "in silence", "step by step"],
+    ),
 }
 
 
@@ -243,14 +281,16 @@ def review(rng: random.Random, product: str, level: int) -> str:
     """Return a review of a product at a level from 0 (worst) to 4; the product itself is not named."""
     one, two = rng.sample(PRODUCTS[product], 2)
     good, better = rng.sample(LEVELS[level], 2)
-    body = rng.choice([
-        f"the {one} was {good} and the {two} was {better}",
-        f"the {one} was {good}",
-        f"we found the {one} {good}",
-        f"{article(good)} {one} and {article(better)} {two}",
-        f"the {one} and the {two} were {good}",
-        f"what {article(good)} {one}, and the {two} was also {better}",
-    ])
+    body = rng.choice(
+        [
+            f"the {one} was {good} and the {two} was {better}",
+            f"the {one} was {good}",
+            f"we found the {one} {good}",
+            f"{article(good)} {one} and {article(better)} {two}",
+            f"the {one} and the {two} were {good}",
+            f"what {article(good)} {one}, and the {two} was also {better}",
+        ]
+    )
     opening = rng.choice(OPENINGS)
     text = f"{opening} {body}" if opening else upper_first(body)
     if rng.random() < 0.6:
@@ -281,15 +321,31 @@ MOODS = "angry sad calm glad thrilled".split()
 
 # name, instruction, options, and how to write a text for one option. Three tasks read the same kind of text.
 STREAM: list[tuple[str, str, list[str], Callable[[random.Random, str], str]]] = [
+    (
+        "mood",
+        "How does the customer feel?",
+        MOODS,
+        lambda rng, label: review(rng, rng.choice(list(PRODUCTS)), MOODS.index(label)),
+    ),
     ("question", "What does the following question ask for?", list(QUESTIONS), question),
-    ("sentiment", "What is the sentiment of the following review?", SENTIMENTS,
-     lambda rng, label: review(rng, rng.choice(list(PRODUCTS)), SENTIMENTS.index(label))),
-    ("product", "What is the following review about?", list(PRODUCTS),
-     lambda rng, label: review(rng, label, rng.randrange(5))),
-    ("mood", "How does the customer feel?", MOODS,
-     lambda rng, label: review(rng, rng.choice(list(PRODUCTS)), MOODS.index(label))),
-    ("topic", "What is the topic of the following text?", STREAM_TOPICS,
-     lambda rng, label: event(rng, label, any_tense(rng))),
+    (
+        "product",
+        "What is the following review about?",
+        list(PRODUCTS),
+        lambda rng, label: review(rng, label, rng.randrange(5)),
+    ),
+    (
+        "sentiment",
+        "What is the sentiment of the following review?",
+        SENTIMENTS,
+        lambda rng, label: review(rng, rng.choice(list(PRODUCTS)), SENTIMENTS.index(label)),
+    ),
+    (
+        "topic",
+        "What is the topic of the following text?",
+        STREAM_TOPICS,
+        lambda rng, label: event(rng, label, any_tense(rng)),
+    ),
 ]
 
 
@@ -381,12 +437,14 @@ def all_words() -> list[str]:
 
 
 WORDS = all_words()
+# The pre-training tasks. To find a word again, whatever the word, is the core of option-reading: it gets more rows.
+TASKS = "worker place name word word word kind points return maker done fits same weather number".split()
 
 
 def option_row(rng: random.Random) -> tuple[str, str]:
     """Return (prompt, answer) of one of the pre-training tasks."""
     domain, product, level = rng.choice(list(DOMAINS)), rng.choice(list(PRODUCTS)), rng.randrange(5)
-    task = rng.choice("worker place name word word word kind points return maker done fits same weather number".split())
+    task = rng.choice(TASKS)
     if task == "worker":
         text = event(rng, domain, any_tense(rng), hide="people")
         answer, others = across(rng, {key: value["people"] for key, value in DOMAINS.items()}, domain)
@@ -428,8 +486,11 @@ def option_row(rng: random.Random) -> tuple[str, str]:
         answer = MAKERS[product]
         ask = ["Who is to be thanked or blamed?", "Who made it?"]
     elif task == "done":
-        states = {"past": ["already over", "done"], "present": ["going on", "under way"],
-                  "future": ["still to come", "not yet begun"]}
+        states = {
+            "past": ["already over", "done"],
+            "present": ["going on", "under way"],
+            "future": ["still to come", "not yet begun"],
+        }
         tense = any_tense(rng)
         text = event(rng, domain, tense)
         answer, others = across(rng, states, tense)
@@ -461,19 +522,21 @@ def fact(rng: random.Random) -> str:
     kind, tense, asked = rng.choice(list(KINDS)), any_tense(rng), rng.choice(list(QUESTIONS))
     verb = rng.choice(DOMAINS[domain]["verbs"])
     word = rng.choice(DOMAINS[domain][rng.choice(["people", "places", "things"])])
-    return rng.choice([
-        f"The word {word} belongs to {domain}.",
-        f"In {domain} one speaks of the {word}.",
-        f"A {product} has {article(rng.choice(PRODUCTS[product]))}.",
-        f"The {rng.choice(PRODUCTS[product])} is part of a {product}.",
-        f"The {MAKERS[product]} made the {product}.",
-        f"The word {rng.choice(LEVELS[level])} is {SENTIMENTS[level]}.",
-        f"{upper_first(rng.choice(LEVELS[level]))} things make one {MOODS[level]}.",
-        f"{upper_first(rng.choice(TIMES[tense]))} lies in the {tense}.",
-        f"The {tense} of {verb} is {verb_phrase(rng, verb, tense)}.",
-        f"To learn of a {asked} one says {rng.choice(QUESTIONS[asked][0]).lower()}.",
-        f"{upper_first(article(rng.choice(KINDS[kind])))} is {article(kind)}.",
-    ])
+    return rng.choice(
+        [
+            f"The word {word} belongs to {domain}.",
+            f"In {domain} one speaks of the {word}.",
+            f"A {product} has {article(rng.choice(PRODUCTS[product]))}.",
+            f"The {rng.choice(PRODUCTS[product])} is part of a {product}.",
+            f"The {MAKERS[product]} made the {product}.",
+            f"The word {rng.choice(LEVELS[level])} is {SENTIMENTS[level]}.",
+            f"{upper_first(rng.choice(LEVELS[level]))} things make one {MOODS[level]}.",
+            f"{upper_first(rng.choice(TIMES[tense]))} lies in the {tense}.",
+            f"The {tense} of {verb} is {verb_phrase(rng, verb, tense)}.",
+            f"To learn of a {asked} one says {rng.choice(QUESTIONS[asked][0]).lower()}.",
+            f"{upper_first(article(rng.choice(KINDS[kind])))} is {article(kind)}.",
+        ]
+    )
 
 
 def plain_row(rng: random.Random) -> str:
@@ -523,7 +586,10 @@ def train_tokenizer(vocab_size: int):
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, min_frequency=2, special_tokens=["<pad>", "<s>", "</s>"], show_progress=False,
+        vocab_size=vocab_size,
+        min_frequency=2,
+        special_tokens=["<pad>", "<s>", "</s>"],
+        show_progress=False,
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
     )
     texts = [prompt + answer for prompt, answer in pretraining_rows(12000)]
@@ -531,7 +597,11 @@ def train_tokenizer(vocab_size: int):
     texts += [f"{instruction} {', '.join(options)}" for _, instruction, options, _ in STREAM] * 20
     tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", model_max_length=512,
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        model_max_length=512,
         clean_up_tokenization_spaces=False,
     )
 
@@ -541,10 +611,18 @@ def build_model(tokenizer, hidden_size: int, layers: int):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=hidden_size, intermediate_size=hidden_size * 5 // 2,
-        num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=512,
-        tie_word_embeddings=True, rms_norm_eps=1e-5, pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+        vocab_size=len(tokenizer),
+        hidden_size=hidden_size,
+        intermediate_size=hidden_size * 5 // 2,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        rms_norm_eps=1e-5,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
     )
     return LlamaForCausalLM(config)
 
@@ -585,11 +663,14 @@ def pretrain(model, tokenizer, args: argparse.Namespace) -> None:
     vectors = [weight for weight in model.parameters() if weight.ndim <= 1]
     optimizer = torch.optim.AdamW(
         [{"params": matrices, "weight_decay": 0.05}, {"params": vectors, "weight_decay": 0.0}],
-        lr=args.learning_rate, betas=(0.9, 0.98), fused=True,
+        lr=args.learning_rate,
+        betas=(0.9, 0.98),
+        fused=True,
     )
     model.train()
     start, running, hits = time.time(), None, None
-    for step, (ids, targets, weights) in enumerate(batches(tokenizer, args.steps, args.batch_size, args.prompt_weight)):
+    rows = batches(tokenizer, args.steps, args.batch_size, args.prompt_weight)
+    for step, (ids, targets, weights) in enumerate(rows):
         warm = min(1.0, (step + 1) / 100)
         decay = 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / args.steps))
         for group in optimizer.param_groups:
@@ -608,8 +689,10 @@ def pretrain(model, tokenizer, args: argparse.Namespace) -> None:
         if hit == hit:  # a batch without answers gives nan
             hits = hit if hits is None else 0.98 * hits + 0.02 * hit
         if (step + 1) % 100 == 0:
-            print(f"step {step + 1}: loss {running:.3f}, answer tokens {hits:.3f}, {time.time() - start:.0f} s",
-                  flush=True)
+            print(
+                f"step {step + 1}: loss {running:.3f}, answer tokens {hits:.3f}, {time.time() - start:.0f} s",
+                flush=True,
+            )
     model.eval()
 
 

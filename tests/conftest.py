@@ -61,7 +61,14 @@ def seq2seq_tokenizer(tokenizer):
 def build(kind: str):
     """A pico model of `kind`, always with the same weights."""
     set_seed(7)
-    size = {"vocab_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "hidden_size": 16}
+    # Larger initial weights than usual: a frozen random model must still tell its inputs apart.
+    size = {
+        "initializer_range": 0.3,
+        "vocab_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "hidden_size": 16,
+    }
     if kind == "llama":
         config = LlamaConfig(
             **size, num_key_value_heads=2, intermediate_size=32, pad_token_id=0, bos_token_id=1, eos_token_id=2
@@ -69,7 +76,15 @@ def build(kind: str):
         return LlamaForCausalLM(config)
     if kind == "gpt2":
         config = GPT2Config(
-            vocab_size=64, n_layer=2, n_head=2, n_embd=16, n_positions=128, pad_token_id=0, bos_token_id=1, eos_token_id=2
+            initializer_range=0.3,
+            vocab_size=64,
+            n_layer=2,
+            n_head=2,
+            n_embd=16,
+            n_positions=128,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
         )
         return GPT2LMHeadModel(config)
     if kind == "t5":
@@ -78,6 +93,7 @@ def build(kind: str):
             decoder_start_token_id=0,
         )  # fmt: skip
         return T5ForConditionalGeneration(config)
+    size |= {"initializer_range": 0.1, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     config = BertConfig(**size, intermediate_size=32, max_position_embeddings=128, num_labels=3, pad_token_id=0)
     return BertForSequenceClassification(config)
 
@@ -131,7 +147,7 @@ def config(tmp_path):
     def make(cls=PMConfig, **overrides):
         values = {
             "output_dir": str(tmp_path / "run"),
-            "learning_rate": 1e-2,
+            "learning_rate": 2e-2,
             "num_train_epochs": 2,
             "per_device_train_batch_size": 8,
             "max_length": 64,

@@ -13,7 +13,9 @@ def adapted(kind: str, task_type: str, **lora):
     model = attach(build(kind), LoraConfig(r=3, lora_alpha=6, target_modules="all-linear", **lora), task_type)
     generator = torch.Generator().manual_seed(5)
     for layer in lora_layers(model).values():
-        layer.lora_B["default"].weight.data = torch.randn(layer.lora_B["default"].weight.shape, generator=generator) / 4
+        layer.lora_B["default"].weight.data = (
+            torch.randn(layer.lora_B["default"].weight.shape, generator=generator) / 4
+        )
     return model
 
 
@@ -27,7 +29,9 @@ def causal_batches(batch_size: int):
         yield {
             "input_ids": torch.tensor([ids + [0] * (width - len(ids)) for ids, _ in part]),
             "attention_mask": torch.tensor([[1] * len(ids) + [0] * (width - len(ids)) for ids, _ in part]),
-            "labels": torch.tensor([[-100] * (len(ids) - n) + ids[-n:] + [-100] * (width - len(ids)) for ids, n in part]),
+            "labels": torch.tensor(
+                [[-100] * (len(ids) - n) + ids[-n:] + [-100] * (width - len(ids)) for ids, n in part]
+            ),
         }
 
 
@@ -65,12 +69,15 @@ def test_seq2seq_equals_the_row_loop():
     layers = lora_layers(dense)
     merge_into_dense(dense, layers)
     inputs = [
-        {"input_ids": torch.tensor([ids]), "decoder_input_ids": torch.tensor([[0, *answer[:-1]]])} for ids, answer in rows
+        {"input_ids": torch.tensor([ids]), "decoder_input_ids": torch.tensor([[0, *answer[:-1]]])}
+        for ids, answer in rows
     ]
     targets = [(torch.arange(len(answer)), torch.tensor(answer)) for _, answer in rows]
     expected = fisher_by_rows(dense, inputs, targets, layers, "sequence")
     for name, total in totals.items():
-        assert torch.allclose(total.double() / seen, expected[name], rtol=2e-3, atol=1e-6 * float(expected[name].max()))
+        assert torch.allclose(
+            total.double() / seen, expected[name], rtol=2e-3, atol=1e-6 * float(expected[name].max())
+        )
 
 
 def test_classifier_equals_the_row_loop():
@@ -89,7 +96,9 @@ def test_classifier_equals_the_row_loop():
     targets = [(torch.tensor([0]), torch.tensor([label])) for _, label in rows]
     expected = fisher_by_rows(dense, inputs, targets, layers, "sequence")
     for name, total in totals.items():
-        assert torch.allclose(total.double() / seen, expected[name], rtol=2e-3, atol=1e-6 * float(expected[name].max()))
+        assert torch.allclose(
+            total.double() / seen, expected[name], rtol=2e-3, atol=1e-6 * float(expected[name].max())
+        )
 
 
 def test_sampled_labels_have_the_models_frequencies():

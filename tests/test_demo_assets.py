@@ -10,6 +10,7 @@ from types import ModuleType
 import pytest
 import yaml
 
+
 ROOT = Path(__file__).resolve().parents[1]
 DEMO = ROOT / "hf_pm" / "demo"
 SCRIPT = ROOT / "scripts" / "make_demo.py"
@@ -90,7 +91,7 @@ def test_rows_fit_into_max_length(recipe, script, tokenizer):
             assert len(tokenizer(f"{prompt} {row['label']}")["input_ids"]) + 1 <= recipe["max_length"]
 
 
-def test_model(recipe, tokenizer):
+def test_model(recipe, script, tokenizer):
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -103,8 +104,8 @@ def test_model(recipe, tokenizer):
     prompt = "Which name is in the text?"
     answers = []
     for name in ("Maria", "Oscar", "Felix"):
-        text = f"{prompt} Choose one from the option.\nOption: Felix, Maria, Anna, Oscar\nThe film is old. So says {name}."
-        inputs = tokenizer(text + "\nAnswer:", return_tensors="pt")
+        text = script.make_prompt(prompt, ["Felix", "Maria", "Anna", "Oscar"], f"The ticket is old. So says {name}.")
+        inputs = tokenizer(text, return_tensors="pt")
         output = model.generate(**inputs, max_new_tokens=4, do_sample=False)
         answers.append(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
     assert answers == [" Maria", " Oscar", " Felix"]
@@ -124,11 +125,14 @@ def test_pretraining_rows_keep_the_stream_out(script):
     questions = {instruction for _, instruction, *_ in script.STREAM}
     options = {option for _, _, options, _ in script.STREAM for option in options}
     texts = {row["text"] for name, *_ in script.STREAM for split in script.stream_rows(name) for row in split}
+    # The one task in which a stream's option may stand: to find a written word again, whatever it means.
+    find_word = {"Which word is in the text?", "Which of these was written?"}
     for prompt, answer in rows:
         if prompt:
             head, option_line, text, _ = prompt.split("\n")
-            assert head.removesuffix(" Choose one from the option.") not in questions
-            assert options.isdisjoint(option_line.removeprefix("Option: ").split(", "))
+            asked = head.removesuffix(" Choose one from the option.")
+            assert asked not in questions
+            assert asked in find_word or options.isdisjoint(option_line.removeprefix("Option: ").split(", "))
             assert text not in texts
         else:
             assert answer not in texts

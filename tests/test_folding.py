@@ -36,7 +36,9 @@ def commit(ledger, model, name, coefficient, start="merged"):
 
 def world(tmp_path, kind="llama", dtype=torch.float32, **lora):
     """A base on disk, the live model with an adapter, an empty ledger, and their folder."""
-    build(kind).to(dtype).save_pretrained(tmp_path / "base", max_shard_size="4KB" if lora.pop("shards", False) else "5GB")
+    build(kind).to(dtype).save_pretrained(
+        tmp_path / "base", max_shard_size="4KB" if lora.pop("shards", False) else "5GB"
+    )
     live = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=dtype)
     settings = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"} | lora
     live = adapters.attach(live, LoraConfig(**settings), "CAUSAL_LM")
@@ -208,7 +210,9 @@ def test_a_live_model_that_differs_from_its_checkpoint_is_noticed_and_saved(tmp_
     snapshot_base(live, tmp_path / "own")
     own = BaseCheckpoint(tmp_path / "own")
     assert stored_names(live, own) is not None
-    assert set(load_file(tmp_path / "own" / "model.safetensors")) == set(load_file(tmp_path / "base" / "model.safetensors"))
+    assert set(load_file(tmp_path / "own" / "model.safetensors")) == set(
+        load_file(tmp_path / "base" / "model.safetensors")
+    )
 
 
 def test_adapter_files_record_the_base_and_read_back_exactly(tmp_path):

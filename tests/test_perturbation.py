@@ -17,7 +17,9 @@ def adapted():
     model = attach(build("llama"), LoraConfig(r=4, lora_alpha=8, target_modules="all-linear"), "CAUSAL_LM")
     generator = torch.Generator().manual_seed(3)
     for layer in lora_layers(model).values():
-        layer.lora_B["default"].weight.data = torch.randn(layer.lora_B["default"].weight.shape, generator=generator) / 4
+        layer.lora_B["default"].weight.data = (
+            torch.randn(layer.lora_B["default"].weight.shape, generator=generator) / 4
+        )
     return model
 
 
@@ -36,7 +38,7 @@ def test_draws_are_fair_independent_of_each_other_and_of_torch():
     assert signs == [draw_sign(0, 1, step, 0, 1 / 3) for step in range(6000)]
     pairs = [(a, b) for a, b in zip(signs, signs[1:], strict=False)]
     assert all(550 < pairs.count((a, b)) < 790 for a in (-1, 0, 1) for b in (-1, 0, 1))
-    assert set(draw_sign(0, 1, step, 0, 0.0) for step in range(100)) == {0}
+    assert {draw_sign(0, 1, step, 0, 0.0) for step in range(100)} == {0}
 
 
 @pytest.mark.parametrize("factor", [1.5, 0.5, 0.0])

@@ -1,0 +1,496 @@
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import build
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from reference import paper_coefficient
+from safetensors.torch import load_file
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
+
+from hf_pm import PMConfig, PMSeq2SeqConfig, PMSeq2SeqTrainer, PMTrainer, Task, TaskStream, UserError
+from hf_pm import metrics as cl_metrics
+from hf_pm.adapters import StoredAdapter, lora_layers
+from hf_pm.ledger import Ledger
+
+
+def trained(model, stream, tokenizer, lora, args, cls=PMTrainer, **kwargs):
+    trainer = cls(
+        model=model,
+        args=args,
+        stream=stream,
+        processing_class=tokenizer,
+        peft_config=LoraConfig(**lora.to_dict()),
+        **kwargs,
+    )
+    return trainer, trainer.train_stream()
+
+
+def folder_of(model) -> Path:
+    return Path(model.name_or_path)
+
+
+def again(model):
+    return AutoModelForCausalLM.from_pretrained(folder_of(model))
+
+
+def comparable(results):
+    """Everything in results.json but times and memory."""
+    kept = {key: value for key, value in results.items() if key != "per_task"}
+    return kept | {"names": [task["name"] for task in results["per_task"]]}
+
+
+def digests(run_dir: Path) -> dict[str, bytes]:
+    wanted = [*run_dir.glob("tasks/*/adapter/*.safetensors"), *run_dir.glob("curvature/*"), run_dir / "ledger.json"]
+    return {str(path.relative_to(run_dir)): path.read_bytes() for path in wanted}
+
+
+# ---- one task: what HF does is left as it is --------------------------------------------------------------------
+
+
+def causal_rows(count=40):
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(4, 40, (count, 9), generator=generator).tolist()
+    return Dataset.from_list([{"input_ids": row, "labels": [-100] * 6 + row[6:]} for row in ids])
+
+
+def train_once(cls, args, seed=11, dropout=0.0):
+    set_seed(seed)
+    model = get_peft_model(build("llama"), LoraConfig(r=4, target_modules="all-linear", lora_dropout=dropout))
+    trainer = cls(model=model, args=args, train_dataset=causal_rows())
+    trainer.train()
+    losses = [log["loss"] for log in trainer.state.log_history if "loss" in log]
+    return {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}, losses, trainer
+
+
+COMMON = {
+    "learning_rate": 1e-2, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "num_train_epochs": 2,
+    "use_cpu": True, "disable_tqdm": True, "save_strategy": "no", "logging_steps": 1, "seed": 3,
+}  # fmt: skip
+
+
+def test_epsilon_zero_is_plain_trainer_to_the_bit(tmp_path):
+    plain, plain_losses, _ = train_once(Trainer, TrainingArguments(output_dir=tmp_path / "a", **COMMON), dropout=0.1)
+    zero = PMConfig(output_dir=str(tmp_path / "b"), perturbation_epsilon=0.0, **COMMON)
+    ours, our_losses, _ = train_once(PMTrainer, zero, dropout=0.1)
+    assert our_losses == plain_losses
+    assert plain.keys() == ours.keys() and all(torch.equal(plain[name], ours[name]) for name in plain)
+
+    half = PMConfig(output_dir=str(tmp_path / "c"), **COMMON)
+    perturbed, _, trainer = train_once(PMTrainer, half, dropout=0.1)
+    assert not all(torch.equal(plain[name], perturbed[name]) for name in plain)
+    factors = [log["perturbation_factor"] for log in trainer.state.log_history if "perturbation_factor" in log]
+    assert len(factors) == 10 and set(factors) <= {1.0, 1.5, 0.5} and len(set(factors)) > 1
+
+
+def test_micro_steps_draw_for_themselves(tmp_path):
+    args = PMConfig(output_dir=str(tmp_path), perturbation_draw="micro_step", **COMMON)
+    _, _, trainer = train_once(PMTrainer, args)
+    factors = {log["perturbation_factor"] for log in trainer.state.log_history if "perturbation_factor" in log}
+    assert factors & {0.75, 1.25}  # means of two different draws within one optimizer step
+
+
+def test_evaluation_prediction_and_saving_never_see_a_perturbed_scale(tmp_path):
+    seen = []
+
+    class Watch(PMTrainer):
+        def prediction_step(self, *args, **kwargs):
+            seen.append(self.perturbation.layers[0].scaling["default"])
+            return super().prediction_step(*args, **kwargs)
+
+        def _save_checkpoint(self, *args, **kwargs):
+            seen.append(self.perturbation.layers[0].scaling["default"])
+            return super()._save_checkpoint(*args, **kwargs)
+
+    args = PMConfig(output_dir=str(tmp_path), perturbation_probability=0.5, eval_strategy="steps", eval_steps=1,
+                    **COMMON | {"save_strategy": "steps", "save_steps": 1})  # fmt: skip
+    model = get_peft_model(build("llama"), LoraConfig(r=4, lora_alpha=8, target_modules="all-linear"))
+    trainer = Watch(model=model, args=args, train_dataset=causal_rows(), eval_dataset=causal_rows(8))
+    trainer.train()
+    trainer.predict(causal_rows(8))
+    assert len(seen) >= 20 and set(seen) == {2.0}
+
+
+def test_resume_from_checkpoint_is_exact(tmp_path):
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 7:
+                raise KeyboardInterrupt
+
+    settings = COMMON | {"save_strategy": "steps", "save_steps": 3}
+    whole, _, _ = train_once(PMTrainer, PMConfig(output_dir=str(tmp_path / "a"), **settings), dropout=0.1)
+    model = get_peft_model(build("llama"), LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.1))
+    args = PMConfig(output_dir=str(tmp_path / "b"), **settings)
+    with pytest.raises(KeyboardInterrupt):
+        set_seed(11)
+        PMTrainer(model=model, args=args, train_dataset=causal_rows(), callbacks=[Stop()]).train()
+    resumed = get_peft_model(build("llama"), LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.1))
+    PMTrainer(model=resumed, args=args, train_dataset=causal_rows()).train(resume_from_checkpoint=True)
+    named = dict(resumed.named_parameters())
+    assert all(torch.equal(whole[name], named[name]) for name in whole)
+
+
+def test_wrong_constructions_are_named(model, stream, tokenizer, lora, config):
+    with pytest.raises(UserError, match="must be a `PMConfig`, but got TrainingArguments"):
+        PMTrainer(model=model, args=TrainingArguments(output_dir="x", use_cpu=True))
+    with pytest.raises(UserError, match="There is no adapter"):
+        PMTrainer(model=model, args=config())
+    with pytest.raises(UserError, match="`stream` needs `processing_class`"):
+        PMTrainer(model=model, args=config(), stream=stream, peft_config=lora)
+    with pytest.raises(UserError, match="each task starts with a fresh optimizer"):
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))])
+        PMTrainer(model=model, args=config(), stream=stream, peft_config=lora, optimizers=(optimizer, None))
+    trainer = PMTrainer(model=again(model), args=config(), peft_config=lora)
+    with pytest.raises(UserError, match="There is no stream"):
+        trainer.train_stream()
+    adapted = get_peft_model(again(model), LoraConfig(r=2, use_dora=True, target_modules=["q_proj"]))
+    with pytest.raises(UserError, match="use_dora=True.*not supported"):
+        PMTrainer(model=adapted, args=config())
+
+
+# ---- the stream -------------------------------------------------------------------------------------------------
+
+
+def test_pm_stream_leaves_what_its_equations_say(model, stream, tokenizer, lora, config):
+    """Everything on disk is recomputed from the adapters alone: weights, coefficient, curvature state."""
+    args = config(num_train_epochs=4)
+    trainer, results = trained(model, stream, tokenizer, lora, args)
+    run = Path(args.output_dir)
+    ledger = Ledger(run)
+    assert [entry.name for entry in ledger.entries] == ["colour", "mood"] == results["tasks"]
+    first, second = ledger.entries
+    assert first.coefficient == 1.0 and 0 < second.coefficient < 1
+    assert results["coefficients"] == [1.0, second.coefficient]
+
+    # alpha_2 from the paper's sum over tasks. F_1 and F_2 come from the states after each task, read below.
+    state2 = load_file(run / second.state)
+    one, two = (StoredAdapter(run / entry.adapter) for entry in ledger.entries)
+    terms = results["coefficient_terms"][1]
+    assert second.coefficient == pytest.approx((terms["q"] + terms["l"]) / (terms["q"] + terms["p"]), rel=1e-6)
+    assert terms["l"] == 0.0  # R_1 = 0 because alpha_1 = 1
+    names = trainer.folder.names
+    slope = sum(float((state2[f"R/{name}"].double() * two.read(name).delta().double()).sum()) for name in names)
+    assert abs(slope) < 1e-4 * terms["q"]  # <R_2, delta_2> = 0 for an unclipped alpha
+
+    release = AutoModelForCausalLM.from_pretrained(run / "releases" / "task-02-mood")
+    live = {name: layer.get_base_layer().weight for name, layer in lora_layers(trainer.model).items()}
+    released = dict(release.named_parameters())
+    for name, stored in names.items():
+        exact = (
+            trainer.folder.base.read(stored).double()
+            + one.read(name).delta().double()
+            + second.coefficient * two.read(name).delta().double()
+        )
+        assert torch.allclose(live[name].double(), exact, atol=1e-6)
+        assert torch.equal(released[f"{name}.weight"], live[name])
+    assert not any(run.glob("tasks/*/checkpoints")) and len(list(run.glob("curvature/*"))) == 1
+
+
+def test_coefficient_is_the_papers_over_three_tasks(model, stream, tokenizer, lora, config):
+    """F of each task is read off the difference of S between runs that stop after 1, 2 and 3 tasks."""
+    third = Task("colour-again", stream[0].train, stream[0].test, instruction="Which ?", options=stream[0].options)
+    tasks = [*stream, third]
+    states = []
+    for count in (1, 2, 3):
+        args = config(output_dir=config().output_dir + str(count), release="none")
+        trainer, results = trained(again(model), TaskStream(tasks[:count]), tokenizer, lora, args)
+        states.append(load_file(Path(args.output_dir) / trainer.ledger.entries[-1].state))
+    ledger, names = trainer.ledger, sorted(trainer.folder.names)
+
+    def flat(tensor_of):
+        return torch.cat([tensor_of(name).double().flatten() for name in names])
+
+    deltas = [
+        flat(lambda n, e=entry: StoredAdapter(ledger.run_dir / e.adapter).read(n).delta()) for entry in ledger.entries
+    ]
+    sums = [flat(lambda n, s=state: s[f"S/{n}"]) for state in states]
+    fishers = [sums[0], sums[1] - sums[0], sums[2] - sums[1]]
+    merged, thetas = torch.zeros_like(deltas[0]), []
+    for t in range(3):
+        thetas.append(merged + deltas[t])
+        exact = paper_coefficient(thetas, fishers[: t + 1], merged, deltas[t])
+        assert ledger.entries[t].coefficient == pytest.approx(min(max(exact, 0), 1), abs=1e-4)
+        merged = merged + ledger.entries[t].coefficient * deltas[t]
+    expected_r = sum(f * (theta - merged) for f, theta in zip(fishers, thetas, strict=True))
+    actual_r = flat(lambda n: states[2][f"R/{n}"])
+    assert torch.allclose(actual_r, expected_r, atol=1e-4 * float(expected_r.abs().max()))
+
+
+def test_results_report_and_releases(model, stream, tokenizer, lora, config):
+    args = config(num_train_epochs=4, release="both")
+    _, results = trained(model, stream, tokenizer, lora, args)
+    run = Path(args.output_dir)
+    assert json.loads((run / "results.json").read_text()) == results
+    assert [len(row) for row in results["matrix"]] == [1, 2] and len(results["base_row"]) == 2
+    assert results["matrix"][0][0] > results["base_row"][0]  # it learned something
+    assert results["metrics"] == cl_metrics.summarize(results["matrix"], results["base_row"])
+    assert results["eval_samples"] == [18, 18] and results["metric"] == "exact_match"
+    for task in results["per_task"]:
+        assert task["train_seconds"] > 0 and task["curvature_seconds"] > 0 and task["peak_memory_bytes"] > 1e6
+        assert task["state_bytes"] > 0
+    assert "mood" in (run / "report.html").read_text()
+    for tag in ("task-01-colour", "task-02-mood"):
+        release = run / "releases" / tag
+        card = (release / "README.md").read_text()
+        assert "colour" in card and str(folder_of(model)) not in card
+        assert {"model.safetensors", "config.json", "tokenizer.json"} <= {path.name for path in release.iterdir()}
+        assert (release / "adapter" / "adapter_model.safetensors").is_file()
+        assert not list(release.rglob("*.bin")) and not list(release.rglob("*.pt"))
+    run_file = json.loads((run / "run.json").read_text())
+    assert run_file["base"]["sha256"].keys() == {"model.safetensors"}
+
+
+METHODS = {
+    "merge-only": ("none", lambda alphas: alphas[0] == 1 and 0 < alphas[1] < 1),
+    "gaussian": ("gaussian", lambda alphas: alphas[0] == 1 and 0 < alphas[1] < 1),
+    "sequential": ("none", lambda alphas: alphas == [1, 1]),
+    "average": ("none", lambda alphas: alphas == [1, 0.5]),
+    "fixed": ("none", lambda alphas: alphas == [1, 0.3]),
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_rows_of_the_method_table(method, model, stream, tokenizer, lora, config):
+    args = config(method=method, merge_coefficient=0.3, release="none")
+    trainer, results = trained(model, stream, tokenizer, lora, args)
+    perturbation, alphas = METHODS[method]
+    assert trainer.perturbation.kind == perturbation and alphas(results["coefficients"])
+    assert (Path(args.output_dir) / "curvature").exists() == (method in ("merge-only", "gaussian"))
+
+
+def test_overriding_a_part(model, stream, tokenizer, lora, config):
+    trainer, results = trained(model, stream, tokenizer, lora, config(merge="average", perturbation="gaussian"))
+    assert results["coefficients"] == [1, 0.5] and trainer.perturbation.kind == "gaussian"
+
+
+def test_joint_trains_once_on_everything(model, stream, tokenizer, lora, config):
+    _, results = trained(model, stream, tokenizer, lora, config(method="joint", release="merged"))
+    assert results["matrix"][0] == [None] and None not in results["matrix"][1]
+    assert len(results["per_task"]) == 1 and results["metrics"]["backward_transfer"] is None
+    assert (Path(config().output_dir) / "releases" / "task-01-joint" / "README.md").is_file()
+
+
+def test_single_starts_every_task_from_the_base(model, stream, tokenizer, lora, config):
+    args = config(method="single")
+    trainer, results = trained(model, stream, tokenizer, lora, args)
+    assert results["matrix"][1][0] == results["matrix"][0][0]
+    assert results["metrics"]["backward_transfer"] == 0
+    second = trainer.ledger.entries[1]
+    name, stored = next(iter(trainer.folder.names.items()))
+    delta = StoredAdapter(trainer.run_dir / second.adapter).read(name).delta()
+    assert torch.allclose(trainer.folder.merged(name), trainer.folder.base.read(stored) + delta, atol=1e-6)
+    # The second task's adapter is the one that a run of that task alone would give, up to its seed.
+    assert second.start == "base"
+
+
+def test_same_settings_same_bits_and_another_seed_other_bits(model, stream, tokenizer, lora, config):
+    runs = []
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        args = config(output_dir=config().output_dir + name, seed=seed, release="none")
+        _, results = trained(again(model), stream, tokenizer, lora, args)
+        runs.append((comparable(results), digests(Path(args.output_dir))))
+    assert runs[0] == runs[1]
+    assert runs[0][1] != runs[2][1]
+
+
+class StopAt(TrainerCallback):
+    """Dies in the given step of the given train() call."""
+
+    def __init__(self, call, step):
+        self.call, self.step, self.calls = call, step, 0
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.calls += 1
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.calls == self.call and state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(("call", "step"), [(1, 5), (2, 2), (2, 8)])
+def test_interrupted_and_started_again_gives_the_same_bits(call, step, model, stream, tokenizer, lora, config):
+    settings = {"save_strategy": "steps", "save_steps": 3}
+    whole = config(output_dir=config().output_dir + "-whole", **settings)
+    _, expected = trained(again(model), stream, tokenizer, lora, whole)
+    args = config(**settings)
+    with pytest.raises(KeyboardInterrupt):
+        trained(again(model), stream, tokenizer, lora, args, callbacks=[StopAt(call, step)])
+    _, results = trained(again(model), stream, tokenizer, lora, args)
+    assert comparable(results) == comparable(expected)
+    assert digests(Path(args.output_dir)) == digests(Path(whole.output_dir))
+
+
+def test_a_finished_run_is_not_repeated(model, stream, tokenizer, lora, config):
+    args = config()
+    _, results = trained(again(model), stream, tokenizer, lora, args)
+    before = digests(Path(args.output_dir))
+    trainer, repeated = trained(again(model), stream, tokenizer, lora, args)
+    assert repeated == results and digests(Path(args.output_dir)) == before
+    assert trainer.state.global_step == 0
+
+
+def test_died_between_commit_and_evaluation(model, stream, tokenizer, lora, config):
+    class Dies(PMTrainer):
+        def _evaluate_stage(self, number, stage):
+            if number == 2:
+                raise KeyboardInterrupt
+            super()._evaluate_stage(number, stage)
+
+    whole = config(output_dir=config().output_dir + "-whole")
+    _, expected = trained(again(model), stream, tokenizer, lora, whole)
+    with pytest.raises(KeyboardInterrupt):
+        trained(again(model), stream, tokenizer, lora, config(), cls=Dies)
+    _, results = trained(again(model), stream, tokenizer, lora, config())
+    assert comparable(results) == comparable(expected)
+
+
+def test_another_recipe_or_base_is_refused_and_nothing_is_touched(model, stream, tokenizer, lora, config):
+    args = config()
+    trained(again(model), stream, tokenizer, lora, args)
+    run = Path(args.output_dir)
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+
+    def refused(match, new_model=None, new_stream=stream, new_lora=lora, **changes):
+        with pytest.raises(UserError, match=match):
+            trained(new_model or again(model), new_stream, tokenizer, new_lora, config(**changes))
+        assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+    refused(
+        r"belongs to another recipe: learning_rate differ \(learning_rate: 0.02 there, 0.03 now\)", learning_rate=0.03
+    )
+    refused("belongs to another recipe: method differ", method="sequential")
+    refused("belongs to another recipe: tasks, data_fingerprint differ", new_stream=TaskStream([stream[1], stream[0]]))
+    refused("belongs to another recipe: adapter differ", new_lora=LoraConfig(r=2, target_modules="all-linear"))
+
+    changed = folder_of(model).with_name("changed")
+    shutil.copytree(folder_of(model), changed)
+    other = AutoModelForCausalLM.from_pretrained(changed)
+    with torch.no_grad():
+        other.model.norm.weight += 1
+    other.save_pretrained(changed)
+    refused("weight files of the base.*are not those", new_model=AutoModelForCausalLM.from_pretrained(changed))
+
+
+def test_one_live_model_for_the_whole_stream(model, stream, tokenizer, lora, config):
+    """No tensor, hook or wrapper is added from task to task."""
+    tasks = [Task(f"t{i}", s.train, s.test, instruction=s.instruction, options=s.options)
+             for i, s in enumerate([*stream] * 4)]  # fmt: skip
+    seen = []
+
+    class Census(PMTrainer):
+        def _merge(self, *args):
+            super()._merge(*args)
+            modules = list(self.model.modules())
+            hooks = sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in modules)
+            pointers = tuple(parameter.data_ptr() for parameter in self.model.parameters())
+            seen.append((len(modules), hooks, pointers, len(self.callback_handler.callbacks)))
+
+    args = config(num_train_epochs=1, release="none")
+    trained(model, TaskStream(tasks), tokenizer, lora, args, cls=Census)
+    assert len(seen) == 8 and len(set(seen)) == 1
+
+
+def test_a_model_built_in_python_is_saved_as_its_own_base(stream, tokenizer, lora, config):
+    args = config()
+    trainer, _ = trained(build("llama"), stream, tokenizer, lora, args)
+    assert (Path(args.output_dir) / "base" / "model.safetensors").is_file()
+    _, again_results = trained(build("llama"), stream, tokenizer, lora, args)
+    assert again_results["matrix"] == trainer.results["matrix"]
+    other = build("llama")
+    with torch.no_grad():
+        other.model.layers[0].mlp.up_proj.weight += 1
+    with pytest.raises(UserError, match="differs from the base that"):
+        trained(other, stream, tokenizer, lora, args)
+
+
+# ---- other architectures ----------------------------------------------------------------------------------------
+
+
+def test_seq2seq_stream(stream, seq2seq_tokenizer, lora, config):
+    args = config(cls=PMSeq2SeqConfig, num_train_epochs=6)
+    trainer, results = trained(build("t5"), stream, seq2seq_tokenizer, lora, args, cls=PMSeq2SeqTrainer)
+    assert results["coefficients"][0] == 1 and 0 < results["coefficients"][1] < 1
+    assert results["matrix"][0][0] > results["base_row"][0]
+    release = Path(args.output_dir) / "releases" / "task-02-mood"
+    loaded = type(trainer.model.get_base_model()).from_pretrained(release)
+    name, layer = next(iter(lora_layers(trainer.model).items()))
+    assert torch.equal(loaded.get_submodule(name).weight, layer.get_base_layer().weight)
+
+
+def test_classification_stream_keeps_a_head_per_task(stream, seq2seq_tokenizer, lora, config):
+    args = config(num_train_epochs=10)
+    trainer, results = trained(build("bert"), stream, seq2seq_tokenizer, lora, args)
+    assert results["metric"] == "accuracy" and results["matrix"][0][0] > results["base_row"][0]
+    run = Path(args.output_dir)
+    heads = [StoredAdapter(run / entry.adapter).head() for entry in trainer.ledger.entries]
+    key = "base_model.model.classifier.weight"
+    assert not torch.equal(heads[0][key], heads[1][key])
+    for number, tag in enumerate(("task-01-colour", "task-02-mood")):
+        release = AutoModelForSequenceClassification.from_pretrained(run / "releases" / tag)
+        assert torch.equal(release.classifier.weight, heads[number][key])
+    kept = load_file(run / "releases" / "task-02-mood" / "heads.safetensors")
+    assert torch.equal(kept["colour/classifier.weight"], heads[0][key])
+    assert torch.equal(kept["mood/classifier.weight"], heads[1][key])
+
+    # The score of the first task after the second uses the first task's own head.
+    release = AutoModelForSequenceClassification.from_pretrained(run / "releases" / "task-02-mood").eval()
+    release.classifier.weight.data = heads[0][key]
+    release.classifier.bias.data = heads[0]["base_model.model.classifier.bias"]
+    rows = trainer.test_rows[0]
+    right = sum(
+        int(release(input_ids=torch.tensor([row["input_ids"]])).logits.argmax()) == row["labels"] for row in rows
+    )
+    assert results["matrix"][1][0] == pytest.approx(right / len(rows))
+
+
+def test_composes_with_trls_sft_trainer(model, stream, tokenizer, lora, config):
+    trl = pytest.importorskip("trl", reason="TRL is an optional extra")
+    from hf_pm import PMTrainerMixin
+
+    class PMSFTTrainer(PMTrainerMixin, trl.SFTTrainer):
+        pass
+
+    class PMSFTConfig(PMConfig, trl.SFTConfig):
+        pass
+
+    sft = config(cls=PMSFTConfig, num_train_epochs=4)
+    trainer, results = trained(again(model), stream, tokenizer, lora, sft, cls=PMSFTTrainer)
+    assert results["coefficients"][0] == 1 and 0 < results["coefficients"][1] < 1
+    assert results["matrix"][0][0] > results["base_row"][0]
+    assert len(trainer.perturbation.layers) == 14
+
+
+def test_four_bit_base_is_quantised_once_from_the_full_precision_sum(model, stream, tokenizer, lora, config):
+    bitsandbytes = pytest.importorskip("bitsandbytes", reason="4-bit needs the quantization extra")
+    from transformers import BitsAndBytesConfig
+
+    live = AutoModelForCausalLM.from_pretrained(
+        folder_of(model),
+        quantization_config=BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
+        ),
+    )
+    args = config(num_train_epochs=4)
+    trainer, results = trained(live, stream, tokenizer, lora, args)
+    assert len(results["matrix"]) == 2
+    for name, layer in lora_layers(trainer.model).items():
+        target = layer.get_base_layer()
+        quantised = bitsandbytes.functional.dequantize_4bit(target.weight.data, target.weight.quant_state)
+        fresh = bitsandbytes.nn.Params4bit(
+            trainer.folder.merged(name), requires_grad=False, quant_type="nf4", compress_statistics=False
+        ).to("cpu")
+        expected = bitsandbytes.functional.dequantize_4bit(fresh.data, fresh.quant_state)
+        assert torch.allclose(quantised, expected, atol=1e-6), name
+    released = load_file(Path(args.output_dir) / "releases" / "task-02-mood" / "model.safetensors")
+    name, stored = next(iter(trainer.folder.names.items()))
+    assert torch.equal(released[stored], trainer.folder.merged(name))
