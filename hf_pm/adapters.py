@@ -99,8 +99,8 @@ def attach(model: PreTrainedModel, config: LoraConfig, task_type: str) -> PeftMo
             layer.get_base_layer().support_avx512bf16_for_cpu = False
     if output is not None and any(layer.get_base_layer() is output for layer in lora_layers(wrapped).values()):
         raise UserError(
-            "The LoRA targets include the output embeddings, which many models tie to the input embeddings. Leave them "
-            "out of `target_modules` (`all-linear` does)."
+            "The LoRA targets include the output embeddings, which many models tie to the input embeddings. Leave "
+            "them out of `target_modules` (`all-linear` does)."
         )
     if not any(parameter.requires_grad for parameter in wrapped.parameters()):
         raise UserError("The adapter has no trainable parameter. Set `inference_mode=False` in the LoRA settings.")

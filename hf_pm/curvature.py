@@ -2,8 +2,8 @@
 
 F[name] = mean over rows of w_n * G_n^2 with G_n = d(sum of the answer's token losses) / dW of row n, and w_n = 1 / n^2
 for `sequence` (the squared gradient of the mean loss, as in the paper) or 1 / n for `token`, where n counts the row's
-answer tokens. G_n is the matrix product of the layer's output gradient and its input, so no `weight.grad` is needed and
-quantised bases work. Squaring the gradient of a batch mean instead would depend on the batch size: it is not done.
+answer tokens. G_n is the matrix product of the layer's output gradient and its input, so no `weight.grad` is needed
+and quantised bases work. Squaring the gradient of a batch mean instead would depend on the batch size: it is not done.
 """
 
 from collections.abc import Callable, Iterable, Mapping

@@ -14,8 +14,8 @@ def predict(model: nn.Module, batch: Mapping[str, Any]) -> tuple[torch.Tensor, t
     """Logits of one teacher-forced forward pass, and what each of their positions should predict.
 
     Returns:
-        `tuple`: logits (rows, positions, vocabulary) and targets (rows, positions) with -100 where there is none; for a
-        classification head (rows, classes) and (rows,).
+        `tuple`: logits (rows, positions, vocabulary) and targets (rows, positions) with -100 where there is none; for
+        a classification head (rows, classes) and (rows,).
     """
     inputs = {key: value for key, value in batch.items() if key not in ("labels", "shift_labels")}
     labels = batch["labels"]

@@ -117,7 +117,7 @@ def stored_names(model: nn.Module, base: BaseCheckpoint) -> dict[str, str] | Non
     """Adapted layer -> name of its weight in the base files, or `None` if some live weight is not the stored one.
 
     Live models carry or lack a prefix that the files lack or carry (`bert.`, `model.`), so both are tried; what counts
-    is that the stored values, cast to the live dtype, are the live values. Quantised weights are compared by name only.
+    is that the stored values, cast to the live dtype, are the live values. Quantised weights are compared by name.
     """
     names = {}
     for name, layer in lora_layers(model).items():

@@ -58,8 +58,8 @@ class Task:
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", str(self.name)) or ".." in self.name:
             raise UserError(
-                f"Task name {self.name!r} may hold letters, digits, `.`, `_` and `-` only and must begin with a letter "
-                "or digit, since it names folders and tags. Rename the task."
+                f"Task name {self.name!r} may hold letters, digits, `.`, `_` and `-` only and must begin with a "
+                "letter or digit, since it names folders and tags. Rename the task."
             )
         if self.options is not None:
             if not isinstance(self.options, list | tuple):
@@ -99,8 +99,8 @@ class Task:
         for column in (self.text, self.label):
             if column not in rows.column_names:
                 raise UserError(
-                    f"The {split} rows of task {self.name!r} have no column {column!r}; found {rows.column_names}. Set "
-                    "`text` and `label` of the task."
+                    f"The {split} rows of task {self.name!r} have no column {column!r}; found {rows.column_names}. "
+                    "Set `text` and `label` of the task."
                 )
         if len(rows) == 0:
             raise UserError(f"The {split} split of task {self.name!r} is empty. Give it at least one row.")
@@ -122,8 +122,8 @@ class Task:
         except (OSError, ValueError, StopIteration, DatasetsError) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise UserError(
-                f"Cannot load {where} from {source!r}: {reason} Check the id and the network, or point `data_dir` to a "
-                f"folder with {self.name}/{split}.jsonl (columns `text` and `label`)."
+                f"Cannot load {where} from {source!r}: {reason} Check the id and the network, or point `data_dir` to "
+                f"a folder with {self.name}/{split}.jsonl (columns `text` and `label`)."
             ) from error
         assert not isinstance(rows, DatasetDict)
         feature = rows.features.get(self.label)
@@ -310,8 +310,8 @@ class AnswerCollator:
     """Pads a batch, and asks a causal model for the logits of the answers only.
 
     Most tokens of a row are prompt: their logits take the largest share of memory and, with a small model, a good part
-    of the time, and no loss or score looks at them. `logits_to_keep` (positions that predict an answer token in any row
-    of the batch) and `shift_labels` (what they should predict) are transformers' own arguments; the loss is the same.
+    of the time, and no loss or score looks at them. `logits_to_keep` (positions that predict an answer token in any
+    row of the batch) and `shift_labels` (what they should predict) are transformers' own arguments; the loss is the same.
 
     Args:
         tokenizer (`PreTrainedTokenizerBase`): With a padding token.

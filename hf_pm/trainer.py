@@ -274,8 +274,8 @@ class PMTrainerMixin:
             names = stored_names(self.model, base)
             if names is None:
                 raise UserError(
-                    f"The model differs from the base that {str(self.run_dir)!r} started from. Load the same model, or "
-                    "use another `output_dir`."
+                    f"The model differs from the base that {str(self.run_dir)!r} started from. Load the same model, "
+                    "or use another `output_dir`."
                 )
             return base, names
         names = None
@@ -642,8 +642,8 @@ class PMTrainerMixin:
                 )
             except (HfHubHTTPError, OSError, ValueError) as error:
                 logger.warning(
-                    "Pushing %s to %s failed: %s. The release is complete in %s and the run goes on; the push is tried "
-                    "again after the next task and when the same command is started again.",
+                    "Pushing %s to %s failed: %s. The release is complete in %s and the run goes on; the push is "
+                    "tried again after the next task and when the same command is started again.",
                     waiting["tag"],
                     waiting["repo_id"],
                     error,
@@ -698,6 +698,6 @@ def _check_same_run(run_dir: Path, recorded: dict[str, Any], described: dict[str
             f" ({first}: {old.get(first)!r} there, {new.get(first)!r} now)" if first in old or first in new else ""
         )
         raise UserError(
-            f"{str(run_dir)!r} belongs to another recipe: {', '.join(different)} differ{values}. Use the same settings "
-            "to continue that run, or another `output_dir`."
+            f"{str(run_dir)!r} belongs to another recipe: {', '.join(different)} differ{values}. Use the same "
+            "settings to continue that run, or another `output_dir`."
         )

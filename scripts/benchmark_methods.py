@@ -3,8 +3,8 @@
     python scripts/benchmark_methods.py recipes/bench/pm.yaml --methods pm sequential average --seeds 0 1 2 \
         --output_dir runs/bench --jobs 2 -- --data_dir DATA_FOLDER --model_name_or_path MODEL_FOLDER
 
-Each run is a process of its own with one torch thread. Runs that are complete are not repeated; interrupted ones go on.
-What follows `--` is passed to every run.
+Each run is a process of its own with one torch thread. Runs that are complete are not repeated; interrupted ones
+go on. What follows `--` is passed to every run.
 """
 
 import argparse

@@ -76,7 +76,9 @@ def test_help_is_quick_and_lists_the_commands():
 
 
 def test_help_does_not_import_torch():
-    code = "import sys; from hf_pm.cli import main\ntry: main(['--help'])\nexcept SystemExit: print('torch' in sys.modules)"
+    code = (
+        "import sys; from hf_pm.cli import main\ntry: main(['-h'])\nexcept SystemExit: print('torch' in sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True)
     assert done.stdout.strip().endswith("False")
 
@@ -96,7 +98,7 @@ names = ("num_train_epochs", "per_device_train_batch_size", "max_length", "curva
          "save_strategy", "disable_tqdm", "seed")
 trainer = PMTrainer(
     model=AutoModelForCausalLM.from_pretrained({str(tmp_path / "model")!r}),
-    args=PMConfig(output_dir={str(tmp_path / "api")!r}, learning_rate=2e-2, **{{name: values[name] for name in names}}),
+    args=PMConfig(output_dir={str(tmp_path / "api")!r}, learning_rate=2e-2, **{{k: values[k] for k in names}}),
     stream=TaskStream.from_dicts(values["tasks"]),
     processing_class=AutoTokenizer.from_pretrained({str(tmp_path / "model")!r}),
     peft_config=LoraConfig(r=4, lora_alpha=8, target_modules="all-linear"),
@@ -148,7 +150,7 @@ MISTAKES = [
     ({"tasks": None, "stream": "olora/order1", "data_dir": "."}, "has no dbpedia/train.jsonl"),
     ({"tasks": []}, "The stream has no tasks"),
     ({"tasks": [{"name": "a"}]}, "Task 'a' has no `train`"),
-    ({"tasks": [{"name": "a", "train": "no.jsonl", "test": "no.jsonl"}]}, "There is no file 'no.jsonl' for the train rows"),
+    ({"tasks": [{"name": "a", "train": "no.jsonl", "test": "x"}]}, "There is no file 'no.jsonl' for the train rows"),
     ({"tasks.text": "sentence"}, "have no column 'sentence'; found ['text', 'label']. Set"),
     ({"tasks.options": ["red", "blue"]}, "hold the label 'green', which is not among the options ['red', 'blue']"),
     ({"tasks.train": "empty.jsonl"}, "of task 'colour'"),
