@@ -98,6 +98,10 @@ class Ledger:
         self.run_dir = Path(run_dir)
         self.path = self.run_dir / "ledger.json"
         self.entries: list[Entry] = []
+        self.reload()
+
+    def reload(self) -> None:
+        """Read what is committed; another process may have written it."""
         if self.path.exists():
             self.entries = [Entry(**entry) for entry in read_json(self.path)["entries"]]
 

@@ -311,7 +311,8 @@ class AnswerCollator:
 
     Most tokens of a row are prompt: their logits take the largest share of memory and, with a small model, a good part
     of the time, and no loss or score looks at them. `logits_to_keep` (positions that predict an answer token in any
-    row of the batch) and `shift_labels` (what they should predict) are transformers' own arguments; the loss is the same.
+    row of the batch) and `shift_labels` (what they should predict) are transformers' own arguments; the loss is the
+    same.
 
     Args:
         tokenizer (`PreTrainedTokenizerBase`): With a padding token.

@@ -2,21 +2,15 @@
 
 import inspect
 import logging
-import os
 import resource
-import shutil
 import time
 from collections.abc import Callable, Iterator
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from datasets import Dataset, concatenate_datasets
-from huggingface_hub.errors import HfHubHTTPError
 from peft import LoraConfig, PeftModel
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import (
@@ -31,26 +25,20 @@ from transformers import (
 )
 from transformers.trainer_utils import get_last_checkpoint
 
-from . import adapters, metrics, publishing, report
-from .config import RUN_INVARIANT_FIELDS, PMConfig, settings
+from . import adapters, metrics, report
+from .config import PMConfig
 from .curvature import diagonal_curvature
 from .errors import UserError
 from .evaluation import correct_classes, exact_matches
 from .folding import BaseCheckpoint, Folder, snapshot_base, stored_names
-from .ledger import Entry, Ledger, read_json, sha256_file, write_json
-from .merging import COEFFICIENTS, NEEDS_CURVATURE, State, Terms, inner_products, update_state
+from .merging import COEFFICIENTS, NEEDS_CURVATURE, inner_products
 from .perturbation import Perturbation
+from .progress import StreamProgress
+from .runs import RunFolder
 from .stream import EVAL_SUBSET_SEED, AnswerCollator, Encoder, TaskStream, fingerprint, subset
 
 
 logger = logging.getLogger(__name__)
-
-LIBRARIES = ("torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "huggingface_hub")
-PIPELINE_TAGS = {
-    "CAUSAL_LM": "text-generation",
-    "SEQ_2_SEQ_LM": "text2text-generation",
-    "SEQ_CLS": "text-classification",
-}
 
 
 class Stage(NamedTuple):
@@ -59,34 +47,6 @@ class Stage(NamedTuple):
     name: str
     learns: list[int]
     scores: list[int]
-
-
-class StreamProgress(ProgressCallback):
-    """One bar per task: which task of how many, the loss, and the time left for the whole stream."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.label = "training"
-        self.finished = 0.0  # fraction of the stream's rows before this task
-        self.share = 1.0  # fraction of the stream's rows in this task
-        self.started = time.monotonic()
-        self.resumed_at: float | None = None
-
-    def on_train_begin(self, args, state, control, **kwargs) -> None:  # noqa: ANN001, ANN003
-        super().on_train_begin(args, state, control, **kwargs)
-        if self.training_bar is not None:
-            self.training_bar.set_description(self.label)
-
-    def on_log(self, args, state, control, logs=None, **kwargs) -> None:  # noqa: ANN001, ANN003
-        if self.training_bar is None or not logs or "loss" not in logs:
-            return
-        done = self.finished + self.share * state.global_step / max(state.max_steps, 1)
-        if self.resumed_at is None:
-            self.started, self.resumed_at = time.monotonic(), done
-        learned = done - self.resumed_at
-        left = (time.monotonic() - self.started) * (1 - done) / learned if learned > 0 else None
-        eta = "?" if left is None else f"{int(left) // 60}m{int(left) % 60:02d}s"
-        self.training_bar.set_postfix(loss=f"{logs['loss']:.3g}", stream_left=eta)
 
 
 class PMTrainerMixin:
@@ -213,86 +173,186 @@ class PMTrainerMixin:
         self._open_run()
         self._score_base()
         for number, stage in enumerate(self.stages, start=1):
-            if number > len(self.ledger):
+            if number > len(self.run.ledger):
                 self._begin(number)
                 self._train(number, stage)
-                self._merge(number, stage, self._measure(stage))
+                self._merge(number, self._measure(stage))
             self._evaluate_stage(number, stage)
             self._publish(number)
-        self._flush_outbox()
-        return self.results
+        self.run.push()
+        return self.run.results
 
     def _open_run(self) -> None:
         """Check or create the run folder; resolve the base; find out what is done already."""
         args = self.args
-        self.run_dir = Path(args.output_dir)
-        self.ledger = Ledger(self.run_dir)
-        self._tags = [publishing.release_tag(n, stage.name) for n, stage in enumerate(self.stages, start=1)]
-        recorded = read_json(self.run_dir / "run.json") if (self.run_dir / "run.json").is_file() else None
-        if recorded is None and len(self.ledger):
-            raise UserError(f"{str(self.run_dir)!r} has a ledger but no run.json. Use another `output_dir`.")
+        self.run = RunFolder(args, [stage.name for stage in self.stages], self.is_world_process_zero())
         base, names = self._resolve_base()
-        self.folder = Folder(base, self.ledger, names)
-        config = self.model.peft_config[adapters.ADAPTER]
-        described = {
-            "schema": 1,
+        adapter = self.model.peft_config[adapters.ADAPTER]
+        description = {
             "method": args.method,
             "tasks": self.stream.names,
-            "seed": args.seed,
-            "recipe": settings(args),
             "adapter": {
-                "r": config.r,
-                "lora_alpha": config.lora_alpha,
-                "use_rslora": config.use_rslora,
+                "r": adapter.r,
+                "lora_alpha": adapter.lora_alpha,
+                "use_rslora": adapter.use_rslora,
                 "targets": sorted(names),
             },
             "data_fingerprint": self.data_fingerprint,
-            "base": base.identity(),
-            "versions": {name: version(name) for name in LIBRARIES},
         }
-        if recorded is not None:
-            _check_same_run(self.run_dir, recorded, described)
-        self.ledger.verify()
-        self.results = self._empty_results(described)
-        if (self.run_dir / "results.json").is_file():
-            self.results = read_json(self.run_dir / "results.json")
-        if recorded is None and self.is_world_process_zero():
-            write_json(self.run_dir / "run.json", described)
+        results = {
+            "schema": 1,
+            "method": args.method,
+            "base_model": base.model_id,
+            "metric": "accuracy" if self.task_type == "SEQ_CLS" else "exact_match",
+            "tasks": self.stream.names,
+            "matrix": [],
+            "base_row": [],
+            "metrics": metrics.summarize([]),
+            "formulas": metrics.FORMULAS,
+            "coefficients": [],
+            "coefficient_terms": [],
+            "eval_samples": [len(rows) for rows in self.test_rows],
+            "data_fingerprint": self.data_fingerprint,
+            "per_task": [],
+            "seed": args.seed,
+        }
+        self.run.open(Folder(base, self.run.ledger, names), description, results)
         self.accelerator.wait_for_everyone()
+        self._live: int | None = None  # number of tasks whose merged weights are live
         self._progress = StreamProgress()
         if not args.disable_tqdm:
             self.remove_callback(ProgressCallback)
             self.remove_callback(StreamProgress)
             self.add_callback(self._progress)
-        self._live: int | None = None  # number of tasks whose merged weights are live
 
     def _resolve_base(self) -> tuple[BaseCheckpoint, dict[str, str]]:
-        own = self.run_dir / "base"
-        model_id = self.model.get_base_model().name_or_path or "a model built in Python"
-        if own.is_dir():
-            base = BaseCheckpoint(own, model_id)
-            names = stored_names(self.model, base)
-            if names is None:
-                raise UserError(
-                    f"The model differs from the base that {str(self.run_dir)!r} started from. Load the same model, "
-                    "or use another `output_dir`."
-                )
-            return base, names
-        names = None
+        """The checkpoint the live model came from, or a copy of the live weights if there is none."""
+        own = self.run.path / "base"
+        inner = self.model.get_base_model()
         # The head of a classifier is not in its checkpoint, and without it the run could not be rebuilt.
-        if self.task_type != "SEQ_CLS" and self.model.get_base_model().name_or_path:
-            revision = getattr(self.model.config, "_commit_hash", None)
-            base = BaseCheckpoint.resolve(self.model.get_base_model().name_or_path, revision)
+        if not own.is_dir() and self.task_type != "SEQ_CLS" and inner.name_or_path:
+            base = BaseCheckpoint.resolve(inner.name_or_path, getattr(inner.config, "_commit_hash", None))
             names = stored_names(self.model, base)
+            if names is not None:
+                return base, names
+        with self.args.main_process_first():
+            if not own.is_dir():
+                snapshot_base(self.model, own)
+        base = BaseCheckpoint(own, inner.name_or_path or "a model built in Python")
+        names = stored_names(self.model, base)
         if names is None:
-            with self.args.main_process_first():
-                if not own.is_dir():
-                    snapshot_base(self.model, own)
-            base = BaseCheckpoint(own, model_id)
-            names = stored_names(self.model, base)
-            if names is None:
-                raise UserError("The model cannot be rebuilt from its saved weights. Load it with `from_pretrained`.")
+            raise UserError(
+                f"The model differs from the base that {str(self.run.path)!r} started from. Load the same model, or "
+                "use another `output_dir`."
+            )
         return base, names
+
+    def _task_seed(self, number: int) -> int:
+        return (self.args.seed * 1009 + number) % 2**32
+
+    def _rebuild(self, number: int) -> None:
+        """Make the merged weights after `number` tasks live."""
+        if self._live != number:
+            self.run.folder.into_model(self.model, number)
+            self._live = number
+
+    def _begin(self, number: int) -> None:
+        """Merged weights live, fresh adapter, no optimizer, no schedule."""
+        self._rebuild(0 if self.method.start == "base" else number - 1)
+        adapters.reset(self.model, self._task_seed(number))
+        self.optimizer = self.lr_scheduler = None
+        self.task_number = number
+        self._last_step = -1
+        self._factors.clear()
+
+    def _train(self, number: int, stage: Stage) -> None:
+        """HF's own `train`, from the last checkpoint inside this task if there is one."""
+        started = time.monotonic()
+        self.train_dataset = self._encoded_train(stage)
+        rows = [sum(len(self.train_rows[t]) for t in other.learns) for other in self.stages]
+        self._progress.label = f"task {number} of {len(self.stages)} ({stage.name})"
+        self._progress.finished = sum(rows[: number - 1]) / sum(rows)
+        self._progress.share = rows[number - 1] / sum(rows)
+        self._checkpoint_dir = self.run.task_dir(number) / "checkpoints"
+        self._checkpoint_dir.mkdir(parents=True, exist_ok=True)
+        self._live = None
+        try:
+            self.train(resume_from_checkpoint=get_last_checkpoint(str(self._checkpoint_dir)))
+        finally:
+            self._checkpoint_dir = None
+        self._seconds = {"train_seconds": time.monotonic() - started, "curvature_seconds": 0.0}
+
+    def _measure(self, stage: Stage) -> dict[str, torch.Tensor] | None:
+        """Diagonal curvature at the end of the task, if the merge needs it."""
+        if self.method.merge not in NEEDS_CURVATURE:
+            return None
+        args = self.args
+        started = time.monotonic()
+        rows = _by_length(subset(self.train_dataset, args.curvature_num_samples, args.seed))
+        generator = None
+        if args.curvature_labels == "sampled":
+            generator = torch.Generator().manual_seed(self._task_seed(self.task_number) + args.process_index)
+        totals, seen = diagonal_curvature(
+            self.model,
+            self._batches(rows, args.curvature_batch_size, "curvature"),
+            normalization=args.curvature_normalization,
+            generator=generator,
+            autocast=self.accelerator.autocast,
+            task_name=stage.name,
+        )
+        count = float(self.accelerator.reduce(torch.tensor(float(seen), device=args.device)))
+        curvature = {name: self.accelerator.reduce(total).cpu() / count for name, total in totals.items()}
+        self._seconds["curvature_seconds"] = time.monotonic() - started
+        return curvature
+
+    def _merge(self, number: int, curvature: dict[str, torch.Tensor] | None) -> None:
+        """Find the coefficient and commit the task."""
+        started = time.monotonic()
+        terms = None
+        if curvature is not None:
+            updates = adapters.updates(self.model)
+            terms = inner_products(curvature, lambda name: updates[name].delta(), self.run.read_state())
+            if terms.q + terms.p <= 0:
+                name = self.stages[number - 1].name
+                logger.warning("Task %r has no curvature: its update is merged with 1/%d.", name, number)
+        alpha = COEFFICIENTS[self.method.merge](terms, number, self.args.merge_coefficient)
+        if self.is_world_process_zero():
+            record = self._seconds | {"merge_seconds": time.monotonic() - started}
+            record["peak_memory_bytes"] = _peak_memory()
+            self.run.commit(number, self.model, alpha, terms, curvature, self.method.start, record)
+        self.accelerator.wait_for_everyone()
+        self.run.ledger.reload()
+
+    def _evaluate_stage(self, number: int, stage: Stage) -> None:
+        """Score every task seen on the merged weights, and write results, report and table."""
+        results = self.run.results
+        if len(results["per_task"]) >= number:
+            return
+        started = time.monotonic()
+        self._rebuild(number)
+        scores = []
+        for t in stage.scores:
+            if self.task_type == "SEQ_CLS":
+                entry = self.run.ledger.entries[0 if self.method.stream == "joint" else t]
+                adapters.load_head(self.model, adapters.StoredAdapter(self.run.path / entry.adapter).head())
+            scores.append(self._score(t))
+        rows = results["matrix"]
+        if self.method.stream == "joint":
+            rows = [[None] * (t + 1) for t in range(len(scores) - 1)]
+        elif self.method.start == "base" and rows:
+            # A bank of one adapter per task never changes what it has: earlier scores stand.
+            scores = [*rows[-1], *scores]
+        self.run.record_scores(number, [*rows, scores], time.monotonic() - started)
+        if self.is_world_process_zero() and not self.args.disable_tqdm:
+            tqdm.write(report.format_table(results))
+
+    def _publish(self, number: int) -> None:
+        """Write the release of a task, then push what is waiting."""
+        repo_id = self.hub_model_id if self.args.push_to_hub else None
+        self.run.release(number, self.processing_class, self.task_type, repo_id)
+        self.run.push()
+
+    # ---- Rows and scores ----------------------------------------------------------------------------------------
 
     def _collator(self, model: PeftModel, args: PMConfig, given: dict[str, Any]) -> Callable[..., Any]:
         tokenizer = self.encoder.tokenizer
@@ -336,161 +396,6 @@ class PMTrainerMixin:
     def _encoded_train(self, stage: Stage) -> Dataset:
         return concatenate_datasets([self.encoder.encode(self.stream[t], self.train_rows[t]) for t in stage.learns])
 
-    def _task_dir(self, number: int) -> Path:
-        return self.run_dir / "tasks" / f"{number:02d}-{self.stages[number - 1].name}"
-
-    def _task_seed(self, number: int) -> int:
-        return (self.args.seed * 1009 + number) % 2**32
-
-    def _rebuild(self, number: int) -> None:
-        """Make the merged weights after `number` tasks live."""
-        if self._live != number:
-            self.folder.into_model(self.model, number)
-            self._live = number
-
-    def _begin(self, number: int) -> None:
-        """Merged weights live, fresh adapter, no optimizer, no schedule."""
-        self._rebuild(0 if self.method.start == "base" else number - 1)
-        adapters.reset(self.model, self._task_seed(number))
-        self.optimizer = self.lr_scheduler = None
-        self.task_number = number
-        self._last_step = -1
-        self._factors.clear()
-
-    def _train(self, number: int, stage: Stage) -> None:
-        """HF's own `train`, from the last checkpoint inside this task if there is one."""
-        self.train_dataset = self._encoded_train(stage)
-        rows = [sum(len(self.train_rows[t]) for t in other.learns) for other in self.stages]
-        self._progress.label = f"task {number} of {len(self.stages)} ({stage.name})"
-        self._progress.finished = sum(rows[: number - 1]) / sum(rows)
-        self._progress.share = rows[number - 1] / sum(rows)
-        self._checkpoint_dir = self._task_dir(number) / "checkpoints"
-        self._checkpoint_dir.mkdir(parents=True, exist_ok=True)
-        self._live = None
-        started = time.monotonic()
-        try:
-            self.train(resume_from_checkpoint=get_last_checkpoint(str(self._checkpoint_dir)))
-        finally:
-            self._checkpoint_dir = None
-        self._seconds = {"train_seconds": time.monotonic() - started}
-
-    def _measure(self, stage: Stage) -> dict[str, torch.Tensor] | None:
-        """Diagonal curvature at the end of the task, if the merge needs it."""
-        if self.method.merge not in NEEDS_CURVATURE:
-            self._seconds["curvature_seconds"] = 0.0
-            return None
-        args = self.args
-        started = time.monotonic()
-        rows = _by_length(subset(self.train_dataset, args.curvature_num_samples, args.seed))
-        generator = None
-        if args.curvature_labels == "sampled":
-            generator = torch.Generator().manual_seed(self._task_seed(self.task_number) + args.process_index)
-        totals, seen = diagonal_curvature(
-            self.model,
-            self._batches(rows, args.curvature_batch_size, "curvature"),
-            normalization=args.curvature_normalization,
-            generator=generator,
-            autocast=self.accelerator.autocast,
-            task_name=stage.name,
-        )
-        count = self.accelerator.reduce(torch.tensor(float(seen), device=args.device))
-        curvature = {name: self.accelerator.reduce(total).cpu() / count.cpu() for name, total in totals.items()}
-        self._seconds["curvature_seconds"] = time.monotonic() - started
-        return curvature
-
-    def _merge(self, number: int, stage: Stage, curvature: dict[str, torch.Tensor] | None) -> None:
-        """Coefficient, then adapter, state and entry onto the disk; the entry commits the task."""
-        started = time.monotonic()
-        task_dir = self._task_dir(number)
-        updates = adapters.updates(self.model)
-        terms, state = None, {}
-        if curvature is not None:
-            state = self._read_state()
-            terms = inner_products(curvature, lambda name: updates[name].delta(), state)
-            if terms.q + terms.p <= 0:
-                logger.warning("Task %r has no curvature: its update is merged with 1/%d.", stage.name, number)
-        alpha = COEFFICIENTS[self.method.merge](terms, number, self.args.merge_coefficient)
-        if self.is_world_process_zero():
-            base = self.folder.base
-            adapters.save(self.model, task_dir / "adapter", base.model_id, base.revision)
-            state_file = self._write_state(number, curvature, updates, state, alpha) if curvature is not None else None
-            record = self._record(number, stage, alpha, terms, curvature, state_file)
-            record["merge_seconds"] = time.monotonic() - started
-            write_json(task_dir / "task.json", record)
-            self.ledger.commit(
-                Entry(
-                    name=stage.name,
-                    coefficient=alpha,
-                    adapter=str((task_dir / "adapter").relative_to(self.run_dir)),
-                    adapter_sha256=sha256_file(task_dir / "adapter" / adapters.WEIGHTS),
-                    start=self.method.start,
-                    terms=record["coefficient_terms"],
-                    state=str(state_file.relative_to(self.run_dir)) if state_file else None,
-                    state_sha256=sha256_file(state_file) if state_file else None,
-                    provenance={"seed": self.args.seed, "data_fingerprint": self.data_fingerprint},
-                )
-            )
-            for old in (self.run_dir / "curvature").glob("state-*.safetensors"):
-                if old != state_file:
-                    old.unlink()
-            shutil.rmtree(task_dir / "checkpoints", ignore_errors=True)
-        self.accelerator.wait_for_everyone()
-        self.ledger = self.folder.ledger = Ledger(self.run_dir)
-
-    def _read_state(self) -> dict[str, State]:
-        if not len(self.ledger):
-            return {}
-        with safe_open(self.run_dir / self.ledger.entries[-1].state, "pt") as tensors:
-            return {
-                name: State(tensors.get_tensor(f"S/{name}"), tensors.get_tensor(f"R/{name}"))
-                for name in self.folder.names
-            }
-
-    def _write_state(
-        self,
-        number: int,
-        curvature: dict[str, torch.Tensor],
-        updates: dict[str, adapters.Update],
-        state: dict[str, State],
-        alpha: float,
-    ) -> Path:
-        tensors = {}
-        for name, fisher in curvature.items():
-            new = update_state(state.get(name), fisher, updates[name].delta(), alpha)
-            tensors |= {f"S/{name}": new.S, f"R/{name}": new.R}
-        path = self.run_dir / "curvature" / f"state-{number:02d}.safetensors"
-        path.parent.mkdir(exist_ok=True)
-        temporary = path.with_suffix(".tmp")
-        save_file(tensors, temporary)
-        with open(temporary, "rb") as handle:
-            os.fsync(handle.fileno())
-        os.replace(temporary, path)
-        return path
-
-    def _record(
-        self,
-        number: int,
-        stage: Stage,
-        alpha: float,
-        terms: Terms | None,
-        curvature: dict[str, torch.Tensor] | None,
-        state_file: Path | None,
-    ) -> dict[str, Any]:
-        judged = None
-        if terms is not None:
-            trace = sum(float(fisher.double().sum()) for fisher in curvature.values())
-            judged = {**terms._asdict(), "uniform": 1 / number, "curvature_trace": trace}
-        return {
-            "name": stage.name,
-            "coefficient": alpha,
-            "coefficient_terms": judged,
-            **self._seconds,
-            "peak_memory_bytes": _peak_memory(),
-            "state_bytes": state_file.stat().st_size if state_file else 0,
-        }
-
-    # ---- Scores -------------------------------------------------------------------------------------------------
-
     def _batches(self, rows: Dataset, batch_size: int, label: str) -> Iterator[Any]:
         """This rank's share of `rows`, collated and on the device."""
         args = self.args
@@ -513,144 +418,12 @@ class PMTrainerMixin:
 
     def _score_base(self) -> None:
         """The row before any task, once."""
-        if self.results["base_row"]:
+        if self.run.results["base_row"]:
             return
         self._rebuild(0)
         adapters.reset(self.model, self.args.seed)
-        self.results["base_row"] = [self._score(t) for t in range(len(self.stream))]
-        self._write_results()
-
-    def _evaluate_stage(self, number: int, stage: Stage) -> None:
-        """Score every task seen on the merged weights, and write results, report and table."""
-        results = self.results
-        if len(results["per_task"]) >= number:
-            return
-        started = time.monotonic()
-        self._rebuild(number)
-        scores = []
-        for t in stage.scores:
-            if self.task_type == "SEQ_CLS":
-                entry = self.ledger.entries[0 if self.method.stream == "joint" else t]
-                adapters.load_head(self.model, adapters.StoredAdapter(self.run_dir / entry.adapter).head())
-            scores.append(self._score(t))
-        if self.method.stream == "joint":
-            results["matrix"] = [[None] * (t + 1) for t in range(len(scores) - 1)] + [scores]
-        elif self.method.start == "base":
-            # A bank of one adapter per task never changes what it has: earlier scores stand.
-            results["matrix"].append([*(results["matrix"][-1] if results["matrix"] else []), *scores])
-        else:
-            results["matrix"].append(scores)
-        record = read_json(self._task_dir(number) / "task.json")
-        record["evaluate_seconds"] = time.monotonic() - started
-        results["coefficients"].append(record.pop("coefficient"))
-        results["coefficient_terms"].append(record.pop("coefficient_terms"))
-        results["per_task"].append(record)
-        results["metrics"] = metrics.summarize(results["matrix"], results["base_row"])
-        self._write_results()
-        if self.is_world_process_zero() and not self.args.disable_tqdm:
-            tqdm.write(report.format_table(results))
-
-    def _empty_results(self, described: dict[str, Any]) -> dict[str, Any]:
-        return {
-            "schema": 1,
-            "method": self.args.method,
-            "base_model": described["base"]["model"],
-            "metric": "accuracy" if self.task_type == "SEQ_CLS" else "exact_match",
-            "tasks": self.stream.names,
-            "matrix": [],
-            "base_row": [],
-            "metrics": metrics.summarize([]),
-            "formulas": metrics.FORMULAS,
-            "coefficients": [],
-            "coefficient_terms": [],
-            "eval_samples": [len(rows) for rows in self.test_rows],
-            "data_fingerprint": self.data_fingerprint,
-            "per_task": [],
-            "seed": self.args.seed,
-            "versions": described["versions"],
-        }
-
-    def _write_results(self) -> None:
-        if self.is_world_process_zero():
-            write_json(self.run_dir / "results.json", self.results)
-            report.write_report(self.run_dir)
-
-    # ---- Releases -----------------------------------------------------------------------------------------------
-
-    def _publish(self, number: int) -> None:
-        """Write the release of a task, then push it; a failed push stays in the outbox."""
-        if not self.is_world_process_zero() or (self.args.release == "none" and not self.args.push_to_hub):
-            return
-        tag = self._tags[number - 1]
-        folder = self.run_dir / "releases" / tag
-        if not folder.is_dir():
-            self._write_release(folder, number)
-            if self.args.push_to_hub:
-                write_json(self.run_dir / "outbox" / f"{tag}.json", {"tag": tag, "repo_id": self.hub_model_id})
-        self._flush_outbox()
-
-    def _write_release(self, folder: Path, number: int) -> None:
-        """A folder that loads without hf_pm; complete once it has its name."""
-        kind = "merged" if self.args.release == "none" else self.args.release
-        temporary = folder.with_name(f".{folder.name}.part")
-        shutil.rmtree(temporary, ignore_errors=True)
-        if kind in ("merged", "both"):
-            self.folder.into_checkpoint(temporary, number)
-            if self.task_type == "SEQ_CLS":
-                self._release_head(temporary, number)
-        if kind in ("adapter", "both"):
-            self.folder.into_adapter(temporary if kind == "adapter" else temporary / "adapter", number)
-        self.processing_class.save_pretrained(temporary)
-        card = publishing.render_card(
-            self.results,
-            task_number=len(self.stream) if self.method.stream == "joint" else number,
-            base_model=self.folder.base.model_id,
-            base_revision=self.folder.base.revision,
-            repo_id=self.hub_model_id,
-            recipe=settings(self.args),
-            pipeline_tag=PIPELINE_TAGS[self.task_type],
-            kind="adapter" if kind == "adapter" else "merged",
-        )
-        (temporary / "README.md").write_text(card)
-        os.replace(temporary, folder)
-
-    def _release_head(self, folder: Path, number: int) -> None:
-        """The newest task's head becomes the checkpoint's; the heads of all tasks lie beside it."""
-        prefix = adapters.PREFIX
-        heads = {}
-        for entry in self.ledger.active(number):
-            head = adapters.StoredAdapter(self.run_dir / entry.adapter).head()
-            heads |= {f"{entry.name}/{key.removeprefix(prefix)}": value for key, value in head.items()}
-        self.folder.replace_tensors(folder, {key.removeprefix(prefix): value for key, value in head.items()})
-        save_file(heads, folder / "heads.safetensors")
-
-    def _flush_outbox(self) -> None:
-        """Push what has still to be pushed, oldest first; stop at the first failure."""
-        if not self.is_world_process_zero() or not self.args.push_to_hub:
-            return
-        for item in sorted((self.run_dir / "outbox").glob("*.json")):
-            waiting = read_json(item)
-            try:
-                publishing.push_release(
-                    self.run_dir / "releases" / waiting["tag"],
-                    repo_id=waiting["repo_id"],
-                    tag=waiting["tag"],
-                    commit_message=f"Add {waiting['tag']}",
-                    token=self.args.hub_token,
-                    private=self.args.hub_private_repo,
-                    revision=self.args.hub_revision,
-                )
-            except (HfHubHTTPError, OSError, ValueError) as error:
-                logger.warning(
-                    "Pushing %s to %s failed: %s. The release is complete in %s and the run goes on; the push is "
-                    "tried again after the next task and when the same command is started again.",
-                    waiting["tag"],
-                    waiting["repo_id"],
-                    error,
-                    self.run_dir / "releases",
-                )
-                return
-            item.unlink()
+        self.run.results["base_row"] = [self._score(t) for t in range(len(self.stream))]
+        self.run.write_results()
 
 
 class PMTrainer(PMTrainerMixin, Trainer):
@@ -679,25 +452,3 @@ def _peak_memory() -> int:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def _check_same_run(run_dir: Path, recorded: dict[str, Any], described: dict[str, Any]) -> None:
-    """Refuse to go on with another recipe, other data or another base in a run's folder."""
-    if recorded["base"]["sha256"] != described["base"]["sha256"]:
-        raise UserError(
-            f"The weight files of the base {described['base']['model']!r} are not those that {str(run_dir)!r} started "
-            "from (sha256 differs). Restore the checkpoint, or use another `output_dir`."
-        )
-    elsewhere = RUN_INVARIANT_FIELDS | {"tasks", "stream", "model_name_or_path"}
-    old, new = ({k: v for k, v in run["recipe"].items() if k not in elsewhere} for run in (recorded, described))
-    different = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
-    different += [key for key in ("tasks", "adapter", "data_fingerprint") if recorded[key] != described[key]]
-    if different:
-        first = different[0]
-        values = (
-            f" ({first}: {old.get(first)!r} there, {new.get(first)!r} now)" if first in old or first in new else ""
-        )
-        raise UserError(
-            f"{str(run_dir)!r} belongs to another recipe: {', '.join(different)} differ{values}. Use the same "
-            "settings to continue that run, or another `output_dir`."
-        )

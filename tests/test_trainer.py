@@ -178,7 +178,7 @@ def test_pm_stream_leaves_what_its_equations_say(model, stream, tokenizer, lora,
     terms = results["coefficient_terms"][1]
     assert second.coefficient == pytest.approx((terms["q"] + terms["l"]) / (terms["q"] + terms["p"]), rel=1e-6)
     assert terms["l"] == 0.0  # R_1 = 0 because alpha_1 = 1
-    names = trainer.folder.names
+    names = trainer.run.folder.names
     slope = sum(float((state2[f"R/{name}"].double() * two.read(name).delta().double()).sum()) for name in names)
     assert abs(slope) < 1e-4 * terms["q"]  # <R_2, delta_2> = 0 for an unclipped alpha
 
@@ -187,7 +187,7 @@ def test_pm_stream_leaves_what_its_equations_say(model, stream, tokenizer, lora,
     released = dict(release.named_parameters())
     for name, stored in names.items():
         exact = (
-            trainer.folder.base.read(stored).double()
+            trainer.run.folder.base.read(stored).double()
             + one.read(name).delta().double()
             + second.coefficient * two.read(name).delta().double()
         )
@@ -204,8 +204,8 @@ def test_coefficient_is_the_papers_over_three_tasks(model, stream, tokenizer, lo
     for count in (1, 2, 3):
         args = config(output_dir=config().output_dir + str(count), release="none")
         trainer, results = trained(again(model), TaskStream(tasks[:count]), tokenizer, lora, args)
-        states.append(load_file(Path(args.output_dir) / trainer.ledger.entries[-1].state))
-    ledger, names = trainer.ledger, sorted(trainer.folder.names)
+        states.append(load_file(Path(args.output_dir) / trainer.run.ledger.entries[-1].state))
+    ledger, names = trainer.run.ledger, sorted(trainer.run.folder.names)
 
     def flat(tensor_of):
         return torch.cat([tensor_of(name).double().flatten() for name in names])
@@ -285,10 +285,10 @@ def test_single_starts_every_task_from_the_base(model, stream, tokenizer, lora, 
     trainer, results = trained(model, stream, tokenizer, lora, args)
     assert results["matrix"][1][0] == results["matrix"][0][0]
     assert results["metrics"]["backward_transfer"] == 0
-    second = trainer.ledger.entries[1]
-    name, stored = next(iter(trainer.folder.names.items()))
-    delta = StoredAdapter(trainer.run_dir / second.adapter).read(name).delta()
-    assert torch.allclose(trainer.folder.merged(name), trainer.folder.base.read(stored) + delta, atol=1e-6)
+    second = trainer.run.ledger.entries[1]
+    name, stored = next(iter(trainer.run.folder.names.items()))
+    delta = StoredAdapter(trainer.run.path / second.adapter).read(name).delta()
+    assert torch.allclose(trainer.run.folder.merged(name), trainer.run.folder.base.read(stored) + delta, atol=1e-6)
     # The second task's adapter is the one that a run of that task alone would give, up to its seed.
     assert second.start == "base"
 
@@ -405,7 +405,7 @@ def test_a_model_built_in_python_is_saved_as_its_own_base(stream, tokenizer, lor
     trainer, _ = trained(build("llama"), stream, tokenizer, lora, args)
     assert (Path(args.output_dir) / "base" / "model.safetensors").is_file()
     _, again_results = trained(build("llama"), stream, tokenizer, lora, args)
-    assert again_results["matrix"] == trainer.results["matrix"]
+    assert again_results["matrix"] == trainer.run.results["matrix"]
     other = build("llama")
     with torch.no_grad():
         other.model.layers[0].mlp.up_proj.weight += 1
@@ -432,7 +432,7 @@ def test_classification_stream_keeps_a_head_per_task(stream, seq2seq_tokenizer, 
     trainer, results = trained(build("bert"), stream, seq2seq_tokenizer, lora, args)
     assert results["metric"] == "accuracy" and results["matrix"][0][0] > results["base_row"][0]
     run = Path(args.output_dir)
-    heads = [StoredAdapter(run / entry.adapter).head() for entry in trainer.ledger.entries]
+    heads = [StoredAdapter(run / entry.adapter).head() for entry in trainer.run.ledger.entries]
     key = "base_model.model.classifier.weight"
     assert not torch.equal(heads[0][key], heads[1][key])
     for number, tag in enumerate(("task-01-colour", "task-02-mood")):
@@ -487,10 +487,10 @@ def test_four_bit_base_is_quantised_once_from_the_full_precision_sum(model, stre
         target = layer.get_base_layer()
         quantised = bitsandbytes.functional.dequantize_4bit(target.weight.data, target.weight.quant_state)
         fresh = bitsandbytes.nn.Params4bit(
-            trainer.folder.merged(name), requires_grad=False, quant_type="nf4", compress_statistics=False
+            trainer.run.folder.merged(name), requires_grad=False, quant_type="nf4", compress_statistics=False
         ).to("cpu")
         expected = bitsandbytes.functional.dequantize_4bit(fresh.data, fresh.quant_state)
         assert torch.allclose(quantised, expected, atol=1e-6), name
     released = load_file(Path(args.output_dir) / "releases" / "task-02-mood" / "model.safetensors")
-    name, stored = next(iter(trainer.folder.names.items()))
-    assert torch.equal(released[stored], trainer.folder.merged(name))
+    name, stored = next(iter(trainer.run.folder.names.items()))
+    assert torch.equal(released[stored], trainer.run.folder.merged(name))
