@@ -27,6 +27,7 @@ BENCHMARKS: dict[str, Benchmark] = {
     "agnews": Benchmark(
         "fancyzhx/ag_news", None, "text", "label", TOPIC, ["World", "Sports", "Business", "Science or Technology"]
     ),
+    # The same question as the published corpus (Zhang et al.'s Amazon reviews), asked of another one.
     "amazon": Benchmark("SetFit/amazon_reviews_multi_en", None, "text", "label", SENTIMENT, FIVE_STARS),
     "dbpedia": Benchmark(
         "fancyzhx/dbpedia_14",
@@ -95,10 +96,13 @@ def load_stream(name: str, data_dir: str | None = None) -> TaskStream:
     Raises:
         UserError: Unknown name, or a file that is missing from `data_dir`.
     """
-    return TaskStream([_task(task, data_dir) for task in STREAMS[choose("`stream`", name, STREAMS)]])
+    order = STREAMS[choose("`stream`", name, STREAMS)]
+    # O-LoRA trains on 1,000 rows of each class.
+    per_class = 1000 if name.startswith("olora/") else None
+    return TaskStream([_task(task, data_dir, per_class) for task in order])
 
 
-def _task(name: str, data_dir: str | None) -> Task:
+def _task(name: str, data_dir: str | None, per_class: int | None) -> Task:
     known = BENCHMARKS[name]
     if data_dir is None:
         return Task(
@@ -110,9 +114,10 @@ def _task(name: str, data_dir: str | None) -> Task:
             instruction=known.instruction,
             options=known.options,
             config=known.config,
+            train_per_class=per_class,
         )
     files = {split: _local_file(name, split, data_dir) for split in ("train", "test")}
-    return Task(name=name, **files, instruction=known.instruction, options=known.options)
+    return Task(name=name, **files, instruction=known.instruction, options=known.options, train_per_class=per_class)
 
 
 def _local_file(name: str, split: str, data_dir: str) -> str:

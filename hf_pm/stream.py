@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -41,6 +42,7 @@ class Task:
         revision (`str`, *optional*): Revision of a Hub dataset.
         train_split (`str`, *optional*, defaults to `"train"`): Split of a Hub dataset to train on.
         test_split (`str`, *optional*, defaults to `"test"`): Split of a Hub dataset to evaluate on.
+        train_per_class (`int`, *optional*): At most this many training rows of each label, always the same ones.
     """
 
     name: str
@@ -54,6 +56,7 @@ class Task:
     revision: str | None = None
     train_split: str = "train"
     test_split: str = "test"
+    train_per_class: int | None = None
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", str(self.name)) or ".." in self.name:
@@ -104,6 +107,8 @@ class Task:
                 )
         if len(rows) == 0:
             raise UserError(f"The {split} split of task {self.name!r} is empty. Give it at least one row.")
+        if split == "train" and self.train_per_class is not None:
+            rows = _balanced(rows, self.label, self.train_per_class)
         labels = [self._answer(value, split) for value in rows[self.label]]
         return Dataset.from_dict({"text": [str(text) for text in rows[self.text]], "label": labels})
 
@@ -142,6 +147,18 @@ class Task:
                 f"{self.options}. Correct the data or the task's `options`."
             )
         return str(value)
+
+
+def _balanced(rows: Dataset, label: str, count: int) -> Dataset:
+    """At most `count` rows of each label, in a shuffled order that is always the same."""
+    rows = rows.shuffle(seed=EVAL_SUBSET_SEED)
+    taken: Counter[Any] = Counter()
+    keep = []
+    for index, value in enumerate(rows[label]):
+        taken[value] += 1
+        if taken[value] <= count:
+            keep.append(index)
+    return rows.select(keep)
 
 
 class TaskStream(Sequence[Task]):

@@ -108,6 +108,17 @@ def test_subset_is_seeded_and_without_replacement():
     assert subset(data, None, 0)["text"] == subset(data, 99, 0)["text"] == data["text"]
 
 
+def test_balanced_training_rows():
+    data = Dataset.from_dict(
+        {"text": [f"t{i}" for i in range(30)], "label": ["red"] * 20 + ["blue"] * 8 + ["green"] * 2}
+    )
+    task = Task("colour", data, data, options=["red", "blue", "green"], train_per_class=5)
+    labels = task.load("train")["label"]
+    assert {label: labels.count(label) for label in set(labels)} == {"red": 5, "blue": 5, "green": 2}
+    assert task.load("train")["text"] == task.load("train")["text"]
+    assert len(task.load("test")) == 30
+
+
 def test_fingerprint_sees_rows_order_and_prompt_parts():
     task = colour()
     data = task.load("train")
