@@ -21,7 +21,7 @@ from .methods import METHODS, PERTURBATIONS, Method
 
 RELEASES = ("merged", "adapter", "both", "none")
 CURVATURE_LABELS = ("empirical", "sampled")
-CURVATURE_NORMALIZATIONS = ("sequence", "token")
+CURVATURE_NORMALIZATIONS = ("sequence", "token", "trace")
 TASK_TYPES = ("CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -75,6 +75,8 @@ class PMConfig(TrainingArguments):
         curvature_normalization (`str`, *optional*, defaults to `"sequence"`):
             What is squared for a row with n answer tokens: the gradient of their mean loss (`sequence`, the paper), or
             of their summed loss divided by n after squaring (`token`, comparable between short and long answers).
+            `trace` divides the latter by its mean over all entries, so that each task counts the same however
+            confident the model is of it; a saturated task has next to no curvature of its own.
 
     > Parameters that control the data and the output
 
@@ -106,7 +108,7 @@ class PMConfig(TrainingArguments):
     curvature_num_samples: int = _knob(256, "Training rows in the curvature estimate.")
     curvature_batch_size: int = _knob(8, "Rows per forward pass of the curvature.")
     curvature_labels: str = _knob("empirical", "`empirical` or `sampled`.")
-    curvature_normalization: str = _knob("sequence", "`sequence` or `token`.")
+    curvature_normalization: str = _knob("sequence", "`sequence`, `token` or `trace`.")
     max_length: int = _knob(512, "Tokens per row.")
     max_train_samples: int | None = _knob(None, "Training rows per task.")
     max_eval_samples: int | None = _knob(None, "Evaluation rows per task.")

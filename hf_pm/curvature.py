@@ -61,7 +61,7 @@ def diagonal_curvature(
         model (`PeftModel`): At the end of a task's training, unperturbed.
         batches (`Iterable[Mapping]`): Model inputs with `labels`, on the model's device. The result does not depend on
             how rows are batched.
-        normalization (`str`): `sequence` or `token`.
+        normalization (`str`): `sequence`, or `token` (also what `trace` starts from; see `unit_mean`).
         generator (`torch.Generator`, *optional*): Draws labels from the model (true Fisher) instead of the data's.
         autocast (`Callable`, *optional*): Context manager factory for the forward pass.
         task_name (`str`, *optional*): For messages.
@@ -135,3 +135,10 @@ def diagonal_curvature(
                 "committed; lower `learning_rate`."
             )
     return totals, seen
+
+
+def unit_mean(curvature: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """`curvature` divided by its mean over the entries of all matrices; unchanged if it is zero everywhere."""
+    total = sum(float(fisher.double().sum()) for fisher in curvature.values())
+    mean = total / sum(fisher.numel() for fisher in curvature.values())
+    return {name: fisher / mean if mean > 0 else fisher for name, fisher in curvature.items()}

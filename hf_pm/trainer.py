@@ -27,7 +27,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from . import adapters, metrics, report
 from .config import PMConfig
-from .curvature import diagonal_curvature
+from .curvature import diagonal_curvature, unit_mean
 from .errors import UserError
 from .evaluation import correct_classes, exact_matches
 from .folding import BaseCheckpoint, Folder, snapshot_base, stored_names
@@ -302,6 +302,8 @@ class PMTrainerMixin:
         )
         count = float(self.accelerator.reduce(torch.tensor(float(seen), device=args.device)))
         curvature = {name: self.accelerator.reduce(total).cpu() / count for name, total in totals.items()}
+        if args.curvature_normalization == "trace":
+            curvature = unit_mean(curvature)
         self._seconds["curvature_seconds"] = time.monotonic() - started
         return curvature
 

@@ -5,7 +5,7 @@ from peft import LoraConfig
 from reference import fisher_by_rows, merge_into_dense
 
 from hf_pm.adapters import attach, lora_layers
-from hf_pm.curvature import diagonal_curvature, row_losses
+from hf_pm.curvature import diagonal_curvature, row_losses, unit_mean
 from hf_pm.errors import UserError
 
 
@@ -138,3 +138,10 @@ def test_a_loss_that_is_not_finite_names_the_task_and_the_row():
     with pytest.raises(UserError, match="row 2 in the curvature pass of task 'colour'"):
         diagonal_curvature(model, causal_batches(2), task_name="colour")
     assert not any(layer._forward_hooks for layer in lora_layers(model).values())
+
+
+def test_unit_mean_is_over_all_matrices_and_keeps_zeros():
+    scaled = unit_mean({"a": torch.tensor([[1.0, 3.0]]), "b": torch.tensor([[8.0], [0.0]])})
+    assert torch.equal(scaled["a"], torch.tensor([[1.0, 3.0]]) / 3)
+    assert torch.equal(scaled["b"], torch.tensor([[8.0], [0.0]]) / 3)
+    assert torch.equal(unit_mean({"a": torch.zeros(1, 2)})["a"], torch.zeros(1, 2))
