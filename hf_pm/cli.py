@@ -135,8 +135,9 @@ def run_recipe(recipe: Any) -> dict[str, Any]:
 def demo_command(options: argparse.Namespace, overrides: list[str]) -> None:
     from importlib.resources import as_file, files
 
+    from .comparison import write_comparison
     from .config import parse_recipe
-    from .report import format_table, write_comparison
+    from .report import format_table
 
     # The demo must work without a network, and must not wait for one either.
     os.environ["HF_HUB_OFFLINE"] = "1"
@@ -161,7 +162,7 @@ def report_command(options: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def compare_command(options: argparse.Namespace, overrides: list[str]) -> None:
-    from .report import compare, write_comparison
+    from .comparison import compare, write_comparison
 
     _refuse(overrides)
     folders = [_run_folder(run) for run in options.runs]

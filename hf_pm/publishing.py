@@ -14,6 +14,8 @@ from huggingface_hub.errors import RevisionNotFoundError
 from huggingface_hub.utils import validate_repo_id
 from jinja2 import Environment, StrictUndefined
 
+from .metrics import FORMULAS
+
 
 logger = logging.getLogger(__name__)
 
@@ -22,23 +24,15 @@ LIBRARIES = {"merged": "transformers", "adapter": "peft"}
 RELATIONS = {"merged": "finetune", "adapter": "adapter"}
 AUTO_CLASSES = {"text-generation": "ForCausalLM", "text2text-generation": "ForSeq2SeqLM"}
 
-# (key in results.json, name, formula). `a[t][j]` is the score on task j after task t, `T` the last task of the card.
-METRICS = [
-    ("average_accuracy", "Average accuracy", "AA = mean over j <= T of a[T][j]"),
-    ("average_anytime_accuracy", "Average anytime accuracy", "AAA = mean over t <= T of mean over j <= t of a[t][j]"),
-    ("backward_transfer", "Backward transfer", "BWT = mean over j < T of (a[T][j] - a[j][j])"),
-    ("forgetting", "Forgetting", "FGT = mean over j < T of (max over j <= t < T of a[t][j], minus a[T][j])"),
-    (
-        "forward_transfer",
-        "Forward transfer",
-        "FWT = mean over j <= T of (a[j][j] - b[j]), b = score before any task",
-    ),
-    (
-        "intransigence",
-        "Intransigence",
-        "INT = mean over j <= T of (r[j] - a[j][j]), r = score of the reference run",
-    ),
-]
+# Metric of results.json -> its name on the card; the formulas are those of `metrics.FORMULAS`.
+METRIC_NAMES = {
+    "average_accuracy": "Average accuracy",
+    "average_anytime_accuracy": "Average anytime accuracy",
+    "backward_transfer": "Backward transfer",
+    "forgetting": "Forgetting",
+    "forward_transfer": "Forward transfer",
+    "intransigence": "Intransigence",
+}
 
 _SECRET_KEY = re.compile(r"token|secret|password|api_?key", re.IGNORECASE)
 _SECRET_VALUE = re.compile(r"\bhf_[A-Za-z0-9]{16,}")
@@ -199,8 +193,8 @@ def render_card(
         coefficients=results["coefficients"][:task_number],
         eval_samples=results.get("eval_samples", [])[:task_number],
         metrics=[
-            (name, formula, metrics.get(key))
-            for key, name, formula in METRICS
+            (name, FORMULAS[key], metrics.get(key))
+            for key, name in METRIC_NAMES.items()
             if key == "average_accuracy" or metrics.get(key) is not None
         ],
         recipe=recipe_text,

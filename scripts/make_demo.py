@@ -395,8 +395,8 @@ per_device_train_batch_size: 16
 per_device_eval_batch_size: 64
 num_train_epochs: 2
 max_length: 128
-# The model becomes certain of every task, and the gradients of data labels vanish with its doubts: labels drawn from the
-# model and one weight per task keep the coefficients meaningful. The paper's setting is empirical and sequence.
+# The model becomes certain of every task, and the gradients of data labels vanish with its doubts: labels drawn from
+# the model and one weight per task keep the coefficients meaningful. The paper's setting is empirical and sequence.
 curvature_labels: sampled
 curvature_normalization: trace
 curvature_num_samples: 128

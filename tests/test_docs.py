@@ -16,10 +16,10 @@ README = (ROOT / "README.md").read_text()
 # Lowest first: a module may import those before it.
 LAYERS = [
     *("errors", "methods", "metrics", "merging", "ledger", "config", "stream", "benchmarks", "adapters"),
-    *("perturbation", "evaluation", "curvature", "folding", "publishing", "report", "progress", "runs"),
-    *("trainer", "cli"),
+    *("perturbation", "evaluation", "curvature", "folding", "publishing", "report", "comparison", "progress"),
+    *("runs", "trainer", "cli"),
 ]
-FREE_OF_TRANSFORMERS = {"errors", "methods", "metrics", "merging", "ledger", "publishing", "report"}
+FREE_OF_TRANSFORMERS = {"errors", "methods", "metrics", "merging", "ledger", "publishing", "report", "comparison"}
 
 
 def imports(path: Path) -> set[str]:

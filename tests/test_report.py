@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from hf_pm.report import T_QUANTILES, compare, format_table, render_report, write_comparison, write_report
+from hf_pm.comparison import T_QUANTILES, compare, write_comparison
+from hf_pm.report import format_table, render_report, write_report
 
 
 VOID = {"meta", "link", "br", "hr", "img", "input"}
