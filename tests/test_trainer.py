@@ -280,17 +280,38 @@ def test_joint_trains_once_on_everything(model, stream, tokenizer, lora, config)
     assert (Path(config().output_dir) / "releases" / "task-01-joint" / "README.md").is_file()
 
 
-def test_single_starts_every_task_from_the_base(model, stream, tokenizer, lora, config):
-    args = config(method="single")
-    trainer, results = trained(model, stream, tokenizer, lora, args)
+class Starts(PMTrainer):
+    """Keeps the weights that each task begins with: of one base matrix, of its A, of its B."""
+
+    def _begin(self, number):
+        super()._begin(number)
+        layer = self.perturbation.layers[0]
+        tensors = layer.get_base_layer().weight, layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        self.starts = [*getattr(self, "starts", []), [tensor.detach().clone() for tensor in tensors]]
+        assert self.optimizer is None and self.lr_scheduler is None
+
+
+@pytest.mark.parametrize("method", ["sequential", "single"])
+def test_what_a_task_begins_with(method, model, stream, tokenizer, lora, config):
+    trainer, _ = trained(model, stream, tokenizer, lora, config(method=method), cls=Starts)
+    (base1, a1, b1), (base2, a2, b2) = trainer.starts
+    name, stored = next(iter(trainer.run.folder.names.items()))
+    assert torch.equal(base1, trainer.run.folder.base.read(stored))
+    assert not torch.equal(a1, a2) and not b1.any() and not b2.any()
+    if method == "single":
+        assert torch.equal(base2, base1)
+    else:
+        assert torch.equal(base2, trainer.run.folder.merged(name, 1)) and not torch.equal(base2, base1)
+
+
+def test_single_is_a_bank_of_adapters(model, stream, tokenizer, lora, config):
+    trainer, results = trained(model, stream, tokenizer, lora, config(method="single"))
     assert results["matrix"][1][0] == results["matrix"][0][0]
     assert results["metrics"]["backward_transfer"] == 0
     second = trainer.run.ledger.entries[1]
     name, stored = next(iter(trainer.run.folder.names.items()))
     delta = StoredAdapter(trainer.run.path / second.adapter).read(name).delta()
     assert torch.allclose(trainer.run.folder.merged(name), trainer.run.folder.base.read(stored) + delta, atol=1e-6)
-    # The second task's adapter is the one that a run of that task alone would give, up to its seed.
-    assert second.start == "base"
 
 
 def test_same_settings_same_bits_and_another_seed_other_bits(model, stream, tokenizer, lora, config):
