@@ -19,6 +19,8 @@ from .errors import UserError, choose
 
 IGNORE_INDEX = -100
 LOADERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+# Few different shapes: kernels are built and cached per shape, on CPUs too.
+SHAPE_STEP = 8
 # A fixed seed: which test rows are scored must not depend on the seed of the run.
 EVAL_SUBSET_SEED = 0
 
@@ -324,22 +326,24 @@ class Encoder:
 
 
 class AnswerCollator:
-    """Pads a batch, and asks a causal model for the logits of the answers only.
+    """Pads a batch to a multiple of 8 tokens, and asks a causal model for the logits of the answers only.
 
     Most tokens of a row are prompt: their logits take the largest share of memory and, with a small model, a good part
     of the time, and no loss or score looks at them. `logits_to_keep` (positions that predict an answer token in any
-    row of the batch) and `shift_labels` (what they should predict) are transformers' own arguments; the loss is the
-    same.
+    row of the batch, filled up to a multiple of 8) and `shift_labels` (what they should predict) are transformers' own
+    arguments; the loss is the same.
 
     Args:
         tokenizer (`PreTrainedTokenizerBase`): With a padding token.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.pad = DataCollatorForSeq2Seq(tokenizer)
+        self.pad = DataCollatorForSeq2Seq(tokenizer, pad_to_multiple_of=SHAPE_STEP)
 
     def __call__(self, features: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         batch = dict(self.pad(features))
         predicted = torch.nn.functional.pad(batch["labels"], (0, 1), value=IGNORE_INDEX)[:, 1:]
-        keep = (predicted != IGNORE_INDEX).any(0).nonzero()[:, 0]
+        wanted = (predicted != IGNORE_INDEX).any(0)
+        others = (~wanted).nonzero()[: -int(wanted.sum()) % SHAPE_STEP, 0]
+        keep = torch.cat([wanted.nonzero()[:, 0], others]).sort().values
         return {**batch, "logits_to_keep": keep, "shift_labels": predicted[:, keep].contiguous()}

@@ -17,7 +17,8 @@ def test_equals_generate_on_hundreds_of_rows(kind, tokenizer, seq2seq_tokenizer)
     from transformers import DataCollatorForSeq2Seq
 
     causal = kind != "t5"
-    model = build(kind).eval()
+    # float64: padding changes sums in the last digit, and an untrained model has near ties.
+    model = build(kind).eval().double()
     with torch.no_grad():  # larger weights: answers differ from row to row, and some end early
         for parameter in model.parameters():
             parameter.mul_(6 if causal else 3)

@@ -96,9 +96,14 @@ def test_the_collator_asks_for_exactly_the_answers_logits(tokenizer):
         {"input_ids": [8, 9], "attention_mask": [1] * 2, "labels": [-100, 9]},
     ]
     batch = AnswerCollator(tokenizer)(features)
-    assert batch["logits_to_keep"].tolist() == [0, 1, 2]
-    assert batch["shift_labels"].tolist() == [[-100, 6, 7], [9, -100, -100]]
-    assert batch["labels"].tolist() == [[-100, -100, 6, 7], [-100, 9, -100, -100]]
+    assert batch["input_ids"].shape == (2, 8) and batch["input_ids"][0].tolist() == [4, 5, 6, 7, 0, 0, 0, 0]
+    assert batch["logits_to_keep"].tolist() == [0, 1, 2, 3, 4, 5, 6, 7]
+    assert batch["shift_labels"].tolist() == [[-100, 6, 7] + [-100] * 5, [9] + [-100] * 7]
+
+    long = {"input_ids": [4] * 30, "attention_mask": [1] * 30, "labels": [-100] * 28 + [6, 7]}
+    batch = AnswerCollator(tokenizer)([long])
+    assert batch["logits_to_keep"].tolist() == [0, 1, 2, 3, 4, 5, 27, 28]
+    assert batch["shift_labels"].tolist() == [[-100] * 6 + [6, 7]]
 
 
 def test_subset_is_seeded_and_without_replacement():

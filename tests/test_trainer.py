@@ -402,6 +402,17 @@ def test_another_recipe_or_base_is_refused_and_nothing_is_touched(model, stream,
     refused("weight files of the base.*are not those", new_model=AutoModelForCausalLM.from_pretrained(changed))
 
 
+@pytest.mark.parametrize(
+    "what", ["tasks/01-colour/adapter/adapter_model.safetensors", "curvature/state-02.safetensors"]
+)
+def test_a_run_with_an_altered_file_does_not_go_on(what, model, stream, tokenizer, lora, config):
+    trained(again(model), stream, tokenizer, lora, config())
+    path = Path(config().output_dir) / what
+    path.write_bytes(path.read_bytes()[:-1] + b"\x7f")
+    with pytest.raises(UserError, match="does not have the sha256 recorded"):
+        trained(again(model), stream, tokenizer, lora, config())
+
+
 def test_one_live_model_for_the_whole_stream(model, stream, tokenizer, lora, config):
     """No tensor, hook or wrapper is added from task to task."""
     tasks = [Task(f"t{i}", s.train, s.test, instruction=s.instruction, options=s.options)
