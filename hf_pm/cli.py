@@ -4,6 +4,7 @@ import argparse
 import logging
 import os
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,8 @@ def run_recipe(recipe: Any) -> dict[str, Any]:
     from .trainer import PMTrainer
 
     transformers.logging.set_verbosity_error()
+    # transformers deprecates names that PEFT and transformers itself still use; no user can act on that.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     logging.getLogger("hf_pm").setLevel(logging.INFO)
     peft_config = LoraConfig(
         r=recipe.lora_r,

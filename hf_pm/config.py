@@ -94,9 +94,11 @@ class PMConfig(TrainingArguments):
     Raises:
         UserError: If a value breaks its rule.
 
-    NOTE: changed defaults of `TrainingArguments`: `hub_strategy` is ignored while a stream runs, since every task is
-    pushed once, after its evaluation.
+    NOTE: `logging_steps` is 10 (500 in `TrainingArguments`), since a task can be short. While a stream runs,
+    `hub_strategy` has no say: every task is pushed once, after its evaluation.
     """
+
+    logging_steps: float = _knob(10, "Steps between two logs.")
 
     method: str = _knob("pm", "Row of the method table.")
     merge: str | None = _knob(None, "Overrides the method's merge.")
