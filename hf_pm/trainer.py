@@ -229,6 +229,10 @@ class PMTrainerMixin:
         """The checkpoint the live model came from, or a copy of the live weights if there is none."""
         own = self.run.path / "base"
         inner = self.model.get_base_model()
+        differs = UserError(
+            f"The model differs from the base that {str(self.run.path)!r} started from. Load the same model, or use "
+            "another `output_dir`."
+        )
         # The head of a classifier is not in its checkpoint, and without it the run could not be rebuilt.
         if not own.is_dir() and self.task_type != "SEQ_CLS" and inner.name_or_path:
             base = BaseCheckpoint.resolve(inner.name_or_path, getattr(inner.config, "_commit_hash", None))
@@ -237,14 +241,13 @@ class PMTrainerMixin:
                 return base, names
         with self.args.main_process_first():
             if not own.is_dir():
+                if (self.run.path / "run.json").is_file():
+                    raise differs
                 snapshot_base(self.model, own)
         base = BaseCheckpoint(own, inner.name_or_path or "a model built in Python")
         names = stored_names(self.model, base)
         if names is None:
-            raise UserError(
-                f"The model differs from the base that {str(self.run.path)!r} started from. Load the same model, or "
-                "use another `output_dir`."
-            )
+            raise differs
         return base, names
 
     def _task_seed(self, number: int) -> int:

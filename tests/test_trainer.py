@@ -393,6 +393,8 @@ def test_another_recipe_or_base_is_refused_and_nothing_is_touched(model, stream,
     refused("belongs to another recipe: tasks, data_fingerprint differ", new_stream=TaskStream([stream[1], stream[0]]))
     refused("belongs to another recipe: adapter differ", new_lora=LoraConfig(r=2, target_modules="all-linear"))
 
+    refused("differs from the base that", new_model=build("llama"))
+
     changed = folder_of(model).with_name("changed")
     shutil.copytree(folder_of(model), changed)
     other = AutoModelForCausalLM.from_pretrained(changed)
