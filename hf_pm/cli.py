@@ -72,6 +72,8 @@ def run_recipe(recipe: Any) -> dict[str, Any]:
     """Load what a `Recipe` names and train its stream; returns the content of `results.json`."""
     import torch
     import transformers
+    from httpx2 import HTTPError
+    from huggingface_hub.errors import HFValidationError
     from peft import LoraConfig
 
     from .adapters import check_config
@@ -128,7 +130,16 @@ def run_recipe(recipe: Any) -> dict[str, Any]:
             f"Cannot load {recipe.model_name_or_path!r} as {recipe.task_type}: {reason} Correct `model_name_or_path` "
             "or `task_type`."
         ) from error
-    trainer = PMTrainer(model=model, args=recipe, stream=stream, processing_class=tokenizer, peft_config=peft_config)
+    try:
+        trainer = PMTrainer(
+            model=model, args=recipe, stream=stream, processing_class=tokenizer, peft_config=peft_config
+        )
+    except (HTTPError, HFValidationError, ConnectionError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"`push_to_hub` is on, but the repo {recipe.hub_model_id!r} cannot be created or reached: {reason} "
+            "Correct `hub_model_id` and the token, or train with `push_to_hub: false`."
+        ) from error
     results = trainer.train_stream()
     if trainer.is_world_process_zero():
         print(f"Results, report and releases: {recipe.output_dir}")

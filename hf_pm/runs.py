@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import HfHubHTTPError
+from httpx2 import HTTPError
 from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import PreTrainedTokenizerBase
@@ -243,7 +243,8 @@ class RunFolder:
                     private=self.args.hub_private_repo,
                     revision=self.args.hub_revision,
                 )
-            except (HfHubHTTPError, OSError, ValueError) as error:
+            # A refused or dropped connection is an HTTPError of the client's transport, not an OSError.
+            except (HTTPError, OSError, ValueError) as error:
                 logger.warning(
                     "Pushing %s to %s failed: %s. The release is complete in %s and the run goes on; the push is "
                     "tried again after the next task and when the same command is started again.",

@@ -90,11 +90,12 @@ def test_every_task_is_one_commit_one_tag_and_loads_with_plain_transformers(serv
             assert b"hf_right" not in file.read_bytes(), file
 
 
-def test_a_failed_push_costs_nothing_and_is_made_up_for(server, tmp_path, recipe):  # noqa: F811
+@pytest.mark.parametrize("fault", [500, 0])  # an error answer, a dropped connection
+def test_a_failed_push_costs_nothing_and_is_made_up_for(fault, server, tmp_path, recipe):  # noqa: F811
     path, values = recipe
     values |= {"push_to_hub": True, "hub_model_id": "me/stream"}
     path.write_text(yaml.safe_dump(values))
-    server.fail_next("POST", "/api/models/me/stream/commit/", 500, times=2)
+    server.fail_next("POST", "/api/models/me/stream/commit/", fault, times=2)
     done = run(server, tmp_path, ["-m", "hf_pm.cli", "run", str(path)])
     assert done.returncode == 0, done.stderr
     assert "Pushing task-01-colour to me/stream failed" in done.stderr
@@ -105,3 +106,17 @@ def test_a_failed_push_costs_nothing_and_is_made_up_for(server, tmp_path, recipe
     assert again.returncode == 0, again.stderr
     assert list(server.repos["me/stream"].tags) == ["task-01-colour", "task-02-mood"]
     assert server.commits == 2 and not list((run_dir / "outbox").glob("*"))
+
+
+@pytest.mark.parametrize(
+    ("change", "status"), [({"hub_model_id": "a/b/c"}, None), ({"hub_model_id": "me/stream"}, 403), ({}, 0)]
+)
+def test_a_repo_that_cannot_be_had_stops_before_training(change, status, server, tmp_path, recipe):  # noqa: F811
+    path, values = recipe
+    path.write_text(yaml.safe_dump(values | {"push_to_hub": True, "hub_model_id": "me/stream"} | change))
+    if status is not None:
+        server.fail_next("POST", "/api/repos/create", status, times=5)
+    done = run(server, tmp_path, ["-m", "hf_pm.cli", "run", str(path)])
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr and "`push_to_hub` is on, but the repo" in done.stderr
+    assert not (tmp_path / "run" / "ledger.json").exists()
