@@ -70,6 +70,7 @@ def run_command(options: argparse.Namespace, words: list[str]) -> None:
 
 def run_recipe(recipe: Any) -> dict[str, Any]:
     """Load what a `Recipe` names and train its stream; returns the content of `results.json`."""
+    import datasets
     import torch
     import transformers
     from httpx2 import HTTPError
@@ -83,6 +84,7 @@ def run_recipe(recipe: Any) -> dict[str, Any]:
     from .trainer import PMTrainer
 
     transformers.logging.set_verbosity_error()
+    datasets.disable_progress_bars()  # one a file, gone in an instant; downloads have bars of their own
     # transformers deprecates names that PEFT and transformers itself still use; no user can act on that.
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     logging.getLogger("hf_pm").setLevel(logging.INFO)

@@ -121,6 +121,19 @@ trainer.train_stream()
     assert adapters["run"] == adapters["launch"] == adapters["api"]
 
 
+@pytest.mark.parametrize(("kind", "task_type"), [("t5", "SEQ_2_SEQ_LM"), ("bert", "SEQ_CLS")])
+def test_other_architectures_by_recipe(kind, task_type, recipe, tmp_path, seq2seq_tokenizer):
+    path, values = recipe
+    build(kind).save_pretrained(tmp_path / kind)
+    seq2seq_tokenizer.save_pretrained(tmp_path / kind)
+    path.write_text(yaml.safe_dump(values | {"model_name_or_path": kind, "task_type": task_type}))
+    assert main(["run", str(path)]) == 0
+    first = (tmp_path / "run" / "results.json").read_bytes()
+    assert [len(row) for row in json.loads(first)["matrix"]] == [1, 2]
+    assert main(["run", str(path)]) == 0  # loads the same base again, heads included, and finds the run complete
+    assert (tmp_path / "run" / "results.json").read_bytes() == first
+
+
 # (change of the recipe, words of the message); each must exit with 2 and one line, before anything is written.
 MISTAKES = [
     ({"metod": "pm"}, "Unknown recipe key 'metod'. Did you mean 'method'"),
