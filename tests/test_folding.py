@@ -91,7 +91,9 @@ def test_one_task_at_coefficient_one_is_the_adapter_model(tmp_path, dtype):
     commit(ledger, live, "task1", 1.0)
     folder.into_model(live)
     after = live(**PROBE).logits.float()
-    assert torch.allclose(before, after, atol=1e-5 if dtype == torch.float32 else 0.1)
+    # The adapter model rounds W x and s B A x separately, so in bfloat16 they agree to a few of its digits only.
+    tolerance = 1e-5 if dtype == torch.float32 else 0.05
+    assert (before - after).abs().max() < tolerance * before.abs().max()
     dense = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
     dense = adapters.attach(dense, LoraConfig(r=4, lora_alpha=8, target_modules="all-linear"), "CAUSAL_LM")
     randomize(dense, 1)
@@ -111,7 +113,7 @@ def test_small_updates_survive_many_tasks_in_bfloat16(tmp_path):
     layers = adapters.lora_layers(live)
     for layer in layers.values():
         layer.lora_A["default"].weight.data.fill_(1.0)
-        layer.lora_B["default"].weight.data.fill_(1e-6)
+        layer.lora_B["default"].weight.data.fill_(1e-5)
     name = next(iter(layers))
     before = folder.base.read(folder.names[name]).float()
     one_by_one = before.bfloat16()
@@ -120,12 +122,12 @@ def test_small_updates_survive_many_tasks_in_bfloat16(tmp_path):
             commit(ledger, live, "task1", 1.0)
         else:  # the same adapter, again and again
             ledger.entries.append(ledger.entries[0])
-        one_by_one += 1e-6
+        one_by_one += 1e-5
     folder.into_model(live)
     merged = layers[name].get_base_layer().weight.float()
-    assert torch.equal(merged, (before + 200 * torch.tensor(1e-6)).bfloat16().float())
+    assert torch.equal(merged, (before + 200 * torch.tensor(1e-5)).bfloat16().float())
     applied = (merged - before).mean()
-    assert applied == pytest.approx(2e-4, rel=0.25)
+    assert applied == pytest.approx(2e-3, rel=0.25)
     assert (one_by_one.float() - before).mean() < 0.5 * applied
 
 
