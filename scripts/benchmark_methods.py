@@ -37,11 +37,12 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--output_dir", type=Path, default=Path("runs/bench"))
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
-    parser.add_argument("extra", nargs="*", help="recipe overrides, after --")
-    options = parser.parse_args()
+    words = sys.argv[1:]
+    end = words.index("--") if "--" in words else len(words)
+    options, extra = parser.parse_args(words[:end]), words[end + 1 :]
     with ThreadPoolExecutor(options.jobs) as pool:
         jobs = [
-            pool.submit(run, options.recipe, method, seed, options.output_dir, options.extra)
+            pool.submit(run, options.recipe, method, seed, options.output_dir, extra)
             for seed in options.seeds
             for method in options.methods
         ]
