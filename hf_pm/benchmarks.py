@@ -1,10 +1,9 @@
 """Published task streams as tables. An id carries its source, since "order 4" means three things in the literature."""
 
-from pathlib import Path
 from typing import NamedTuple
 
-from .errors import UserError, choose
-from .stream import LOADERS, Task, TaskStream
+from .errors import choose
+from .stream import Task, TaskStream, local_files
 
 
 class Benchmark(NamedTuple):
@@ -116,16 +115,5 @@ def _task(name: str, data_dir: str | None, per_class: int | None) -> Task:
             config=known.config,
             train_per_class=per_class,
         )
-    files = {split: _local_file(name, split, data_dir) for split in ("train", "test")}
+    files = local_files(name, data_dir)
     return Task(name=name, **files, instruction=known.instruction, options=known.options, train_per_class=per_class)
-
-
-def _local_file(name: str, split: str, data_dir: str) -> str:
-    for ending in LOADERS:
-        path = Path(data_dir) / name / f"{split}{ending}"
-        if path.is_file():
-            return str(path)
-    raise UserError(
-        f"`data_dir` {data_dir!r} has no {name}/{split}.jsonl (nor .json, .parquet or .csv). Each task of the stream "
-        "needs a train and a test file with the columns `text` and `label`."
-    )

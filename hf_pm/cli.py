@@ -99,7 +99,7 @@ def run_recipe(recipe: Any) -> dict[str, Any]:
     )
     check_config(peft_config, recipe.task_type)
     if recipe.tasks is not None:
-        stream = TaskStream.from_dicts(recipe.tasks)
+        stream = TaskStream.from_dicts(recipe.tasks, recipe.data_dir)
     else:
         stream = load_stream(recipe.stream, recipe.data_dir)
 

@@ -167,14 +167,15 @@ class TaskStream(Sequence[Task]):
     """Tasks in the order in which they are learned.
 
     Args:
-        tasks (`Sequence[Task]`): At least one; names must be unique.
+        tasks (`Sequence[Task | dict]`): At least one; names must be unique. A mapping becomes a task by
+            [`Task.from_dict`].
 
     Raises:
         UserError: If the stream is empty or a name occurs twice.
     """
 
-    def __init__(self, tasks: Sequence[Task]) -> None:
-        self.tasks = list(tasks)
+    def __init__(self, tasks: Sequence[Task | dict[str, Any]]) -> None:
+        self.tasks = [task if isinstance(task, Task) else Task.from_dict(task) for task in tasks]
         names = [task.name for task in self.tasks]
         if not names:
             raise UserError("The stream has no tasks. List at least one under `tasks`.")
@@ -198,11 +199,36 @@ class TaskStream(Sequence[Task]):
         return [task.name for task in self.tasks]
 
     @classmethod
-    def from_dicts(cls, items: Any) -> "TaskStream":
-        """A stream from a recipe's `tasks`."""
+    def from_dicts(cls, items: Any, data_dir: str | None = None) -> "TaskStream":
+        """A stream from a recipe's `tasks`; rows that an item does not name are looked up in `data_dir`."""
         if not isinstance(items, list):
             raise UserError(f"`tasks` must be a list of mappings, but got {items!r}.")
-        return cls([Task.from_dict(item) for item in items])
+        if data_dir is not None:
+            items = [
+                local_files(str(item.get("name")), data_dir) | item
+                if isinstance(item, dict) and not ("train" in item and "test" in item)
+                else item
+                for item in items
+            ]
+        return cls(items)
+
+
+def local_files(name: str, data_dir: str) -> dict[str, str]:
+    """The files of a task in a local copy, `<data_dir>/<name>/{train,test}` with a known ending.
+
+    Raises:
+        UserError: If one of the two is missing.
+    """
+    files = {}
+    for split in ("train", "test"):
+        found = [path for path in (Path(data_dir) / name / f"{split}{ending}" for ending in LOADERS) if path.is_file()]
+        if not found:
+            raise UserError(
+                f"`data_dir` {data_dir!r} has no {name}/{split}.jsonl (nor .json, .parquet or .csv). Each task of the "
+                "stream needs a train and a test file with the columns `text` and `label`."
+            )
+        files[split] = str(found[0])
+    return files
 
 
 def subset(rows: Dataset, limit: int | None, seed: int) -> Dataset:

@@ -184,6 +184,17 @@ def test_registered_orders_are_the_published_ones():
     assert [task.train for task in load_stream("olora/order1")][0] == "fancyzhx/dbpedia_14"
 
 
+def test_mappings_become_tasks_and_find_their_rows_in_data_dir(tmp_path):
+    (tmp_path / "mood").mkdir()
+    for split in ("train", "test"):
+        (tmp_path / "mood" / f"{split}.csv").write_text("text,label\na party,happy\n")
+    stream = TaskStream.from_dicts([{"name": "mood", "options": ["happy", "sad"]}], str(tmp_path))
+    assert stream[0].load("test")["label"] == ["happy"]
+    assert TaskStream([{"name": "a", "train": "x.jsonl", "test": "y.jsonl"}])[0] == Task("a", "x.jsonl", "y.jsonl")
+    with pytest.raises(UserError, match="has no colour/train.jsonl"):
+        TaskStream.from_dicts([{"name": "colour"}], str(tmp_path))
+
+
 def test_local_copy_of_a_registered_stream(tmp_path):
     for name in STREAMS["olora/order1"]:
         (tmp_path / name).mkdir()
