@@ -236,14 +236,16 @@ def subset(rows: Dataset, limit: int | None, seed: int) -> Dataset:
     return rows if limit is None or limit >= len(rows) else rows.shuffle(seed=seed).select(range(limit))
 
 
-def fingerprint(tasks: Sequence[Task], splits: Sequence[Sequence[Dataset]]) -> str:
-    """sha256 over the prompts' parts and every row that is trained on or scored, in order."""
-    digest = hashlib.sha256()
+def fingerprint(
+    tasks: Sequence[Task], splits: Sequence[Sequence[Dataset]], limits: tuple[int | None, ...] = ()
+) -> str:
+    """sha256 over the prompts' parts, every row of every split in order, and how many of them are used at most."""
+    digest = hashlib.sha256(json.dumps(limits).encode())
     for task, datasets in zip(tasks, splits, strict=True):
         digest.update(json.dumps([task.name, task.instruction, task.options]).encode())
         for rows in datasets:
-            for row in rows:
-                digest.update(json.dumps([row["text"], row["label"]]).encode())
+            for text, label in zip(rows["text"], rows["label"], strict=True):
+                digest.update(json.dumps([text, label]).encode())
     return digest.hexdigest()
 
 

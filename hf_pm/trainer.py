@@ -378,9 +378,12 @@ class PMTrainerMixin:
         """Load and check every split of every task before anything expensive."""
         tasks = list(self.stream)
         data_seed = args.seed if args.data_seed is None else args.data_seed
-        self.train_rows = [subset(task.load("train"), args.max_train_samples, data_seed) for task in tasks]
-        test_rows = [subset(task.load("test"), args.max_eval_samples, EVAL_SUBSET_SEED) for task in tasks]
-        self.data_fingerprint = fingerprint(tasks, list(zip(self.train_rows, test_rows, strict=True)))
+        train_rows, test_rows = ([task.load(split) for task in tasks] for split in ("train", "test"))
+        # Of all rows, not of those drawn with this run's seed: runs that differ in the seed alone must be comparable.
+        limits = (args.max_train_samples, args.max_eval_samples)
+        self.data_fingerprint = fingerprint(tasks, list(zip(train_rows, test_rows, strict=True)), limits)
+        self.train_rows = [subset(rows, args.max_train_samples, data_seed) for rows in train_rows]
+        test_rows = [subset(rows, args.max_eval_samples, EVAL_SUBSET_SEED) for rows in test_rows]
         # Padding costs least, and no score changes, when rows of equal length share a batch.
         self.test_rows = [
             _by_length(self.encoder.encode(task, rows)) for task, rows in zip(tasks, test_rows, strict=True)
