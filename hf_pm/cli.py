@@ -136,12 +136,17 @@ def run_recipe(recipe: Any) -> dict[str, Any]:
         trainer = PMTrainer(
             model=model, args=recipe, stream=stream, processing_class=tokenizer, peft_config=peft_config
         )
+    except UserError:
+        raise
     except (HTTPError, HFValidationError, ConnectionError) as error:
         reason = " ".join(str(error).split())
         raise UserError(
             f"`push_to_hub` is on, but the repo {recipe.hub_model_id!r} cannot be created or reached: {reason} "
             "Correct `hub_model_id` and the token, or train with `push_to_hub: false`."
         ) from error
+    except ValueError as error:
+        # `Trainer` checks combinations of its own arguments this way, and names them.
+        raise UserError(f"{' '.join(str(error).split())} Correct the recipe.") from error
     results = trainer.train_stream()
     if trainer.is_world_process_zero():
         print(f"Results, report and releases: {recipe.output_dir}")
