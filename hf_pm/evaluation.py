@@ -31,6 +31,44 @@ def predict(model: nn.Module, batch: Mapping[str, Any]) -> tuple[torch.Tensor, t
 
 
 @torch.no_grad()
+def probe_logits(
+    model: nn.Module, batch: Mapping[str, Any], autocast: Callable[[], Any] = nullcontext
+) -> torch.Tensor:
+    """Logits of the answers in `batch`, (answer tokens, vocabulary) in float32 on the CPU, in evaluation mode."""
+    was_training = model.training
+    model.eval()
+    try:
+        with autocast():
+            logits, targets = predict(model, batch)
+    finally:
+        model.train(was_training)
+    return logits[targets != IGNORE_INDEX].float().cpu() if logits.ndim == 3 else logits.float().cpu()
+
+
+def logit_parity(expected: torch.Tensor, actual: torch.Tensor) -> dict[str, float]:
+    """How far two models' logits on the same positions are apart.
+
+    Args:
+        expected (`torch.Tensor`): (positions, vocabulary).
+        actual (`torch.Tensor`): The same shape.
+
+    Returns:
+        `dict`: `max_difference` and `mean_difference` of the logits, `relative_difference` (the largest, over the
+        largest logit), `kl` (mean over positions of KL(expected || actual), in nats) and `argmax_agreement` in [0, 1].
+    """
+    expected, actual = expected.double(), actual.double()
+    difference = (expected - actual).abs()
+    p, q = expected.log_softmax(-1), actual.log_softmax(-1)
+    return {
+        "max_difference": float(difference.max()),
+        "mean_difference": float(difference.mean()),
+        "relative_difference": float(difference.max() / expected.abs().max().clamp(min=1e-30)),
+        "kl": float((p.exp() * (p - q)).sum(-1).mean()),
+        "argmax_agreement": float((expected.argmax(-1) == actual.argmax(-1)).double().mean()),
+    }
+
+
+@torch.no_grad()
 def exact_matches(
     model: nn.Module,
     batches: Iterable[Mapping[str, Any]],

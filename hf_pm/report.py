@@ -275,7 +275,8 @@ def _merges(results: Mapping[str, Any]) -> list[dict[str, Any]]:
     for j, name in enumerate(results["tasks"][: len(results["matrix"])]):
         terms = entry_of(results, "coefficient_terms", j) or {}
         alpha, uniform = as_number(entry_of(results, "coefficients", j)), 1 / (j + 1)
-        rows.append({"name": name, "alpha": alpha, "uniform": uniform, "terms": terms})
+        parity = (entry_of(results, "per_task", j) or {}).get("parity") or {}
+        rows.append({"name": name, "alpha": alpha, "uniform": uniform, "terms": terms, "parity": parity})
     return rows
 
 

@@ -162,9 +162,14 @@ class RunFolder:
         os.replace(temporary, path)
         return path
 
-    def record_scores(self, number: int, rows: list[list[float | None]], seconds: float) -> None:
-        """Make `rows` the matrix after task `number`, and write results.json and report.html."""
-        record = read_json(self.task_dir(number) / "task.json") | {"evaluate_seconds": seconds}
+    def record_scores(self, number: int, rows: list[list[float | None]], extra: dict[str, Any]) -> None:
+        """Make `rows` the matrix after task `number`, and write results.json and report.html.
+
+        `extra` joins what was recorded when the task was committed.
+        """
+        record = read_json(self.task_dir(number) / "task.json") | extra
+        if self.writes:
+            write_json(self.task_dir(number) / "task.json", record)
         results = self.results
         results["matrix"] = rows
         results["coefficients"].append(record.pop("coefficient"))

@@ -236,6 +236,12 @@ def subset(rows: Dataset, limit: int | None, seed: int) -> Dataset:
     return rows if limit is None or limit >= len(rows) else rows.shuffle(seed=seed).select(range(limit))
 
 
+def by_length(rows: Dataset) -> Dataset:
+    """Encoded rows sorted by their number of tokens, so that batches hold little padding."""
+    lengths = [len(ids) for ids in rows["input_ids"]]
+    return rows.select(sorted(range(len(rows)), key=lambda row: lengths[row]))
+
+
 def fingerprint(
     tasks: Sequence[Task], splits: Sequence[Sequence[Dataset]], limits: tuple[int | None, ...] = ()
 ) -> str:

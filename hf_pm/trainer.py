@@ -29,16 +29,21 @@ from . import adapters, metrics, report
 from .config import PMConfig
 from .curvature import diagonal_curvature, unit_mean
 from .errors import UserError
-from .evaluation import correct_classes, exact_matches
+from .evaluation import correct_classes, exact_matches, logit_parity, probe_logits
 from .folding import BaseCheckpoint, Folder, snapshot_base, stored_names
 from .merging import COEFFICIENTS, NEEDS_CURVATURE, inner_products
-from .perturbation import Perturbation
+from .perturbation import Perturbation, scaled_update
 from .progress import StreamProgress
 from .runs import RunFolder
-from .stream import EVAL_SUBSET_SEED, AnswerCollator, Encoder, TaskStream, fingerprint, subset
+from .stream import EVAL_SUBSET_SEED, AnswerCollator, Encoder, TaskStream, by_length, fingerprint, subset
 
 
 logger = logging.getLogger(__name__)
+
+
+PROBE_ROWS = 8
+# Largest difference of a logit over the largest logit that a fold may show, in float32 and with any rounding.
+FOLD_TOLERANCE = {"exact": 1e-4, "rounded": 0.1}
 
 
 class Stage(NamedTuple):
@@ -218,6 +223,7 @@ class PMTrainerMixin:
         }
         self.run.open(Folder(base, self.run.ledger, names), description, results)
         self.accelerator.wait_for_everyone()
+        self._expected: torch.Tensor | None = None
         self._live: int | None = None  # number of tasks whose merged weights are live
         self._progress = StreamProgress()
         if not args.disable_tqdm:
@@ -291,7 +297,7 @@ class PMTrainerMixin:
             return None
         args = self.args
         started = time.monotonic()
-        rows = _by_length(subset(self.train_dataset, args.curvature_num_samples, args.seed))
+        rows = by_length(subset(self.train_dataset, args.curvature_num_samples, args.seed))
         generator = None
         if args.curvature_labels == "sampled":
             generator = torch.Generator().manual_seed(self._task_seed(self.task_number) + args.process_index)
@@ -321,6 +327,9 @@ class PMTrainerMixin:
                 name = self.stages[number - 1].name
                 logger.warning("Task %r has no curvature: its update is merged with 1/%d.", name, number)
         alpha = COEFFICIENTS[self.method.merge](terms, number, self.args.merge_coefficient)
+        # What the fold has to reproduce: the adapter model at the coefficient.
+        with scaled_update(self.perturbation.layers, alpha):
+            self._expected = probe_logits(self.model, self._probe(number), self.accelerator.autocast)
         if self.is_world_process_zero():
             record = self._seconds | {"merge_seconds": time.monotonic() - started}
             record["peak_memory_bytes"] = _peak_memory()
@@ -335,6 +344,7 @@ class PMTrainerMixin:
             return
         started = time.monotonic()
         self._rebuild(number)
+        parity = self._parity(number)
         scores = []
         for t in stage.scores:
             if self.task_type == "SEQ_CLS":
@@ -347,9 +357,38 @@ class PMTrainerMixin:
         elif self.method.start == "base" and rows:
             # A bank of one adapter per task never changes what it has: earlier scores stand.
             scores = [*rows[-1], *scores]
-        self.run.record_scores(number, [*rows, scores], time.monotonic() - started)
+        extra = {"parity": parity, "evaluate_seconds": time.monotonic() - started}
+        self.run.record_scores(number, [*rows, scores], extra)
         if self.is_world_process_zero() and not self.args.disable_tqdm:
             tqdm.write(report.format_table(results))
+
+    def _probe(self, number: int) -> Any:
+        """A few of the task's test rows, the same on every rank."""
+        rows = self.test_rows[self.stages[number - 1].learns[0]]
+        first = rows.select(range(min(PROBE_ROWS, len(rows)))).to_list()
+        return self._prepare_input(dict(self.stream_collator(first)))
+
+    def _parity(self, number: int) -> dict[str, Any] | None:
+        """Folded model against adapter model; `None` if this process did not see the adapter (a resumed run)."""
+        expected, self._expected = self._expected, None
+        if expected is None:
+            return None
+        actual = probe_logits(self.model, self._probe(number), self.accelerator.autocast)
+        weight = self.perturbation.layers[0].get_base_layer().weight
+        exact = weight.dtype == torch.float32 and self.accelerator.mixed_precision == "no"
+        parity = logit_parity(expected, actual) | {
+            "dtype": str(weight.dtype).removeprefix("torch."),
+            "tolerance": FOLD_TOLERANCE["exact" if exact else "rounded"],
+        }
+        if parity["relative_difference"] > parity["tolerance"]:
+            logger.warning(
+                "The folded model of task %r differs from its adapter model by %.2g of the largest logit, more than "
+                "%.2g. With 4-bit weights this is their rounding; otherwise train in a wider `dtype`.",
+                self.stages[number - 1].name,
+                parity["relative_difference"],
+                parity["tolerance"],
+            )
+        return parity
 
     def _publish(self, number: int) -> None:
         """Write the release of a task, then push what is waiting."""
@@ -386,7 +425,7 @@ class PMTrainerMixin:
         test_rows = [subset(rows, args.max_eval_samples, EVAL_SUBSET_SEED) for rows in test_rows]
         # Padding costs least, and no score changes, when rows of equal length share a batch.
         self.test_rows = [
-            _by_length(self.encoder.encode(task, rows)) for task, rows in zip(tasks, test_rows, strict=True)
+            by_length(self.encoder.encode(task, rows)) for task, rows in zip(tasks, test_rows, strict=True)
         ]
         everything = list(range(len(tasks)))
         if self.method.stream == "joint":
@@ -449,11 +488,6 @@ def _task_type(model: PreTrainedModel | PeftModel | None) -> str:
     if type(inner).__name__.endswith("ForSequenceClassification"):
         return "SEQ_CLS"
     return "SEQ_2_SEQ_LM" if inner.config.is_encoder_decoder else "CAUSAL_LM"
-
-
-def _by_length(rows: Dataset) -> Dataset:
-    lengths = [len(ids) for ids in rows["input_ids"]]
-    return rows.select(sorted(range(len(rows)), key=lambda row: lengths[row]))
 
 
 def _peak_memory() -> int:

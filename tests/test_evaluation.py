@@ -1,3 +1,4 @@
+import math
 from collections import Counter
 
 import pytest
@@ -5,7 +6,7 @@ import torch
 from conftest import build
 
 from hf_pm import Task
-from hf_pm.evaluation import correct_classes, exact_matches
+from hf_pm.evaluation import correct_classes, exact_matches, logit_parity
 from hf_pm.stream import AnswerCollator, Encoder
 
 
@@ -68,6 +69,18 @@ def test_classes_beyond_the_tasks_own_are_not_chosen():
     batch = {"input_ids": torch.tensor([[4, 5], [6, 7]]), "labels": torch.tensor([1, 0])}
     assert correct_classes(model, [batch], 2) == [True, False]
     assert correct_classes(model, [batch], 3) == [False, False]
+
+
+def test_logit_parity_by_hand():
+    expected = torch.log(torch.tensor([[0.5, 0.5], [0.8, 0.2]]))
+    actual = torch.log(torch.tensor([[0.25, 0.75], [0.8, 0.2]]))
+    parity = logit_parity(expected, actual)
+    assert parity["max_difference"] == pytest.approx(math.log(2))
+    assert parity["mean_difference"] == pytest.approx((math.log(2) + math.log(1.5)) / 4)
+    assert parity["relative_difference"] == pytest.approx(math.log(2) / math.log(5))
+    assert parity["kl"] == pytest.approx((0.5 * math.log(2) + 0.5 * math.log(0.5 / 0.75)) / 2)
+    assert parity["argmax_agreement"] == 0.5
+    assert logit_parity(expected, expected)["kl"] == 0
 
 
 def test_mode_is_left_alone(tokenizer):

@@ -131,6 +131,7 @@ def full() -> dict[str, Any]:
                 "evaluate_seconds": 59.96,
                 "peak_memory_bytes": 1_300_000_000,
                 "state_bytes": 999,
+                "parity": {"relative_difference": 2.5e-6},
             },
             {
                 "name": "yelp",
@@ -214,9 +215,9 @@ def test_balance_coefficients_and_costs(full):
         ["3: amazon", "0.100", "0.600", "0.600", "0.000", "", "100", "0.502 to 0.691"],
     ]
     assert page.table("coefficients")[1:] == [
-        ["1: agnews", "1.000", "1.000", "", "4", "0", "0", "5"],
-        ["2: yelp", "0.385", "0.500", "", "5", "8", "0", "2"],
-        ["3: amazon", "0.403", "0.333", "", "–", "–", "–", "–"],
+        ["1: agnews", "1.000", "1.000", "", "4", "0", "0", "5", "2.5e-06"],
+        ["2: yelp", "0.385", "0.500", "", "5", "8", "0", "2", "–"],
+        ["3: amazon", "0.403", "0.333", "", "–", "–", "–", "–", "–"],
     ]
     # Curvature was not measured for one task, so that it has no total.
     assert page.table("costs")[1:] == [

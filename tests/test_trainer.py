@@ -238,6 +238,7 @@ def test_results_report_and_releases(model, stream, tokenizer, lora, config):
     for task in results["per_task"]:
         assert task["train_seconds"] > 0 and task["curvature_seconds"] > 0 and task["peak_memory_bytes"] > 1e6
         assert task["state_bytes"] > 0
+        assert task["parity"]["relative_difference"] < 1e-5 and task["parity"]["argmax_agreement"] == 1
     assert "mood" in (run / "report.html").read_text()
     for tag in ("task-01-colour", "task-02-mood"):
         release = run / "releases" / tag
@@ -248,6 +249,21 @@ def test_results_report_and_releases(model, stream, tokenizer, lora, config):
         assert not list(release.rglob("*.bin")) and not list(release.rglob("*.pt"))
     run_file = json.loads((run / "run.json").read_text())
     assert run_file["base"]["sha256"].keys() == {"model.safetensors"}
+
+
+def test_a_wrong_fold_is_reported(model, stream, tokenizer, lora, config, caplog):
+    class Wrong(PMTrainer):
+        def _rebuild(self, number):
+            super()._rebuild(number)
+            if number == 2:
+                with torch.no_grad():
+                    self.perturbation.layers[3].get_base_layer().weight.mul_(1.5)
+
+    _, results = trained(model, stream, tokenizer, lora, config(release="none"), cls=Wrong)
+    first, second = (task["parity"] for task in results["per_task"])
+    assert first["relative_difference"] < first["tolerance"] < second["relative_difference"]
+    assert "The folded model of task 'mood' differs from its adapter model" in caplog.text
+    assert "'colour'" not in caplog.text
 
 
 METHODS = {
