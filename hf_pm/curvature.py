@@ -16,7 +16,7 @@ from torch import nn
 
 from .adapters import lora_layers
 from .errors import UserError
-from .evaluation import predict
+from .evaluation import evaluating, predict
 from .stream import IGNORE_INDEX
 
 
@@ -102,32 +102,30 @@ def diagonal_curvature(
 
         return on_forward
 
-    was_training = model.training
-    model.eval()
+    for name, layer in layers.items():
+        transposed = bool(getattr(layer, "fan_in_fan_out", False))
+        handles.append(layer.register_forward_hook(watch(name, transposed)))
     try:
-        for name, layer in layers.items():
-            transposed = bool(getattr(layer, "fan_in_fan_out", False))
-            handles.append(layer.register_forward_hook(watch(name, transposed)))
-        for batch in batches:
-            with autocast():
-                logits, targets = predict(model, batch)
-            losses, counts = row_losses(logits, targets, generator)
-            finite = torch.isfinite(losses)
-            if not finite.all():
-                row = seen + int((~finite).nonzero()[0])
-                raise UserError(
-                    f"The loss of row {row} in the curvature pass of task {task_name!r} is not finite. Nothing was "
-                    "committed; lower `learning_rate` or look at that row."
-                )
-            weights = 1.0 / counts.float() ** (2 if normalization == "sequence" else 1)
-            losses.sum().backward()
-            model.zero_grad(set_to_none=True)
-            seen += len(losses)
+        with evaluating(model):
+            for batch in batches:
+                with autocast():
+                    logits, targets = predict(model, batch)
+                losses, counts = row_losses(logits, targets, generator)
+                finite = torch.isfinite(losses)
+                if not finite.all():
+                    row = seen + int((~finite).nonzero()[0])
+                    raise UserError(
+                        f"The loss of row {row} in the curvature pass of task {task_name!r} is not finite. Nothing was "
+                        "committed; lower `learning_rate` or look at that row."
+                    )
+                weights = 1.0 / counts.clamp(min=1).float() ** (2 if normalization == "sequence" else 1)
+                losses.sum().backward()
+                model.zero_grad(set_to_none=True)
+                seen += len(losses)
     finally:
         for handle in handles:
             handle.remove()
         model.zero_grad(set_to_none=True)
-        model.train(was_training)
     for name, total in totals.items():
         if not torch.isfinite(total).all():
             raise UserError(

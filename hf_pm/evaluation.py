@@ -1,13 +1,24 @@
 """Scores of the live model, without generation where none is needed."""
 
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import nn
 
 from .stream import IGNORE_INDEX
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside, the model's own mode again outside."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
 
 
 def predict(model: nn.Module, batch: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -35,13 +46,8 @@ def probe_logits(
     model: nn.Module, batch: Mapping[str, Any], autocast: Callable[[], Any] = nullcontext
 ) -> torch.Tensor:
     """Logits of the answers in `batch`, (answer tokens, vocabulary) in float32 on the CPU, in evaluation mode."""
-    was_training = model.training
-    model.eval()
-    try:
-        with autocast():
-            logits, targets = predict(model, batch)
-    finally:
-        model.train(was_training)
+    with evaluating(model), autocast():
+        logits, targets = predict(model, batch)
     return logits[targets != IGNORE_INDEX].float().cpu() if logits.ndim == 3 else logits.float().cpu()
 
 
@@ -89,15 +95,11 @@ def exact_matches(
         autocast (`Callable`, *optional*): Context manager factory for the forward pass.
     """
     verdicts: list[bool] = []
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         for batch in batches:
             with autocast():
                 logits, targets = predict(model, batch)
             verdicts += ((logits.argmax(-1) == targets) | (targets == IGNORE_INDEX)).all(1).tolist()
-    finally:
-        model.train(was_training)
     return verdicts
 
 
@@ -111,13 +113,9 @@ def correct_classes(
 ) -> list[bool]:
     """Whether a classification head's best class among the task's first `num_classes` is the label of each row."""
     verdicts: list[bool] = []
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         for batch in batches:
             with autocast():
                 logits, targets = predict(model, batch)
             verdicts += (logits[:, :num_classes].argmax(-1) == targets).tolist()
-    finally:
-        model.train(was_training)
     return verdicts
