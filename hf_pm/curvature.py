@@ -115,8 +115,8 @@ def diagonal_curvature(
                 if not finite.all():
                     row = seen + int((~finite).nonzero()[0])
                     raise UserError(
-                        f"The loss of row {row} in the curvature pass of task {task_name!r} is not finite. Nothing was "
-                        "committed; lower `learning_rate` or look at that row."
+                        f"The loss of row {row} in the curvature pass of task {task_name!r} is not finite. Nothing "
+                        "was committed; lower `learning_rate` or look at that row."
                     )
                 weights = 1.0 / counts.clamp(min=1).float() ** (2 if normalization == "sequence" else 1)
                 losses.sum().backward()
