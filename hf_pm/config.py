@@ -94,11 +94,13 @@ class PMConfig(TrainingArguments):
     Raises:
         UserError: If a value breaks its rule.
 
-    NOTE: `logging_steps` is 10 (500 in `TrainingArguments`), since a task can be short. While a stream runs,
+    NOTE: `logging_steps` is 10 (500 in `TrainingArguments`), since a task can be short; `disable_tqdm` is false
+    whatever the verbosity of transformers, since a stream takes long. While a stream runs,
     `hub_strategy` has no say: every task is pushed once, after its evaluation.
     """
 
     logging_steps: float = _knob(10, "Steps between two logs.")
+    disable_tqdm: bool | None = _knob(False, "No progress bars.")
 
     method: str = _knob("pm", "Row of the method table.")
     merge: str | None = _knob(None, "Overrides the method's merge.")
