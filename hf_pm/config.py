@@ -30,6 +30,10 @@ def _knob(default: Any, text: str) -> Any:
     return field(default=default, metadata={"help": text})
 
 
+def _default(item: dataclasses.Field) -> Any:
+    return item.default if item.default_factory is dataclasses.MISSING else item.default_factory()
+
+
 def _plain(value: Any) -> Any:
     return value.value if isinstance(value, Enum) else value
 
@@ -123,7 +127,7 @@ class PMConfig(TrainingArguments):
         self.given = {
             item.name: _plain(getattr(self, item.name))
             for item in dataclasses.fields(self)
-            if item.init and not item.name.endswith("token") and getattr(self, item.name) not in (None, item.default)
+            if item.init and not item.name.endswith("token") and getattr(self, item.name) not in (None, _default(item))
         }
         choose("`method`", self.method, METHODS)
         if self.merge is not None:
