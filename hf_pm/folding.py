@@ -3,7 +3,6 @@
 W_t = cast(float32(W_0) + sum_j alpha_j * s_j * B_j A_j)
 """
 
-import hashlib
 import json
 import logging
 import os
@@ -264,13 +263,6 @@ class Folder:
         same = {name: name for name in tensors}
         for file in self.base.files:
             _patch(folder / file, same, lambda weight, name: tensors[name])
-
-    def state_hash(self, task_number: int | None = None) -> str:
-        """sha256 over the float32 merged matrices, in name order."""
-        digest = hashlib.sha256()
-        for name in sorted(self.names):
-            digest.update(self.merged(name, task_number).numpy().tobytes())
-        return digest.hexdigest()
 
 
 def _patch(path: Path, layer_of: dict[str, str], merge: Callable[[torch.Tensor, str], torch.Tensor]) -> None:

@@ -77,7 +77,7 @@ class Entry:
         terms (`dict`, *optional*): q, p, l, the trace of the curvature and the uniform coefficient 1/t.
         state (`str`, *optional*): File with S and R after this task, relative to the run folder.
         state_sha256 (`str`, *optional*): Of that file.
-        provenance (`dict`): Seed, data fingerprint and timings of the task.
+        provenance (`dict`): Seed and data fingerprint of the run.
     """
 
     name: str

@@ -83,21 +83,20 @@ class Perturbation:
         self.epsilon = epsilon
         self.probability = probability
         self.seed = seed
-        self.sign = 0
 
     @contextmanager
     def step(self, task_number: int, step: int, micro_step: int = 0) -> Iterator[float]:
         """Perturb the model for one forward and backward pass; yields the factor `1 + sign * epsilon`."""
         perturbed = self.kind != "none"
-        self.sign = draw_sign(self.seed, task_number, step, micro_step, self.probability) if perturbed else 0
-        factor = 1 + self.sign * self.epsilon
+        sign = draw_sign(self.seed, task_number, step, micro_step, self.probability) if perturbed else 0
+        factor = 1 + sign * self.epsilon
         if factor == 1:
             yield factor
         elif self.kind == "gaussian":
             noise_seed = int.from_bytes(
                 hashlib.blake2b(f"noise/{self.seed}/{task_number}/{step}".encode(), digest_size=7).digest(), "big"
             )
-            with gaussian_noise(self.layers, self.sign * self.epsilon, noise_seed):
+            with gaussian_noise(self.layers, sign * self.epsilon, noise_seed):
                 yield factor
         else:
             with scaled_update(self.layers, factor):

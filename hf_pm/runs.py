@@ -5,7 +5,7 @@ import os
 import shutil
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from httpx2 import HTTPError
@@ -29,6 +29,17 @@ PIPELINE_TAGS = {
     "SEQ_2_SEQ_LM": "text2text-generation",
     "SEQ_CLS": "text-classification",
 }
+
+
+class Measured(NamedTuple):
+    """What a coefficient was computed from, by matrix name; kept so that it is read and copied once."""
+
+    curvature: dict[str, torch.Tensor]
+    updates: dict[str, adapters.Update]
+    before: dict[str, State]
+
+    def delta(self, name: str) -> torch.Tensor:
+        return self.updates[name].delta()
 
 
 class RunFolder:
@@ -108,7 +119,7 @@ class RunFolder:
         model: torch.nn.Module,
         alpha: float,
         terms: Terms | None,
-        curvature: dict[str, torch.Tensor] | None,
+        measured: Measured | None,
         start: str,
         record: dict[str, Any],
     ) -> None:
@@ -116,9 +127,9 @@ class RunFolder:
         task_dir, base = self.task_dir(number), self.folder.base
         adapters.save(model, task_dir / "adapter", base.model_id, base.revision)
         state_file, judged = None, None
-        if curvature is not None:
-            state_file = self._write_state(number, model, alpha, curvature)
-            trace = sum(float(fisher.double().sum()) for fisher in curvature.values())
+        if measured is not None:
+            state_file = self._write_state(number, alpha, measured)
+            trace = sum(float(fisher.double().sum()) for fisher in measured.curvature.values())
             judged = {**terms._asdict(), "uniform": 1 / number, "curvature_trace": trace}
         record = {
             "name": self.stages[number - 1],
@@ -146,12 +157,10 @@ class RunFolder:
                 old.unlink()
         shutil.rmtree(task_dir / "checkpoints", ignore_errors=True)
 
-    def _write_state(
-        self, number: int, model: torch.nn.Module, alpha: float, curvature: dict[str, torch.Tensor]
-    ) -> Path:
-        updates, before, tensors = adapters.updates(model), self.read_state(), {}
-        for name, fisher in curvature.items():
-            new = update_state(before.get(name), fisher, updates[name].delta(), alpha)
+    def _write_state(self, number: int, alpha: float, measured: Measured) -> Path:
+        tensors = {}
+        for name, fisher in measured.curvature.items():
+            new = update_state(measured.before.get(name), fisher, measured.delta(name), alpha)
             tensors |= {f"S/{name}": new.S, f"R/{name}": new.R}
         path = self.path / "curvature" / f"state-{number:02d}.safetensors"
         path.parent.mkdir(exist_ok=True)

@@ -34,7 +34,7 @@ from .folding import BaseCheckpoint, Folder, snapshot_base, stored_names
 from .merging import COEFFICIENTS, NEEDS_CURVATURE, inner_products
 from .perturbation import Perturbation, scaled_update
 from .progress import StreamProgress
-from .runs import RunFolder
+from .runs import Measured, RunFolder
 from .stream import EVAL_SUBSET_SEED, AnswerCollator, Encoder, TaskStream, by_length, fingerprint, subset
 
 
@@ -319,10 +319,10 @@ class PMTrainerMixin:
     def _merge(self, number: int, curvature: dict[str, torch.Tensor] | None) -> None:
         """Find the coefficient and commit the task."""
         started = time.monotonic()
-        terms = None
+        terms, measured = None, None
         if curvature is not None:
-            updates = adapters.updates(self.model)
-            terms = inner_products(curvature, lambda name: updates[name].delta(), self.run.read_state())
+            measured = Measured(curvature, adapters.updates(self.model), self.run.read_state())
+            terms = inner_products(curvature, measured.delta, measured.before)
             if terms.q + terms.p <= 0:
                 name = self.stages[number - 1].name
                 logger.warning("Task %r has no curvature: its update is merged with 1/%d.", name, number)
@@ -333,7 +333,7 @@ class PMTrainerMixin:
         if self.is_world_process_zero():
             record = self._seconds | {"merge_seconds": time.monotonic() - started}
             record["peak_memory_bytes"] = _peak_memory()
-            self.run.commit(number, self.model, alpha, terms, curvature, self.method.start, record)
+            self.run.commit(number, self.model, alpha, terms, measured, self.method.start, record)
         self.accelerator.wait_for_everyone()
         self.run.ledger.reload()
 
