@@ -4,6 +4,8 @@ from collections import Counter
 import pytest
 import torch
 from conftest import build
+from datasets import Dataset
+from transformers import DataCollatorForSeq2Seq
 
 from hf_pm import Task
 from hf_pm.evaluation import correct_classes, exact_matches, logit_parity
@@ -14,9 +16,6 @@ from hf_pm.stream import AnswerCollator, Encoder
 def test_equals_generate_on_hundreds_of_rows(kind, tokenizer, seq2seq_tokenizer):
     """References are the model's own greedy answers, such answers with a token changed, cut short, or carried on, so
     that about half are right and many are prefixes of each other."""
-    from datasets import Dataset
-    from transformers import DataCollatorForSeq2Seq
-
     causal = kind != "t5"
     # float64: padding changes sums in the last digit, and an untrained model has near ties.
     model = build(kind).eval().double()
@@ -89,3 +88,26 @@ def test_mode_is_left_alone(tokenizer):
     row = Encoder(tokenizer, "CAUSAL_LM", 32)._causal(task, "a apple", "red")
     exact_matches(model, [AnswerCollator(tokenizer)([row])])
     assert model.training
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_loss_and_gradients_on_the_answers_logits_are_those_on_all_logits(kind, tokenizer):
+    rows = [
+        {
+            "input_ids": list(range(4, 4 + n)),
+            "attention_mask": [1] * n,
+            "labels": [-100] * (n - k) + list(range(5, 5 + k)),
+        }
+        for n, k in ((9, 2), (14, 3), (5, 1))
+    ]
+    gradients, losses = [], []
+    for collate in (AnswerCollator(tokenizer), DataCollatorForSeq2Seq(tokenizer)):
+        model = build(kind).double().eval()
+        batch = dict(collate([dict(row) for row in rows]))
+        loss = model(**batch, num_items_in_batch=6).loss
+        loss.backward()
+        losses.append(float(loss))
+        gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    for name, gradient in gradients[0].items():
+        assert torch.allclose(gradient, gradients[1][name], rtol=1e-5, atol=1e-9), name
