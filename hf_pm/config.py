@@ -3,6 +3,7 @@ tasks). A recipe file is flat YAML whose keys are the fields of `Recipe`.
 """
 
 import dataclasses
+import os
 import re
 import types
 import typing
@@ -298,7 +299,8 @@ def parse_recipe(path: str | Path | None, overrides: list[str]) -> Recipe:
 def resolve_path(value: str, folder: Path) -> str:
     """`value` beside the recipe if that exists, else unchanged (a path from the working directory, or a Hub id)."""
     beside = folder / value
-    return str(beside) if not Path(value).is_absolute() and beside.exists() else value
+    # Without `..`: the same folder has the same name through every door.
+    return os.path.normpath(beside) if not Path(value).is_absolute() and beside.exists() else value
 
 
 def _load_yaml(path: Path) -> dict[str, Any]:

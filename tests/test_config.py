@@ -50,6 +50,8 @@ def test_paths_are_looked_up_beside_the_recipe(tmp_path, monkeypatch):
         "model_name_or_path: model\ntasks: [{name: a, train: rows.jsonl, test: elsewhere.jsonl}]\nuse_cpu: true\n"
     )
     monkeypatch.chdir(tmp_path)
+    recipe = parse_recipe(path, ["--model_name_or_path", "../recipes/model"])
+    assert recipe.model_name_or_path == str(tmp_path / "recipes" / "model")
     recipe = parse_recipe(path, [])
     assert recipe.model_name_or_path == str(tmp_path / "recipes" / "model")
     assert recipe.tasks[0]["train"] == str(tmp_path / "recipes" / "rows.jsonl")
