@@ -78,6 +78,8 @@ class Entry:
         state (`str`, *optional*): File with S and R after this task, relative to the run folder.
         state_sha256 (`str`, *optional*): Of that file.
         provenance (`dict`): Seed and data fingerprint of the run.
+        coefficients (`dict[str, float]`, *optional*): alpha of each matrix where they differ; `coefficient` is then
+            their mean.
     """
 
     name: str
@@ -89,6 +91,11 @@ class Entry:
     state: str | None = None
     state_sha256: str | None = None
     provenance: dict[str, Any] = field(default_factory=dict)
+    coefficients: dict[str, float] | None = None
+
+    def alpha(self, name: str) -> float:
+        """The fraction of the update of the matrix `name` that is kept."""
+        return self.coefficient if self.coefficients is None else self.coefficients[name]
 
 
 class Ledger:

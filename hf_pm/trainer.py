@@ -6,10 +6,10 @@ import resource
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from datasets import Dataset, concatenate_datasets
+from datasets import Dataset
 from peft import LoraConfig, PeftModel
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
@@ -29,13 +29,15 @@ from . import adapters, metrics, report
 from .config import PMConfig
 from .curvature import diagonal_curvature, unit_mean
 from .errors import UserError
-from .evaluation import correct_classes, exact_matches, logit_parity, probe_logits
+from .evaluation import logit_parity, probe_logits
 from .folding import BaseCheckpoint, Folder, snapshot_base, stored_names
 from .merging import COEFFICIENTS, NEEDS_CURVATURE, inner_products
 from .perturbation import Perturbation, scaled_update
 from .progress import StreamProgress
+from .rows import Stage, StreamRows
 from .runs import Measured, RunFolder
-from .stream import EVAL_SUBSET_SEED, AnswerCollator, Encoder, TaskStream, by_length, fingerprint, subset
+from .scoring import Scorer
+from .stream import AnswerCollator, Encoder, TaskStream, by_length, subset
 
 
 logger = logging.getLogger(__name__)
@@ -44,14 +46,6 @@ logger = logging.getLogger(__name__)
 PROBE_ROWS = 8
 # Largest difference of a logit over the largest logit that a fold may show, in float32 and with any rounding.
 FOLD_TOLERANCE = {"exact": 1e-4, "rounded": 0.1}
-
-
-class Stage(NamedTuple):
-    """One training run of a stream: the tasks it learns and those it is scored on afterwards (0-based)."""
-
-    name: str
-    learns: list[int]
-    scores: list[int]
 
 
 class PMTrainerMixin:
@@ -112,9 +106,10 @@ class PMTrainerMixin:
             self.encoder = Encoder(processing_class, self.task_type, args.max_length)
             self.stream_collator = self._collator(model, args, kwargs)
             data_collator = data_collator or self.stream_collator
-            self._load_rows(args)
+            self.rows = StreamRows(stream, self.encoder, self.method, args)
+            self.stages = self.rows.stages
             if train_dataset is None:
-                train_dataset = self._encoded_train(self.stages[0])
+                train_dataset = self.rows.encoded_train(self.stages[0])
         self.perturbation = Perturbation(
             model, self.method.perturbation, args.perturbation_epsilon, args.perturbation_probability, args.seed
         )
@@ -202,7 +197,7 @@ class PMTrainerMixin:
                 "use_rslora": adapter.use_rslora,
                 "targets": sorted(names),
             },
-            "data_fingerprint": self.data_fingerprint,
+            "data_fingerprint": self.rows.fingerprint,
         }
         results = {
             "schema": 1,
@@ -216,13 +211,14 @@ class PMTrainerMixin:
             "formulas": metrics.FORMULAS,
             "coefficients": [],
             "coefficient_terms": [],
-            "eval_samples": [len(rows) for rows in self.test_rows],
-            "data_fingerprint": self.data_fingerprint,
+            "eval_samples": [len(rows) for rows in self.rows.test],
+            "data_fingerprint": self.rows.fingerprint,
             "per_task": [],
             "seed": args.seed,
         }
         self.run.open(Folder(base, self.run.ledger, names), description, results)
         self.accelerator.wait_for_everyone()
+        self.scorer = Scorer(self, self.rows)
         self._expected: torch.Tensor | None = None
         self._live: int | None = None  # number of tasks whose merged weights are live
         self._progress = StreamProgress()
@@ -277,8 +273,8 @@ class PMTrainerMixin:
     def _train(self, number: int, stage: Stage) -> None:
         """HF's own `train`, from the last checkpoint inside this task if there is one."""
         started = time.monotonic()
-        self.train_dataset = self._encoded_train(stage)
-        rows = [sum(len(self.train_rows[t]) for t in other.learns) for other in self.stages]
+        self.train_dataset = self.rows.encoded_train(stage)
+        rows = [sum(len(self.rows.train[t]) for t in other.learns) for other in self.stages]
         self._progress.label = f"task {number} of {len(self.stages)} ({stage.name})"
         self._progress.finished = sum(rows[: number - 1]) / sum(rows)
         self._progress.share = rows[number - 1] / sum(rows)
@@ -303,7 +299,7 @@ class PMTrainerMixin:
             generator = torch.Generator().manual_seed(self._task_seed(self.task_number) + args.process_index)
         totals, seen = diagonal_curvature(
             self.model,
-            self._batches(rows, args.curvature_batch_size, "curvature"),
+            self.batches(rows, args.curvature_batch_size, "curvature"),
             normalization=args.curvature_normalization,
             generator=generator,
             autocast=self.accelerator.autocast,
@@ -350,7 +346,7 @@ class PMTrainerMixin:
             if self.task_type == "SEQ_CLS":
                 entry = self.run.ledger.entries[0 if self.method.stream == "joint" else t]
                 adapters.load_head(self.model, adapters.StoredAdapter(self.run.path / entry.adapter).head())
-            scores.append(self._score(t))
+            scores.append(self.scorer.score(t))
         rows = results["matrix"]
         if self.method.stream == "joint":
             rows = [[None] * (t + 1) for t in range(len(scores) - 1)]
@@ -364,7 +360,7 @@ class PMTrainerMixin:
 
     def _probe(self, number: int) -> Any:
         """A few of the task's test rows, the same on every rank."""
-        rows = self.test_rows[self.stages[number - 1].learns[0]]
+        rows = self.rows.test[self.stages[number - 1].learns[0]]
         first = rows.select(range(min(PROBE_ROWS, len(rows)))).to_list()
         return self._prepare_input(dict(self.stream_collator(first)))
 
@@ -413,37 +409,7 @@ class PMTrainerMixin:
         )
         return DataCollatorForSeq2Seq(tokenizer) if whole else AnswerCollator(tokenizer)
 
-    def _load_rows(self, args: PMConfig) -> None:
-        """Load and check every split of every task before anything expensive."""
-        tasks = list(self.stream)
-        data_seed = args.seed if args.data_seed is None else args.data_seed
-        train_rows, test_rows = ([task.load(split) for task in tasks] for split in ("train", "test"))
-        # Of all rows, not of those drawn with this run's seed: runs that differ in the seed alone must be comparable.
-        limits = (args.max_train_samples, args.max_eval_samples)
-        self.data_fingerprint = fingerprint(tasks, list(zip(train_rows, test_rows, strict=True)), limits)
-        self.train_rows = [subset(rows, args.max_train_samples, data_seed) for rows in train_rows]
-        test_rows = [subset(rows, args.max_eval_samples, EVAL_SUBSET_SEED) for rows in test_rows]
-        # Padding costs least, and no score changes, when rows of equal length share a batch.
-        self.test_rows = [
-            by_length(self.encoder.encode(task, rows)) for task, rows in zip(tasks, test_rows, strict=True)
-        ]
-        everything = list(range(len(tasks)))
-        if self.method.stream == "joint":
-            if self.task_type == "SEQ_CLS" and len({tuple(task.options or ()) for task in tasks}) > 1:
-                raise UserError(
-                    "`method: joint` trains one head, but the tasks have different options. Use a language model "
-                    "(`task_type: CAUSAL_LM`), or another method."
-                )
-            self.stages = [Stage("joint", everything, everything)]
-        elif self.method.start == "base":
-            self.stages = [Stage(task.name, [t], [t]) for t, task in enumerate(tasks)]
-        else:
-            self.stages = [Stage(task.name, [t], everything[: t + 1]) for t, task in enumerate(tasks)]
-
-    def _encoded_train(self, stage: Stage) -> Dataset:
-        return concatenate_datasets([self.encoder.encode(self.stream[t], self.train_rows[t]) for t in stage.learns])
-
-    def _batches(self, rows: Dataset, batch_size: int, label: str) -> Iterator[Any]:
+    def batches(self, rows: Dataset, batch_size: int, label: str) -> Iterator[Any]:
         """This rank's share of `rows`, collated and on the device."""
         args = self.args
         share = rows.select(range(args.process_index, len(rows), args.world_size))
@@ -451,25 +417,13 @@ class PMTrainerMixin:
         shown = tqdm(loader, desc=label, leave=False, disable=args.disable_tqdm or not self.is_world_process_zero())
         return (self._prepare_input(dict(batch)) for batch in shown)
 
-    def _score(self, task_index: int) -> float:
-        """Exact match (accuracy for a classification head) of the live weights on one task's test rows."""
-        rows = self.test_rows[task_index]
-        batches = self._batches(rows, self.args.eval_batch_size, f"scoring {self.stream[task_index].name}")
-        if self.task_type == "SEQ_CLS":
-            classes = len(self.stream[task_index].options)
-            verdicts = correct_classes(self.model, batches, classes, autocast=self.accelerator.autocast)
-        else:
-            verdicts = exact_matches(self.model, batches, autocast=self.accelerator.autocast)
-        right = self.accelerator.reduce(torch.tensor(float(sum(verdicts)), device=self.args.device))
-        return float(right) / len(rows)
-
     def _score_base(self) -> None:
         """The row before any task, once."""
         if self.run.results["base_row"]:
             return
         self._rebuild(0)
         adapters.reset(self.model, self.args.seed)
-        self.run.results["base_row"] = [self._score(t) for t in range(len(self.stream))]
+        self.run.results["base_row"] = [self.scorer.score(t) for t in range(len(self.stream))]
         self.run.write_results()
 
 

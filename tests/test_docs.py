@@ -17,7 +17,7 @@ README = (ROOT / "README.md").read_text()
 LAYERS = [
     *("errors", "methods", "metrics", "merging", "ledger", "config", "stream", "benchmarks", "adapters"),
     *("perturbation", "evaluation", "curvature", "folding", "publishing", "report", "comparison", "progress"),
-    *("runs", "trainer", "cli"),
+    *("rows", "scoring", "runs", "trainer", "cli"),
 ]
 FREE_OF_TRANSFORMERS = {"errors", "methods", "metrics", "merging", "ledger", "publishing", "report", "comparison"}
 

@@ -497,7 +497,7 @@ def test_classification_stream_keeps_a_head_per_task(stream, seq2seq_tokenizer, 
     release = AutoModelForSequenceClassification.from_pretrained(run / "releases" / "task-02-mood").eval()
     release.classifier.weight.data = heads[0][key]
     release.classifier.bias.data = heads[0]["base_model.model.classifier.bias"]
-    rows = trainer.test_rows[0]
+    rows = trainer.rows.test[0]
     right = sum(
         int(release(input_ids=torch.tensor([row["input_ids"]])).logits.argmax()) == row["labels"] for row in rows
     )
