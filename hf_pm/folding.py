@@ -1,155 +1,84 @@
 """Base + ledger -> weights. The base is never modified, sums are made in float32, and rounded once.
 
 W_t = cast(float32(W_0) + sum_j alpha_j * s_j * B_j A_j)
+
+Every way to the merged weights (live model, checkpoint, `Folder.merged`) goes through `fold_blocks`: the terms are
+added task by task to blocks of rows whose size follows from the matrix's shape alone, each by one single-threaded
+matrix product. The bits of a product depend on its shape and on its threads, so this is what makes them the same on
+every path, whatever the number of threads, workers or shards.
 """
 
-import json
-import logging
 import os
 import shutil
-import struct
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-from peft import LoraConfig, PeftModel
-from safetensors import safe_open
-from safetensors.torch import save_file
+from peft import PeftModel
 from torch import nn
 
-from .adapters import PREFIX, WEIGHTS, StoredAdapter, lora_layers, silence
+from .adapters import WEIGHTS, StoredAdapter, base_weight, lora_layers, save_stacked, silence
+from .bases import BaseCheckpoint, Names, Piece, snapshot_base, stored_names  # noqa: F401
 from .errors import UserError
-from .ledger import Ledger, sha256_file, sync_folder
+from .ledger import Entry, Ledger, sha256_file, sync_folder
+from .tensorfiles import Stored, allocate, copy_range, overwrite, read_into, write_at
 
 
-logger = logging.getLogger(__name__)
+# Elements of a block of rows: 1 MiB in float32, which stays in a core's cache while the terms are added.
+BLOCK = 1 << 18
+# Bytes of untouched tensors that one job copies.
+COPY = 1 << 26
+MAX_WORKERS = 8
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+def fold_blocks(
+    path: Path, where: Stored, terms: Sequence[tuple[float, torch.Tensor, torch.Tensor]]
+) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Blocks of rows of float32(W) + sum of c * left @ right, for one matrix W of a file.
+
+    The one place where merged weights are computed. A block is added to in the order of `terms`, by products whose
+    shapes follow from the shapes of W and of the factors. Run it with one torch thread.
+
+    Args:
+        path (`Path`): A safetensors file.
+        where (`Stored`): The matrix in it.
+        terms (`Sequence[tuple]`): c, left (rows, r) and right (r, columns), float32, contiguous and on the CPU.
+
+    Yields:
+        `tuple`: The rows and their values, float32, in a buffer that the next block overwrites.
+    """
+    rows, columns = where.shape
+    height = max(1, BLOCK // max(columns, 1))
+    raw = torch.empty(min(height, rows), columns, dtype=where.dtype)
+    buffer = torch.empty(raw.shape)
+    with open(path, "rb", buffering=0) as handle:
+        for start in range(0, rows, height):
+            part = slice(start, min(start + height, rows))
+            stored, block = raw[: part.stop - start], buffer[: part.stop - start]
+            read_into(handle.fileno(), stored, where.begin + start * columns * where.dtype.itemsize)
+            block.copy_(stored)
+            for coefficient, left, right in terms:
+                block.addmm_(left[part], right, alpha=coefficient)
+            yield part, block
 
 
 @contextmanager
-def one_thread() -> Iterator[None]:
-    """One torch thread, so that sums have one order and one result on every machine size."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-class BaseCheckpoint:
-    """The untouched safetensors checkpoint that all merged models are rebuilt from.
+def single_threaded_workers(workers: int | None = None) -> Iterator[ThreadPoolExecutor]:
+    """Threads that each run torch on one thread; what has not started is dropped when one of them fails.
 
     Args:
-        folder (`Path`): With `model.safetensors` or a sharded checkpoint and its index.
-        model_id (`str`): What the user calls it: a Hub id or a path.
-        revision (`str`, *optional*): Commit on the Hub.
-
-    Raises:
-        UserError: If the folder holds no safetensors weights.
+        workers (`int`, *optional*): As many as torch has threads by default, at most 8.
     """
-
-    def __init__(self, folder: str | Path, model_id: str | None = None, revision: str | None = None) -> None:
-        self.folder = Path(folder)
-        self.model_id = model_id or str(folder)
-        self.revision = revision
-        if (self.folder / INDEX).is_file():
-            weight_map = json.loads((self.folder / INDEX).read_text())["weight_map"]
-            self.files = sorted(set(weight_map.values()))
-        elif (self.folder / SINGLE).is_file():
-            self.files = [SINGLE]
-        else:
-            raise UserError(
-                f"{self.model_id!r} holds no safetensors weights ({SINGLE} or {INDEX}). Convert the checkpoint with "
-                "`from_pretrained(...).save_pretrained(...)` first."
-            )
-        self._file_of: dict[str, str] = {}
-        for file in self.files:
-            with safe_open(self.folder / file, "pt") as tensors:
-                self._file_of.update(dict.fromkeys(tensors.keys(), file))
-
-    @classmethod
-    def resolve(cls, model_name_or_path: str, revision: str | None = None) -> "BaseCheckpoint":
-        """The checkpoint of a folder or of a Hub id (from the cache, or downloaded).
-
-        Raises:
-            UserError: If there is neither a folder nor a reachable repo of that name.
-        """
-        if Path(model_name_or_path).is_dir():
-            return cls(model_name_or_path)
-        try:
-            folder = snapshot_download(
-                model_name_or_path, revision=revision, allow_patterns=["*.safetensors", "*.json", "*.model", "*.jinja"]
-            )
-        except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise UserError(
-                f"There is no folder {model_name_or_path!r}, and it cannot be had from the Hub: {reason} Correct "
-                "`model_name_or_path`, or download the model first."
-            ) from error
-        return cls(folder, model_name_or_path, Path(folder).name)
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._file_of
-
-    def read(self, name: str) -> torch.Tensor:
-        """One tensor, as stored."""
-        with safe_open(self.folder / self._file_of[name], "pt") as tensors:
-            return tensors.get_tensor(name)
-
-    def identity(self) -> dict[str, object]:
-        """What makes two bases the same: sha256 of every weight file."""
-        return {
-            "model": self.model_id,
-            "revision": self.revision,
-            "sha256": {file: sha256_file(self.folder / file) for file in self.files},
-        }
-
-
-def stored_names(model: nn.Module, base: BaseCheckpoint) -> dict[str, str] | None:
-    """Adapted layer -> name of its weight in the base files, or `None` if some live weight is not the stored one.
-
-    Live models carry or lack a prefix that the files lack or carry (`bert.`, `model.`), so both are tried; what counts
-    is that the stored values, cast to the live dtype, are the live values. Quantised weights are compared by name.
-    """
-    names = {}
-    for name, layer in lora_layers(model).items():
-        candidates = [f"{name}.weight", f"{name.partition('.')[2]}.weight"]
-        prefix = getattr(getattr(model, "base_model", model), "model", model).base_model_prefix
-        candidates.append(f"{prefix}.{name}.weight")
-        stored = next((candidate for candidate in candidates if candidate in base), None)
-        if stored is None:
-            return None
-        weight = layer.get_base_layer().weight
-        if weight.is_floating_point():
-            tensor = base.read(stored)
-            if tensor.shape != weight.shape or not torch.equal(tensor.to(weight.dtype), weight.detach().cpu()):
-                return None
-        names[name] = stored
-    return names
-
-
-def snapshot_base(model: PeftModel, folder: Path) -> None:
-    """Save the base weights under the adapter of `model` as the base of a run.
-
-    For models that have no checkpoint of their own or differ from it. `folder` appears whole or not at all.
-    """
-    logger.warning("The live model is not a stored checkpoint: its weights are saved once to %s.", folder)
-    inner = model.get_base_model()
-    weights = {}
-    for key, tensor in inner.state_dict().items():
-        if ".lora_" not in key and ".modules_to_save." not in key:
-            weights[key.replace(".base_layer.", ".").replace(".original_module.", ".")] = tensor
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    inner.save_pretrained(temporary, state_dict=weights)
-    os.replace(temporary, folder)
+    threads = torch.get_num_threads()
+    pool = ThreadPoolExecutor(workers or min(threads, MAX_WORKERS), initializer=torch.set_num_threads, initargs=(1,))
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+        # A worker's number is also what threads to come start from.
+        torch.set_num_threads(threads)
 
 
 class Folder:
@@ -158,141 +87,220 @@ class Folder:
     Args:
         base (`BaseCheckpoint`): The base.
         ledger (`Ledger`): The committed tasks.
-        names (`dict[str, str]`): Adapted layer -> name of its weight in the base (see `stored_names`).
+        names (`Mapping`): Adapted matrix -> where its weight is in the base (see `stored_names`).
     """
 
-    def __init__(self, base: BaseCheckpoint, ledger: Ledger, names: dict[str, str]) -> None:
+    def __init__(self, base: BaseCheckpoint, ledger: Ledger, names: Names) -> None:
         self.base = base
         self.ledger = ledger
-        self.names = names
+        self.names = dict(names)
+        self._pieces = {name: self._pieces_of(given) for name, given in self.names.items()}
+        self._checked: dict[tuple[str, str], StoredAdapter] = {}
 
-    def _adapters(self, task_number: int | None) -> list[tuple[StoredAdapter, float]]:
+    def _pieces_of(self, given: str | Sequence[Piece]) -> list[Piece]:
+        if not isinstance(given, str):
+            return [Piece(*piece) for piece in given]
+        *experts, rows, columns = self.base.where(given)[1].shape
+        indices = range(experts[0]) if experts else (None,)
+        return [Piece(given, index, index, (0, rows), (0, columns), False) for index in indices]
+
+    def _adapters(self, task_number: int | None) -> list[tuple[StoredAdapter, Entry]]:
+        """The active entries and their adapters, whose hashes are checked once."""
         adapters = []
         for entry in self.ledger.active(task_number):
-            adapter = StoredAdapter(self.ledger.run_dir / entry.adapter)
+            key = entry.adapter, entry.adapter_sha256
+            if key not in self._checked:
+                path = self.ledger.run_dir / entry.adapter
+                if sha256_file(path / WEIGHTS) != entry.adapter_sha256:
+                    raise UserError(
+                        f"{str(path / WEIGHTS)!r} of task {entry.name!r} does not have the sha256 recorded at its "
+                        "commit. Restore the file from a copy; nothing is folded from altered weights."
+                    )
+                self._checked[key] = StoredAdapter(path)
+            adapter = self._checked[key]
             if set(adapter.names) != set(self.names):
                 raise UserError(
                     f"The adapter of task {entry.name!r} targets {adapter.names}, but this run's adapter targets "
                     f"{sorted(self.names)}. The LoRA targets must not change along a stream."
                 )
-            adapters.append((adapter, entry.coefficient))
+            adapters.append((adapter, entry))
         return adapters
 
-    @staticmethod
-    def _merge(weight: torch.Tensor, name: str, adapters: Sequence[tuple[StoredAdapter, float]]) -> torch.Tensor:
-        merged = weight.to(torch.float32, copy=True)
-        for adapter, coefficient in adapters:
-            merged.add_(adapter.read(name).delta(), alpha=coefficient)
-        return merged
+    def _blocks(
+        self, name: str, pieces: Iterable[Piece], adapters: Sequence[tuple[StoredAdapter, Entry]]
+    ) -> Iterator[tuple[Piece, Stored, slice, torch.Tensor]]:
+        """Merged blocks of some pieces of a live weight; the factors of all tasks are read once."""
+        factors = [(entry.alpha(name), *adapter.read(name).factors()) for adapter, entry in adapters]
+        for piece in pieces:
+            path, where = self.base.where(piece.stored, piece.index)
+            terms = [(alpha, *piece.factors(left, right)) for alpha, left, right in factors]
+            for rows, block in fold_blocks(path, where, terms):
+                yield piece, where, rows, block
+
+    def _fill(self, target: torch.Tensor, name: str, adapters: Sequence[tuple[StoredAdapter, Entry]]) -> torch.Tensor:
+        for piece, _, rows, block in self._blocks(name, self._pieces[name], adapters):
+            piece.of(target)[rows].copy_(block)
+        return target
+
+    def _empty(self, name: str, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """In the shape of the live weight."""
+        pieces = self._pieces[name]
+        matrix = max(piece.rows[1] for piece in pieces), max(piece.columns[1] for piece in pieces)
+        experts = () if pieces[0].expert is None else (1 + max(piece.expert for piece in pieces),)
+        return torch.empty(*experts, *matrix, dtype=dtype)
 
     def merged(self, name: str, task_number: int | None = None) -> torch.Tensor:
-        """The float32 weight of the adapted layer `name` after `task_number` tasks (all by default)."""
-        with one_thread():
-            return self._merge(self.base.read(self.names[name]), name, self._adapters(task_number))
+        """The float32 weight of the adapted matrix `name` after `task_number` tasks (all by default)."""
+        with single_threaded_workers(1) as pool:
+            return pool.submit(self._fill, self._empty(name), name, self._adapters(task_number)).result()
 
-    def into_model(self, model: PeftModel, task_number: int | None = None) -> None:
+    def into_model(self, model: PeftModel, task_number: int | None = None, workers: int | None = None) -> None:
         """Write the merged weights into the live model and silence its adapter.
 
-        Only the adapted matrices are read from the base. A 4-bit layer is quantised afresh from the float32 sum, never
-        from quantised weights.
+        Only the adapted matrices are read from the base. A 4-bit or 8-bit layer is quantised afresh from the values of
+        the release, never from quantised weights: loading the release in quantised form gives the same bits.
+
+        Args:
+            model (`PeftModel`): With the adapter that `names` was made for.
+            task_number (`int`, *optional*): Of the last task to take; all by default.
+            workers (`int`, *optional*): Matrices folded at a time; torch's number of threads by default.
         """
         adapters = self._adapters(task_number)
-        with one_thread(), torch.no_grad():
-            for name, layer in lora_layers(model).items():
-                merged = self._merge(self.base.read(self.names[name]), name, adapters)
-                target = layer.get_base_layer()
-                if type(target).__name__ == "Linear4bit":
-                    _requantize(target, merged)
-                else:
-                    target.weight.copy_(merged)
+
+        @torch.no_grad()
+        def fold(name: str, layer: nn.Module) -> None:
+            weight = base_weight(layer)
+            if not weight.is_floating_point():
+                _requantize(layer.get_base_layer(), self._fill(self._empty(name, self._dtype(name)), name, adapters))
+            elif weight.device.type == "cpu":
+                self._fill(weight.data, name, adapters)
+            else:
+                weight.copy_(self._fill(self._empty(name, weight.dtype), name, adapters))
+
+        with single_threaded_workers(workers) as pool:
+            for job in [pool.submit(fold, name, layer) for name, layer in lora_layers(model).items()]:
+                job.result()
         silence(model)
 
-    def into_checkpoint(self, folder: Path, task_number: int | None = None) -> None:
+    def _dtype(self, name: str) -> torch.dtype:
+        """Of the weight in the base, and so in every release."""
+        piece = self._pieces[name][0]
+        return self.base.where(piece.stored)[1].dtype
+
+    def policy(self, model: PeftModel) -> str:
+        """How the live weights come from the sum, for the record."""
+        said = set()
+        for name, layer in lora_layers(model).items():
+            weight = base_weight(layer)
+            if weight.is_floating_point():
+                rounded = "" if weight.dtype == torch.float32 else f", rounded once to {_short(weight.dtype)}"
+                said.add(f"float32 sum{rounded}")
+            else:
+                dtype, kind = self._dtype(name), getattr(weight, "quant_type", "int8")
+                rounded = "" if dtype == torch.float32 else f", rounded to {_short(dtype)}"
+                said.add(f"float32 sum of the full-precision base{rounded}, quantised once to {kind}")
+        return "; ".join(sorted(said))
+
+    def into_checkpoint(self, folder: Path, task_number: int | None = None, workers: int | None = None) -> None:
         """Write the merged model as a checkpoint that `from_pretrained` loads: the base's files with the adapted
         matrices replaced.
 
-        Shard layout, tensor names, order and dtype are the base's, since each file is a copy whose changed tensors are
-        overwritten in place; one matrix is in memory at a time. `folder` appears whole or not at all.
+        Shard layout, tensor names, order and dtype are the base's; what is not adapted is copied as bytes. A worker
+        holds one block of rows at a time, and the factors of its matrix. `folder` appears whole or not at all.
+
+        Args:
+            folder (`Path`): Replaced if it exists.
+            task_number (`int`, *optional*): Of the last task to take; all by default.
+            workers (`int`, *optional*): Jobs done at a time; torch's number of threads by default.
         """
+        adapters = self._adapters(task_number)
         temporary = folder.with_name(f".{folder.name}.tmp")
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        for file in self.base.folder.iterdir():
-            if file.suffix in (".json", ".model", ".txt", ".jinja") or file.name in self.base.files:
-                shutil.copyfile(file, temporary / file.name)
-        adapters = self._adapters(task_number)
-        layer_of = {stored: name for name, stored in self.names.items()}
-        with one_thread():
-            for file in self.base.files:
-                _patch(temporary / file, layer_of, lambda weight, name: self._merge(weight, name, adapters))
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(temporary, folder)
+        try:
+            for file in self.base.folder.iterdir():
+                if file.suffix in (".json", ".model", ".txt", ".jinja"):
+                    shutil.copyfile(file, temporary / file.name)
+            # Files are closed after the last job: the workers know them by their numbers.
+            with ExitStack() as files, single_threaded_workers(workers) as pool, ThreadPoolExecutor(1) as syncing:
+                written = []
+                for file in self.base.files:
+                    source = files.enter_context(open(self.base.folder / file, "rb", buffering=0)).fileno()
+                    target = files.enter_context(open(temporary / file, "wb", buffering=0)).fileno()
+                    allocate(target, os.fstat(source).st_size)
+                    written.append((target, [pool.submit(*job) for job in self._jobs(file, source, target, adapters)]))
+                syncs = []
+                for target, jobs in written:
+                    for job in jobs:
+                        job.result()
+                    syncs.append(syncing.submit(os.fsync, target))
+                for sync in syncs:
+                    sync.result()
+            sync_folder(temporary)
+            shutil.rmtree(folder, ignore_errors=True)
+            os.replace(temporary, folder)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
         sync_folder(folder.parent)
+
+    def _jobs(
+        self, file: str, source: int, target: int, adapters: Sequence[tuple[StoredAdapter, Entry]]
+    ) -> Iterator[tuple[Callable[..., None], ...]]:
+        """What has to be done to write one file: calls that touch different bytes."""
+        header = self.base.headers[file]
+        places = []
+        for name, pieces in self._pieces.items():
+            here = [piece for piece in pieces if piece.stored in header]
+            places += [self.base.where(piece.stored, piece.index)[1] for piece in here]
+            if here:
+                yield self._write, target, name, here, adapters
+        position = 0
+        size = os.fstat(source).st_size
+        for begin, end in [*sorted((where.begin, where.end) for where in places), (size, size)]:
+            for start in range(position, begin, COPY):
+                yield copy_range, source, target, start, min(start + COPY, begin)
+            position = end
+
+    def _write(
+        self, target: int, name: str, pieces: Sequence[Piece], adapters: Sequence[tuple[StoredAdapter, Entry]]
+    ) -> None:
+        for _, where, rows, block in self._blocks(name, pieces, adapters):
+            row_bytes = where.shape[1] * where.dtype.itemsize
+            write_at(target, block.to(where.dtype), where.begin + rows.start * row_bytes)
 
     def into_adapter(self, folder: Path, task_number: int | None = None) -> None:
         """Write the merged model as ONE LoRA adapter for the untouched base, exact for plain PEFT.
 
-        Factors are stacked, never added: B = [a_1 s_1 B_1 | a_2 s_2 B_2 | ...], A = [A_1; A_2; ...], scale 1. The rank
-        is the sum of the ranks.
+        Its rank is the sum of the tasks' ranks; see `adapters.save_stacked`.
         """
         adapters = self._adapters(task_number)
-        stacked = {}
-        for name in self.names:
-            parts = [(adapter.read(name), coefficient) for adapter, coefficient in adapters]
-            A = torch.cat([part.A for part, _ in parts])
-            B = torch.cat([part.B * (part.scale * coefficient) for part, coefficient in parts], dim=1)
-            stacked[name] = A, B
-        # One rank for all: a matrix of smaller rank is filled up with zeros, which add nothing.
-        rank = max(len(A) for A, _ in stacked.values())
-        tensors = {}
-        for name, (A, B) in stacked.items():
-            missing = rank - len(A)
-            tensors[f"{PREFIX}{name}.lora_A.weight"] = torch.nn.functional.pad(A, (0, 0, 0, missing))
-            tensors[f"{PREFIX}{name}.lora_B.weight"] = torch.nn.functional.pad(B, (0, missing))
-        newest = self.ledger.run_dir / self.ledger.active(task_number)[-1].adapter
-        config = LoraConfig.from_pretrained(newest)
-        config.r = config.lora_alpha = rank
-        config.rank_pattern, config.alpha_pattern, config.use_rslora = {}, {}, False
-        config.inference_mode = True
-        folder.mkdir(parents=True, exist_ok=True)
-        config.save_pretrained(folder)
-        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+        updates = {
+            name: [(entry.alpha(name), adapter.read(name)) for adapter, entry in adapters] for name in self.names
+        }
+        save_stacked(folder, updates, like=adapters[-1][0].path.parent)
 
     def replace_tensors(self, folder: Path, tensors: dict[str, torch.Tensor]) -> None:
         """Overwrite whole tensors of a checkpoint written by `into_checkpoint`."""
-        same = {name: name for name in tensors}
-        for file in self.base.files:
-            _patch(folder / file, same, lambda weight, name: tensors[name])
+        for file, header in self.base.headers.items():
+            overwrite(folder / file, {name: tensor for name, tensor in tensors.items() if name in header})
 
 
-def _patch(path: Path, layer_of: dict[str, str], merge: Callable[[torch.Tensor, str], torch.Tensor]) -> None:
-    """Overwrite the tensors of `layer_of` inside a safetensors file: 8 bytes of header size, JSON header, raw data."""
-    with open(path, "r+b") as handle:
-        (header_size,) = struct.unpack("<Q", handle.read(8))
-        header = json.loads(handle.read(header_size))
-        for stored, name in layer_of.items():
-            if stored not in header:
-                continue
-            entry = header[stored]
-            begin, end = entry["data_offsets"]
-            handle.seek(8 + header_size + begin)
-            raw = bytearray(handle.read(end - begin))
-            dtype = DTYPES[entry["dtype"]]
-            weight = torch.frombuffer(raw, dtype=dtype).reshape(entry["shape"])
-            merged = merge(weight, name).to(dtype).contiguous()
-            handle.seek(8 + header_size + begin)
-            handle.write(merged.view(torch.uint8).numpy().tobytes())
-        handle.flush()
-        os.fsync(handle.fileno())
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _requantize(layer: nn.Module, weight: torch.Tensor) -> None:
-    """Give a bitsandbytes 4-bit layer new weights with its own settings."""
-    from bitsandbytes.nn import Params4bit
+    """Give a bitsandbytes layer new weights with its own settings, as loading them from a checkpoint would."""
+    from bitsandbytes.nn import Int8Params, Params4bit
 
     old = layer.weight
+    if type(layer).__name__ == "Linear8bitLt":
+        layer.weight = Int8Params(weight, requires_grad=False, has_fp16_weights=False).to(old.device)
+        layer.init_8bit_state()
+        return
     layer.weight = Params4bit(
-        weight.to(layer.compute_dtype or torch.float32),
+        weight.to(old.quant_state.dtype),
         requires_grad=False,
         blocksize=old.blocksize,
         compress_statistics=old.compress_statistics,
