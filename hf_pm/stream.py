@@ -1,42 +1,51 @@
-"""Tasks and streams: from files, Hub datasets or `datasets` objects to tokenised rows with completion-only labels."""
+"""Tasks and streams: from files, Hub datasets or `datasets` objects to checked rows of text and answer."""
 
 import hashlib
 import json
 import re
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
+from string import Formatter
+from types import MappingProxyType
 from typing import Any
 
-import torch
+import numpy as np
 from datasets import Dataset, DatasetDict, load_dataset
 from datasets.exceptions import DatasetsError
-from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase
 
 from .errors import UserError, choose
+from .formats import COLUMN_PAIRS, LOADERS, local_files, read_file
+from .task_metrics import TASK_METRICS
 
 
-IGNORE_INDEX = -100
-LOADERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
-# Few different shapes: kernels are built and cached per shape, on CPUs too.
-SHAPE_STEP = 8
 # A fixed seed: which test rows are scored must not depend on the seed of the run.
 EVAL_SUBSET_SEED = 0
+# Of a label's rows, at most this share is held out for validation: some labels have no more than a dozen rows.
+LARGEST_HELD_OUT = 1 / 5
+CUTS = ("end", "middle")
+ROLES = ("system", "user", "assistant")
 
-Source = str | Dataset
+Source = str | Path | Dataset | DatasetDict
 
 
 @dataclass
 class Task:
     """One task of a stream.
 
+    Rows with a column `messages` (a conversation as a list of `{"role", "content"}`) need neither `text` nor `label`:
+    the last turn, the assistant's, is the answer, the user's turn before it is the text.
+
     Args:
         name (`str`): Unique within the stream; letters, digits, `.`, `_` and `-` only, since it names files and tags.
-        train (`str` or `datasets.Dataset`): A `.jsonl`, `.json`, `.parquet` or `.csv` file, a Hub dataset id, or rows.
-        test (`str` or `datasets.Dataset`): The same for the rows to evaluate on.
-        text (`str`, *optional*, defaults to `"text"`): Column with the input.
-        label (`str`, *optional*, defaults to `"label"`): Column with the answer.
+        train (`str`, `Dataset` or `DatasetDict`): A `.jsonl`, `.json`, `.parquet` or `.csv` file, a Hub dataset id, or
+            rows.
+        test (`str`, `Dataset` or `DatasetDict`): The same for the rows to evaluate on. It may be left out where
+            `train` has splits: a Hub dataset or a `DatasetDict`.
+        text (`str`, *optional*, defaults to `"text"`): Column with the input, or a format of several columns:
+            `"premise: {premise}\\nhypothesis: {hypothesis}"`.
+        label (`str`, *optional*, defaults to `"label"`): Column with the answer. If neither `text` nor `label` is set,
+            the pairs of `formats.COLUMN_PAIRS` are recognised too.
         instruction (`str`, *optional*, defaults to `""`): First line of the prompt.
         options (`list[str]`, *optional*): The possible answers. Without them the answer is free text. An integer label
             (a `datasets.ClassLabel`, say) is an index into the options.
@@ -45,11 +54,24 @@ class Task:
         train_split (`str`, *optional*, defaults to `"train"`): Split of a Hub dataset to train on.
         test_split (`str`, *optional*, defaults to `"test"`): Split of a Hub dataset to evaluate on.
         train_per_class (`int`, *optional*): At most this many training rows of each label, always the same ones.
+        validation (`str`, `Dataset` or `DatasetDict`, *optional*): Rows to select a checkpoint on.
+        validation_split (`str`, *optional*): Split of a Hub dataset to select a checkpoint on.
+        test_samples (`int`, *optional*): At most this many test rows, always the same ones.
+        label_names (`list` or `dict`, *optional*): Answers for the values of the label column, by index or by value.
+        metric (`str`, *optional*, defaults to `"exact_match"`): Row of the table in `task_metrics.py`.
+        num_train_epochs (`float`, *optional*): Epochs of this task; the run's by default.
+        template (`str`, *optional*): The prompt of `prompt: published`, with `{text}` and, where wanted,
+            `{instruction}` and `{options}`.
+        cut (`str`, *optional*, defaults to `"end"`): Where a text that does not fit is cut, `end` or `middle`. A text
+            that carries its own question in its last line must keep it.
+
+    Raises:
+        UserError: If a value breaks its rule.
     """
 
     name: str
     train: Source
-    test: Source
+    test: Source | None = None
     text: str = "text"
     label: str = "label"
     instruction: str = ""
@@ -59,21 +81,71 @@ class Task:
     train_split: str = "train"
     test_split: str = "test"
     train_per_class: int | None = None
+    validation: Source | None = None
+    validation_split: str | None = None
+    test_samples: int | None = None
+    label_names: list[Any] | dict[Any, Any] | None = None
+    metric: str = "exact_match"
+    num_train_epochs: float | None = None
+    template: str | None = None
+    cut: str = "end"
 
     def __post_init__(self) -> None:
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", str(self.name)) or ".." in self.name:
+        name = str(self.name)
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name) or ".." in name or name.endswith((".", ".lock")):
             raise UserError(
-                f"Task name {self.name!r} may hold letters, digits, `.`, `_` and `-` only and must begin with a "
-                "letter or digit, since it names folders and tags. Rename the task."
+                f"Task name {self.name!r} may hold letters, digits, `.`, `_` and `-` only, must begin with a letter "
+                "or digit and must not end with `.` or `.lock`, since it names folders and tags. Rename the task."
             )
         if self.options is not None:
-            if not isinstance(self.options, list | tuple):
-                raise UserError(f"`options` of task {self.name!r} must be a list, but got {self.options!r}.")
-            self.options = [str(option) for option in self.options]
+            self.options = self._answers("options", self.options)
             if len(self.options) < 2 or len(set(self.options)) != len(self.options):
                 raise UserError(
                     f"`options` of task {self.name!r} must be two or more different answers, but got {self.options}. "
                     "Leave `options` out for free text."
+                )
+        if isinstance(self.label_names, dict):
+            answers = self._answers("label_names", list(self.label_names.values()))
+            self.label_names = dict(zip(map(str, self.label_names), answers, strict=True))
+        elif self.label_names is not None:
+            answers = self._answers("label_names", self.label_names)
+            self.label_names = {str(index): answer for index, answer in enumerate(answers)}
+        choose(f"`metric` of task {self.name!r}:", self.metric, TASK_METRICS)
+        choose(f"`cut` of task {self.name!r}:", self.cut, CUTS)
+        for key in ("train_per_class", "test_samples", "num_train_epochs"):
+            value = getattr(self, key)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or value <= 0):
+                raise UserError(
+                    f"`{key}` of task {self.name!r} must be a positive number, but got {value!r}. Leave it out for "
+                    "the default."
+                )
+        if self.template is not None:
+            parts = self._parts("template", self.template)
+            placeholders = [part for _, part in parts if part is not None]
+            if placeholders.count("text") != 1 or set(placeholders) - {"text", "instruction", "options"}:
+                raise UserError(
+                    f"`template` of task {self.name!r} must hold {{text}} once and besides only {{instruction}} and "
+                    f"{{options}}, but got {self.template!r}. Write {{{{ and }}}} for braces."
+                )
+        for key in ("train", "test", "validation"):
+            value = getattr(self, key)
+            if isinstance(value, Path):
+                setattr(self, key, str(value))
+            elif not isinstance(value, Source) and (value is not None or key == "train"):
+                raise UserError(
+                    f"`{key}` of task {self.name!r} must be a file, a Hub dataset id, a `datasets.Dataset` or a "
+                    f"`datasets.DatasetDict`, but got {type(value).__name__}. A streaming dataset has no length: "
+                    "load it whole."
+                )
+        if not self.has_splits(self.train):
+            if self.test is None:
+                raise UserError(
+                    f"Task {self.name!r} has no `test`, and its `train` has no splits. Name the rows to evaluate on."
+                )
+            if self.validation_split is not None and self.validation is None:
+                raise UserError(
+                    f"`validation_split` of task {self.name!r} is {self.validation_split!r}, but its `train` has no "
+                    "splits. Name the rows under `validation`."
                 )
 
     @classmethod
@@ -87,58 +159,200 @@ class Task:
             raise UserError(f"Each of `tasks` must be a mapping with name, train and test, but got {values!r}.")
         for key in values:
             choose("task key", key, [item.name for item in fields(cls)])
-        for key in ("name", "train", "test"):
+        for key in ("name", "train"):
             if not values.get(key):
                 raise UserError(f"Task {values.get('name', values)!r} has no `{key}`. Add it to the item of `tasks`.")
         return cls(**values)
 
+    # ---- Rows ---------------------------------------------------------------------------------------------------
+
+    @property
+    def has_validation(self) -> bool:
+        """Whether the data come with validation rows."""
+        return self.validation is not None or self.validation_split is not None
+
     def load(self, split: str) -> Dataset:
-        """Rows of `split` (`"train"` or `"test"`) with exactly the columns `text` and `label`, both strings.
+        """Rows of `split` (`"train"`, `"validation"` or `"test"`), at most those that the task's own limits allow.
+
+        Returns:
+            `Dataset`: The columns `text` and `label`, strings. Rows of conversations have a third one, `history`: the
+            turns before the text, as a list of `{"role", "content"}`.
 
         Raises:
-            UserError: Missing file, Hub dataset that cannot be had, missing column, no rows, or a label that is not
-                among the options.
+            UserError: Missing file, Hub dataset that cannot be had, missing column, empty field, no rows, or a label
+                that is not among the options.
         """
-        source = self.train if split == "train" else self.test
-        rows = source if isinstance(source, Dataset) else self._read(source, split)
-        for column in (self.text, self.label):
-            if column not in rows.column_names:
-                raise UserError(
-                    f"The {split} rows of task {self.name!r} have no column {column!r}; found {rows.column_names}. "
-                    "Set `text` and `label` of the task."
-                )
+        if split == "train":
+            return self.load_train()[0]
+        rows = self._rows(split)
+        return self._finish(subset(rows, self.test_samples if split == "test" else None, EVAL_SUBSET_SEED), split)
+
+    def load_train(self, held_out: int | None = None) -> tuple[Dataset, Dataset | None]:
+        """The training rows, and validation rows that are never among them.
+
+        Args:
+            held_out (`int`, *optional*): Validation rows to cut from the training rows, of each label if there are
+                options and in all otherwise, but no more than a fifth of them. Without it validation is what the data
+                come with, or `None`, and training has every row.
+
+        Raises:
+            UserError: As [`Task.load`], and if nothing can be held out.
+        """
+        rows = self._rows("train")
+        if held_out is None:
+            train, _ = self._divide(rows, 0)
+            return self._finish(rows.select(train), "train"), self.load("validation") if self.has_validation else None
+        train, validation = self._divide(rows, held_out)
+        if not validation:
+            raise UserError(
+                f"Task {self.name!r} has too few training rows ({len(rows)}) to hold out `validation_samples`. Give "
+                "it `validation` rows of its own, or leave `validation_samples` out."
+            )
+        return self._finish(rows.select(train), "train"), self._finish(rows.select(validation), "train")
+
+    def _divide(self, rows: Dataset, held_out: int) -> tuple[list[int], list[int]]:
+        """Indices to train on and to hold out; the first rows of each label in an order that is always the same."""
+        labelled = self.train_per_class is not None or self.options is not None
+        labels = rows[self._columns(rows)[1]][:] if labelled and not self._is_chat(rows) else [None] * len(rows)
+        # The order of `Dataset.shuffle`.
+        shuffled = [int(i) for i in np.random.default_rng(EVAL_SUBSET_SEED).permutation(len(rows))]
+        of_label: dict[Any, list[int]] = {}
+        for index in shuffled:
+            of_label.setdefault(labels[index], []).append(index)
+        limit = self.train_per_class or len(rows)
+        train, validation = set(), set()
+        for indices in of_label.values():
+            spare = max(0, len(indices) - limit)
+            count = min(held_out, max(spare, int(len(indices) * LARGEST_HELD_OUT)))
+            kept = min(limit, len(indices) - count)
+            train.update(indices[:kept])
+            validation.update(indices[kept : kept + count])
+        order = range(len(rows)) if self.train_per_class is None else shuffled
+        return [i for i in order if i in train], [i for i in shuffled if i in validation]
+
+    def _rows(self, split: str) -> Dataset:
+        """The rows of a split as they are stored, with the columns that are needed."""
+        source = {"train": self.train, "validation": self.validation, "test": self.test}[split]
+        rows = self._read(self.train if source is None else source, split)
+        if not self._is_chat(rows):
+            text, label = self._columns(rows)
+            for column in (*[part for _, part in self._text_parts(text) if part is not None], label):
+                if column not in rows.column_names:
+                    raise UserError(
+                        f"The {split} rows of task {self.name!r} have no column {column!r}; found "
+                        f"{rows.column_names}. Set `text` and `label` of the task."
+                    )
+            names = getattr(rows.features[label], "names", None)
+            if names and self.options is None and self.label_names is None:
+                self.options = list(names)
+        if TASK_METRICS[self.metric].needs == "options" and self.options is None:
+            raise UserError(
+                f"`metric: {self.metric}` of task {self.name!r} compares the options, but the task has none. List "
+                "`options`, or use `exact_match`."
+            )
         if len(rows) == 0:
             raise UserError(f"The {split} split of task {self.name!r} is empty. Give it at least one row.")
-        if split == "train" and self.train_per_class is not None:
-            rows = _balanced(rows, self.label, self.train_per_class)
-        labels = [self._answer(value, split) for value in rows[self.label]]
-        return Dataset.from_dict({"text": [str(text) for text in rows[self.text]], "label": labels})
+        return rows
 
-    def _read(self, source: str, split: str) -> Dataset:
+    def _read(self, source: str | Dataset | DatasetDict, split: str) -> Dataset:
         where = f"the {split} rows of task {self.name!r}"
-        suffix = Path(source).suffix
-        if suffix in LOADERS:
-            if not Path(source).is_file():
-                raise UserError(f"There is no file {source!r} for {where}. Correct the path or set `data_dir`.")
-            arguments: dict[str, Any] = {"path": LOADERS[suffix], "data_files": source, "split": "train"}
-        else:
-            hub_split = self.train_split if split == "train" else self.test_split
-            arguments = {"path": source, "name": self.config, "revision": self.revision, "split": hub_split}
+        stored = {"train": self.train_split, "validation": self.validation_split or "validation"}
+        stored = stored.get(split, self.test_split)
+        if isinstance(source, Dataset):
+            return source
+        if isinstance(source, DatasetDict):
+            if stored not in source:
+                raise UserError(
+                    f"There is no split {stored!r} for {where}; found {list(source)}. Set `{split}_split`."
+                )
+            return source[stored]
+        is_file = Path(source).suffix in LOADERS
+        if is_file and not Path(source).is_file():
+            raise UserError(f"There is no file {source!r} for {where}. Correct the path or set `data_dir`.")
+        if not is_file and Path(source).is_file():
+            raise UserError(f"{source!r}, {where}, has an ending that is not known. Use one of {', '.join(LOADERS)}.")
         try:
-            rows = load_dataset(**arguments)
-        except (OSError, ValueError, StopIteration, DatasetsError) as error:
+            if is_file:
+                return read_file(source)
+            return load_dataset(source, name=self.config, revision=self.revision, split=stored)
+        # RuntimeError: `datasets` no longer runs the scripts that some Hub datasets still consist of.
+        except (OSError, ValueError, KeyError, RuntimeError, StopIteration, DatasetsError) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise UserError(
                 f"Cannot load {where} from {source!r}: {reason} Check the id and the network, or point `data_dir` to "
                 f"a folder with {self.name}/{split}.jsonl (columns `text` and `label`)."
             ) from error
-        assert not isinstance(rows, DatasetDict)
-        feature = rows.features.get(self.label)
-        if getattr(feature, "names", None) and self.options is None:
-            self.options = list(feature.names)
-        return rows
+
+    def _columns(self, rows: Dataset) -> tuple[str, str]:
+        """Columns with text and answer: the task's, or those of a known kind of file."""
+        if (self.text, self.label) != COLUMN_PAIRS[0]:
+            return self.text, self.label
+        return next((pair for pair in COLUMN_PAIRS if set(pair) <= set(rows.column_names)), COLUMN_PAIRS[0])
+
+    def _is_chat(self, rows: Dataset) -> bool:
+        text, _ = self._columns(rows)
+        return text == "messages" or (text == "text" not in rows.column_names and "messages" in rows.column_names)
+
+    def _finish(self, rows: Dataset, split: str) -> Dataset:
+        """Rows with exactly the columns that the prompts are made of."""
+        if self._is_chat(rows):
+            return self._conversations(rows, split)
+        text, label = self._columns(rows)
+        parts = self._text_parts(text)
+        columns = {name: rows[name][:] for name in (*[part for _, part in parts if part is not None], label)}
+        for name, values in columns.items():
+            for index, value in enumerate(values):
+                if value is None:
+                    raise UserError(
+                        f"Row {index} of the {split} rows of task {self.name!r} has nothing in the column {name!r}. "
+                        "Fill it in or remove the row."
+                    )
+        texts = [
+            "".join(literal + ("" if part is None else str(columns[part][i])) for literal, part in parts)
+            for i in range(len(rows))
+        ]
+        return Dataset.from_dict({"text": texts, "label": [self._answer(value, split) for value in columns[label]]})
+
+    def _conversations(self, rows: Dataset, split: str) -> Dataset:
+        """Text, answer and the turns before them."""
+        found: list[dict[str, Any]] = []
+        column = "messages"
+        if column not in rows.column_names:
+            raise UserError(
+                f"The {split} rows of task {self.name!r} have no column 'messages'; found {rows.column_names}. Set "
+                "`text` and `label` of the task."
+            )
+        for index, turns in enumerate(rows[column][:]):
+            turns = turns if isinstance(turns, list) else []
+            known = all(isinstance(turn, dict) and turn.get("role") in ROLES for turn in turns)
+            if not known or any(not isinstance(turn.get("content"), str) for turn in turns):
+                raise UserError(
+                    f"Row {index} of the {split} rows of task {self.name!r} is no conversation: each of `messages` "
+                    f"has a role ({', '.join(ROLES)}) and a text as its content. Correct the row."
+                )
+            if [turn["role"] for turn in turns[-2:]] != ["user", "assistant"]:
+                raise UserError(
+                    f"Row {index} of the {split} rows of task {self.name!r} must end with a turn of the user and one "
+                    "of the assistant, which is the answer. Correct the row."
+                )
+            history = [{"role": turn["role"], "content": turn["content"]} for turn in turns[:-2]]
+            answer = self._answer(turns[-1]["content"], split)
+            found.append({"text": turns[-2]["content"], "label": answer, "history": history})
+        return Dataset.from_list(found)
 
     def _answer(self, value: Any, split: str) -> str:
+        if isinstance(value, list | dict):
+            raise UserError(
+                f"The {split} rows of task {self.name!r} hold the label {value!r}, but a row has one answer, a text "
+                "or a number. Correct the data or the task's `label`."
+            )
+        if self.label_names is not None:
+            if str(value) not in self.label_names:
+                raise UserError(
+                    f"The {split} rows of task {self.name!r} hold the label {value!r}, which is not among "
+                    f"`label_names` {self.label_names}. Correct the data or the task's `label_names`."
+                )
+            value = self.label_names[str(value)]
         if self.options is None:
             return str(value)
         if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < len(self.options):
@@ -150,17 +364,45 @@ class Task:
             )
         return str(value)
 
+    # ---- Values -------------------------------------------------------------------------------------------------
 
-def _balanced(rows: Dataset, label: str, count: int) -> Dataset:
-    """At most `count` rows of each label, in a shuffled order that is always the same."""
-    rows = rows.shuffle(seed=EVAL_SUBSET_SEED)
-    taken: Counter[Any] = Counter()
-    keep = []
-    for index, value in enumerate(rows[label]):
-        taken[value] += 1
-        if taken[value] <= count:
-            keep.append(index)
-    return rows.select(keep)
+    def _answers(self, key: str, values: Any) -> list[str]:
+        if not isinstance(values, list | tuple):
+            raise UserError(f"`{key}` of task {self.name!r} must be a list, but got {values!r}.")
+        if any(isinstance(value, bool) for value in values):
+            raise UserError(
+                f"`{key}` of task {self.name!r} holds {list(values)}: YAML reads the words yes, no, on, off, true and "
+                "false as truth values. Put quotes around them."
+            )
+        return [str(value) for value in values]
+
+    def _parts(self, key: str, text: str) -> list[tuple[str, str | None]]:
+        try:
+            return format_parts(text)
+        except ValueError as error:
+            raise UserError(
+                f"`{key}` of task {self.name!r} is no format of plain {{names}}: {text!r} ({error}). Write {{{{ and "
+                "}} for braces."
+            ) from error
+
+    def _text_parts(self, text: str) -> list[tuple[str, str | None]]:
+        return self._parts("text", text) if "{" in text else [("", text)]
+
+    @staticmethod
+    def has_splits(source: Any) -> bool:
+        """Whether one source has the rows of several splits: a `DatasetDict` or a Hub dataset."""
+        return isinstance(source, DatasetDict) or (isinstance(source, str) and Path(source).suffix not in LOADERS)
+
+    def described(self, prompt: str = "plain") -> list[Any]:
+        """What a model sees of the task besides its rows, and what is done with them, as plain JSON.
+
+        A part that has its default is left out, so that a new one does not change old fingerprints.
+        """
+        later = ("metric", "num_train_epochs", "cut", *(["template"] if prompt == "published" else []))
+        new = {item.name: getattr(self, item.name) for item in fields(self) if item.name in later}
+        defaults = {item.name: item.default for item in fields(self)}
+        changed = {key: value for key, value in new.items() if value != defaults[key]}
+        return [self.name, self.instruction, self.options, *([changed] if changed else [])]
 
 
 class TaskStream(Sequence[Task]):
@@ -206,29 +448,25 @@ class TaskStream(Sequence[Task]):
         if data_dir is not None:
             items = [
                 local_files(str(item.get("name")), data_dir) | item
-                if isinstance(item, dict) and not ("train" in item and "test" in item)
+                if isinstance(item, dict)
+                and not ("train" in item and ("test" in item or Task.has_splits(item["train"])))
                 else item
                 for item in items
             ]
         return cls(items)
 
 
-def local_files(name: str, data_dir: str) -> dict[str, str]:
-    """The files of a task in a local copy, `<data_dir>/<name>/{train,test}` with a known ending.
+def format_parts(text: str) -> list[tuple[str, str | None]]:
+    """The literal texts of a format and the name after each; only plain names, never an attribute or an index.
 
     Raises:
-        UserError: If one of the two is missing.
+        ValueError: If a brace has no partner or a placeholder is more than a name.
     """
-    files = {}
-    for split in ("train", "test"):
-        found = [path for path in (Path(data_dir) / name / f"{split}{ending}" for ending in LOADERS) if path.is_file()]
-        if not found:
-            raise UserError(
-                f"`data_dir` {data_dir!r} has no {name}/{split}.jsonl (nor .json, .parquet or .csv). Each task of the "
-                "stream needs a train and a test file with the columns `text` and `label`."
-            )
-        files[split] = str(found[0])
-    return files
+    parts = list(Formatter().parse(text))
+    for _, name, spec, conversion in parts:
+        if spec or conversion or (name is not None and not re.fullmatch(r"[^.\[\]{}]+", name)):
+            raise ValueError(f"the placeholder {{{name}}} is more than a name")
+    return [(literal, name) for literal, name, _, _ in parts]
 
 
 def subset(rows: Dataset, limit: int | None, seed: int) -> Dataset:
@@ -236,148 +474,19 @@ def subset(rows: Dataset, limit: int | None, seed: int) -> Dataset:
     return rows if limit is None or limit >= len(rows) else rows.shuffle(seed=seed).select(range(limit))
 
 
-def by_length(rows: Dataset) -> Dataset:
-    """Encoded rows sorted by their number of tokens, so that batches hold little padding."""
-    lengths = [len(ids) for ids in rows["input_ids"]]
-    return rows.select(sorted(range(len(rows)), key=lambda row: lengths[row]))
-
-
 def fingerprint(
-    tasks: Sequence[Task], splits: Sequence[Sequence[Dataset]], limits: tuple[int | None, ...] = ()
+    tasks: Sequence[Task],
+    splits: Sequence[Sequence[Dataset | None]],
+    limits: tuple[int | None, ...] = (),
+    prompt: Mapping[str, str] = MappingProxyType({}),
 ) -> str:
-    """sha256 over the prompts' parts, every row of every split in order, and how many of them are used at most."""
+    """sha256 over the tasks, every row of every split in order, how many are used at most, and `Encoder.described`."""
     digest = hashlib.sha256(json.dumps(limits).encode())
+    if prompt:
+        digest.update(json.dumps(dict(prompt), sort_keys=True).encode())
     for task, datasets in zip(tasks, splits, strict=True):
-        digest.update(json.dumps([task.name, task.instruction, task.options]).encode())
+        digest.update(json.dumps(task.described(prompt.get("prompt", "plain"))).encode())
         for rows in datasets:
-            for text, label in zip(rows["text"], rows["label"], strict=True):
-                digest.update(json.dumps([text, label]).encode())
+            for row in [] if rows is None else zip(*(rows[name][:] for name in rows.column_names), strict=True):
+                digest.update(json.dumps(row).encode())
     return digest.hexdigest()
-
-
-def render_prompt(task: Task, text: str) -> str:
-    """The prompt without its answer: instruction, options, text, and the word that asks for the answer."""
-    first = task.instruction
-    if task.options is not None:
-        options = f"Choose one from the option.\nOption: {', '.join(task.options)}"
-        first = f"{first} {options}" if first else options
-    return f"{first}\n{text}\nAnswer:" if first else f"{text}\nAnswer:"
-
-
-class Encoder:
-    """Turns rows into token ids for one kind of model.
-
-    Args:
-        tokenizer (`PreTrainedTokenizerBase`): A fast tokenizer with an end-of-sequence token.
-        task_type (`str`): `CAUSAL_LM`, `SEQ_2_SEQ_LM` or `SEQ_CLS`.
-        max_length (`int`): Tokens per row; in a seq2seq model, of the input.
-
-    Raises:
-        UserError: If the tokenizer is not fast (the answer is found by character offsets) or lacks the tokens.
-    """
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, task_type: str, max_length: int) -> None:
-        if not tokenizer.is_fast:
-            raise UserError(
-                f"{type(tokenizer).__name__} has no character offsets. Use the fast version of this tokenizer."
-            )
-        if task_type == "CAUSAL_LM" and tokenizer.eos_token_id is None:
-            raise UserError("The tokenizer has no end-of-sequence token, which ends every answer. Set `eos_token`.")
-        if tokenizer.pad_token_id is None:
-            if tokenizer.eos_token_id is None:
-                raise UserError("The tokenizer has neither a padding nor an end-of-sequence token. Set `pad_token`.")
-            tokenizer.pad_token = tokenizer.eos_token
-        # Absolute positions count from the left, so padding on the left would shift them.
-        tokenizer.padding_side = "right"
-        self.tokenizer = tokenizer
-        self.task_type = task_type
-        self.max_length = max_length
-
-    def encode(self, task: Task, rows: Dataset) -> Dataset:
-        """Rows with `input_ids`, `attention_mask` and `labels`.
-
-        Only the answer and the end-of-sequence token carry labels. A text that does not fit is cut at its end; the
-        instruction, the options and the answer stay whole.
-
-        Raises:
-            UserError: If a row does not fit even without its text.
-        """
-        kinds = {"CAUSAL_LM": self._causal, "SEQ_2_SEQ_LM": self._seq2seq, "SEQ_CLS": self._classification}
-        encode_row = kinds[self.task_type]
-        return Dataset.from_list([encode_row(task, row["text"], row["label"]) for row in rows])
-
-    def _causal(self, task: Task, text: str, answer: str) -> dict[str, list[int]]:
-        eos = self.tokenizer.eos_token_id
-
-        def tokenize(text: str) -> tuple[list[int], int]:
-            prompt = render_prompt(task, text)
-            # One pass over prompt and answer: the tokens are those that `generate` would see and produce.
-            encoded = self.tokenizer(f"{prompt} {answer}", return_offsets_mapping=True)
-            ids = encoded["input_ids"]
-            if ids and ids[-1] == eos:
-                ids = ids[:-1]
-            offsets = encoded["offset_mapping"][: len(ids)]
-            start = next((i for i, (_, end) in enumerate(offsets) if end > len(prompt)), len(ids))
-            return [*ids, eos], start
-
-        ids, start = self._fit(task, text, tokenize)
-        return {
-            "input_ids": ids,
-            "attention_mask": [1] * len(ids),
-            "labels": [IGNORE_INDEX] * start + ids[start:],
-        }
-
-    def _seq2seq(self, task: Task, text: str, answer: str) -> dict[str, list[int]]:
-        ids, _ = self._fit(task, text, lambda text: (self.tokenizer(render_prompt(task, text))["input_ids"], 0))
-        labels = self.tokenizer(text_target=answer)["input_ids"]
-        return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels}
-
-    def _classification(self, task: Task, text: str, answer: str) -> dict[str, Any]:
-        if task.options is None:
-            raise UserError(
-                f"Task {task.name!r} has no `options`, which a classification head needs. List them, or train a "
-                "language model (`task_type: CAUSAL_LM`)."
-            )
-        first = f"{task.instruction}\n" if task.instruction else ""
-        ids, _ = self._fit(task, text, lambda text: (self.tokenizer(first + text)["input_ids"], 0))
-        return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": task.options.index(answer)}
-
-    def _fit(self, task: Task, text: str, tokenize: Any) -> tuple[list[int], int]:
-        ids, start = tokenize(text)
-        while len(ids) > self.max_length:
-            if not text:
-                raise UserError(
-                    f"A row of task {task.name!r} needs {len(ids)} tokens without its text, but `max_length` is "
-                    f"{self.max_length}. Raise `max_length` or shorten the instruction and the options."
-                )
-            offsets = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
-            kept = len(offsets) - (len(ids) - self.max_length)
-            shorter = text[: offsets[kept - 1][1]] if kept > 0 else ""
-            # Cutting can merge tokens at the seam, so the same character count may come back: drop one then.
-            text = shorter if len(shorter) < len(text) else text[:-1]
-            ids, start = tokenize(text)
-        return ids, start
-
-
-class AnswerCollator:
-    """Pads a batch to a multiple of 8 tokens, and asks a causal model for the logits of the answers only.
-
-    Most tokens of a row are prompt: their logits take the largest share of memory and, with a small model, a good part
-    of the time, and no loss or score looks at them. `logits_to_keep` (positions that predict an answer token in any
-    row of the batch, filled up to a multiple of 8) and `shift_labels` (what they should predict) are transformers' own
-    arguments; the loss is the same.
-
-    Args:
-        tokenizer (`PreTrainedTokenizerBase`): With a padding token.
-    """
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.pad = DataCollatorForSeq2Seq(tokenizer, pad_to_multiple_of=SHAPE_STEP)
-
-    def __call__(self, features: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        batch = dict(self.pad(features))
-        predicted = torch.nn.functional.pad(batch["labels"], (0, 1), value=IGNORE_INDEX)[:, 1:]
-        wanted = (predicted != IGNORE_INDEX).any(0)
-        others = (~wanted).nonzero()[: -int(wanted.sum()) % SHAPE_STEP, 0]
-        keep = torch.cat([wanted.nonzero()[:, 0], others]).sort().values
-        return {**batch, "logits_to_keep": keep, "shift_labels": predicted[:, keep].contiguous()}

@@ -1,0 +1,108 @@
+"""Rows in files, as users and the authors of benchmarks save them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, load_dataset
+
+from .errors import UserError
+
+
+LOADERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+# Input and answer: this project's files, O-LoRA's CL_Benchmark, TRACE, Super-NaturalInstructions.
+COLUMN_PAIRS = (("text", "label"), ("sentence", "label"), ("prompt", "answer"), ("input", "output"))
+# TRACE calls its validation split `eval`, CL_Benchmark `dev`.
+SPLIT_NAMES = {"train": ("train",), "validation": ("validation", "dev", "eval"), "test": ("test",)}
+
+
+def read_file(path: str) -> Dataset:
+    """The rows of a `.jsonl`, `.json`, `.parquet` or `.csv` file, as their columns are named there.
+
+    A task file of Super-NaturalInstructions (one JSON object with `Definition` and `Instances`) gives its instances;
+    where an instance has several answers, the first one counts.
+
+    Raises:
+        OSError, ValueError, DatasetsError: What `datasets` raises for a file that cannot be read.
+    """
+    task = _instructions_task(path)
+    if task is not None:
+        rows = [{"input": row["input"], "output": _first(row["output"])} for row in task["Instances"]]
+        return Dataset.from_list(rows) if rows else Dataset.from_dict({"input": [], "output": []})
+    return load_dataset(LOADERS[Path(path).suffix], data_files=path, split="train")
+
+
+def definition(path: str) -> str | None:
+    """The `Definition` of a task file of Super-NaturalInstructions; `None` for any other file."""
+    task = _instructions_task(path)
+    return None if task is None else str(_first(task.get("Definition") or "")).strip()
+
+
+def local_files(name: str, data_dir: str, folders: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The files of a task in a local copy, as the arguments of a `Task`.
+
+    Args:
+        name (`str`): Of the task; `<data_dir>/<name>/` is looked at first.
+        data_dir (`str`): The local copy.
+        folders (`tuple[str]`, *optional*): Where else the task may lie in `data_dir`, as its authors saved it.
+
+    Returns:
+        `dict`: `train`, `test`, `validation` where there is one, and `options` where a `labels.json` lists them.
+
+    Raises:
+        UserError: If no folder has a train and a test file.
+    """
+    for folder in (name, *folders):
+        place = Path(data_dir) / folder
+        found: dict[str, Any] = {}
+        for split, names in SPLIT_NAMES.items():
+            paths = [place / f"{stem}{ending}" for stem in names for ending in LOADERS]
+            paths = [path for path in paths if path.is_file()]
+            if paths:
+                found[split] = str(paths[0])
+        if "train" in found and "test" in found:
+            if (place / "labels.json").is_file():
+                found["options"] = _labels(place / "labels.json")
+            return found
+        if found:
+            missing = "test" if "train" in found else "train"
+            raise _missing(data_dir, f"{folder}/{missing}.jsonl")
+    others = f", nor {' or '.join(f'{folder}/train.json' for folder in folders)}" if folders else ""
+    raise _missing(data_dir, f"{name}/train.jsonl", others)
+
+
+def _missing(data_dir: str, file: str, others: str = "") -> UserError:
+    return UserError(
+        f"`data_dir` {data_dir!r} has no {file} (nor .json, .parquet or .csv{others}). Each task of the stream needs "
+        "a train and a test file there, `<data_dir>/<task>/{train,test}.jsonl`, with the columns `text` and `label`."
+    )
+
+
+def _labels(path: Path) -> list[str]:
+    try:
+        labels = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{str(path)!r} is not JSON: {error}. It lists the answers of its task.") from error
+    if not isinstance(labels, list):
+        raise UserError(f"{str(path)!r} must hold a list of answers, but it holds {type(labels).__name__}.")
+    return labels
+
+
+def _instructions_task(path: str) -> dict[str, Any] | None:
+    """The content of a Super-NaturalInstructions task file; `None` for rows, be they a list or one per line."""
+    if Path(path).suffix != ".json":
+        return None
+    with open(path, encoding="utf-8") as file:
+        first = file.readline()
+        if not first.lstrip().startswith("{"):
+            return None
+        rest = file.read()
+    try:
+        content = json.loads(first + rest)
+    except ValueError:
+        return None  # an object a line, or broken: `datasets` says what is wrong
+    return content if isinstance(content, dict) and isinstance(content.get("Instances"), list) else None
+
+
+def _first(value: Any) -> Any:
+    return (value[0] if value else "") if isinstance(value, list) else value
