@@ -7,9 +7,17 @@ from conftest import build
 from datasets import Dataset
 from transformers import DataCollatorForSeq2Seq
 
-from hf_pm import Task
-from hf_pm.evaluation import correct_classes, exact_matches, logit_parity
-from hf_pm.stream import AnswerCollator, Encoder
+from hf_pm import Task, adapters
+from hf_pm.encoding import AnswerCollator, Encoder
+from hf_pm.evaluation import (
+    answer_text,
+    correct_classes,
+    exact_matches,
+    generate_answers,
+    option_log_likelihoods,
+    stop_tokens,
+)
+from hf_pm.parity import logit_parity
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "t5"])
@@ -111,3 +119,131 @@ def test_loss_and_gradients_on_the_answers_logits_are_those_on_all_logits(kind, 
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
     for name, gradient in gradients[0].items():
         assert torch.allclose(gradient, gradients[1][name], rtol=1e-5, atol=1e-9), name
+
+
+def prompt_rows(count: int, causal: bool, answer=(5, 2)) -> list[dict[str, list[int]]]:
+    """Rows with prompts of 3 to 9 random tokens."""
+    generator = torch.Generator().manual_seed(1)
+    rows = []
+    for index in range(count):
+        prompt = torch.randint(4, 45, (3 + index % 7,), generator=generator).tolist()
+        ids = [*prompt, *answer] if causal else prompt
+        labels = [-100] * len(prompt) + list(answer) if causal else list(answer)
+        rows.append({"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels})
+    return rows
+
+
+def in_batches(rows, tokenizer, size, causal):
+    collate = AnswerCollator(tokenizer) if causal else DataCollatorForSeq2Seq(tokenizer)
+    return [collate([dict(row) for row in rows[i : i + size]]) for i in range(0, len(rows), size)]
+
+
+@torch.no_grad()
+def option_log_likelihoods_by_row(model, rows, options) -> torch.Tensor:
+    """(rows, options) of summed log p, by one unpadded forward of prompt and option for each pair."""
+    found = torch.zeros(len(rows), len(options))
+    for i, row in enumerate(rows):
+        for k, option in enumerate(options):
+            answer = torch.tensor(option)
+            if model.config.is_encoder_decoder:
+                labels = answer[None]
+                logits = model(input_ids=torch.tensor([row["input_ids"]]), labels=labels).logits[0]
+            else:
+                prompt = [token for token, label in zip(row["input_ids"], row["labels"], strict=True) if label == -100]
+                logits = model(input_ids=torch.tensor([[*prompt, *option]])).logits[0, len(prompt) - 1 : -1]
+            found[i, k] = logits.log_softmax(-1)[torch.arange(len(option)), answer].sum()
+    return found
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "t5"])
+def test_options_from_one_prompt_equal_a_full_pass_for_each(kind, tokenizer):
+    """Options of different lengths, one the beginning of two others."""
+    causal = kind != "t5"
+    model = build(kind).train()  # the pass itself has to switch dropout off
+    options = [[7, 2], [7, 8, 9, 2], [7, 8, 2], [30, 31, 32, 33, 34, 2], [2]]
+    rows = prompt_rows(23, causal)
+    batches = in_batches(rows, tokenizer, 5, causal)
+    fast = option_log_likelihoods(model, batches, options, tokenizer.pad_token_id)
+    assert model.training
+    slow = option_log_likelihoods_by_row(model.eval(), rows, options)
+    assert fast.shape == (23, 5)
+    assert torch.allclose(fast, slow, rtol=0, atol=1e-5)
+    assert float(fast.std(0).min()) > 0.1  # the prompts matter
+    single = [[7], [8], [9]]
+    slow = option_log_likelihoods_by_row(model, rows, single)
+    assert torch.allclose(option_log_likelihoods(model, batches, single, 0), slow, rtol=0, atol=1e-5)
+
+
+def test_options_and_answers_see_a_live_adapter(tokenizer, lora):
+    model = adapters.attach(build("llama"), lora, "CAUSAL_LM").eval()
+    rows = prompt_rows(6, True)
+    batches = in_batches(rows, tokenizer, 3, True)
+    options = [[7, 8, 2], [30, 2]]
+    before = option_log_likelihoods(model, batches, options, 0), generate_answers(model, batches, tokenizer, 4)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(generator=torch.Generator().manual_seed(3))
+    fast = option_log_likelihoods(model, batches, options, 0)
+    assert torch.allclose(fast, option_log_likelihoods_by_row(model, rows, options), rtol=0, atol=1e-5)
+    assert not torch.allclose(fast, before[0], atol=1e-2)
+    assert generate_answers(model, batches, tokenizer, 4) != before[1]
+
+
+def test_no_rows_have_no_options(tokenizer):
+    assert option_log_likelihoods(build("llama"), [], [[5, 2], [6, 2]], 0).shape == (0, 2)
+
+
+def argmax_answer(model, row, length: int) -> list[int]:
+    """One row's most likely tokens, one full pass for each."""
+    causal = not model.config.is_encoder_decoder
+    prompt = row["input_ids"][: row["labels"].count(-100)]
+    said: list[int] = []
+    while len(said) < length:
+        if causal:
+            inputs = {"input_ids": torch.tensor([prompt + said])}
+        else:
+            inputs = {"input_ids": torch.tensor([row["input_ids"]]), "decoder_input_ids": torch.tensor([[0, *said]])}
+        with torch.no_grad():
+            said.append(int(model(**inputs).logits[0, -1].argmax()))
+    return said
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "t5"])
+def test_answers_in_batches_equal_one_row_at_a_time_by_argmax(kind, tokenizer):
+    """Whatever the model's own generation settings say, the answer is the most likely token at every step."""
+    causal = kind != "t5"
+    model = build(kind).eval().double()
+    with torch.no_grad():  # larger weights: answers differ from row to row
+        for parameter in model.parameters():
+            parameter.mul_(6 if causal else 3)
+    rows = prompt_rows(40, causal)
+    free = [argmax_answer(model, row, 7) for row in rows]
+    stops = {2, Counter(answer[2] for answer in free).most_common(1)[0][0]}
+    model.generation_config.update(do_sample=True, temperature=3.0, repetition_penalty=4.0, max_length=5)
+    own = model.generation_config
+    batches = in_batches(rows, tokenizer, 6, causal)
+    answers = generate_answers(model.train(), batches, tokenizer, 7, stops=stops)
+    assert model.training and model.generation_config is own
+    assert answers == [answer_text(tokenizer, ids, stops) for ids in free]
+    assert len(set(answers)) > 5 and 1 < sum(not stops.isdisjoint(ids) for ids in free) < 40
+    ended = [answer_text(tokenizer, ids, {2}) for ids in free]
+    assert generate_answers(model, batches, tokenizer, 7) == ended != answers
+
+
+def test_answers_end_where_the_positions_do(tokenizer):
+    model = build("gpt2").eval()  # 128 positions
+    row = {"input_ids": [8] * 126, "attention_mask": [1] * 126, "labels": [-100] * 124 + [6, 2]}
+    batches = in_batches([row], tokenizer, 1, True)
+    assert 2 not in argmax_answer(model, row, 4)
+    assert generate_answers(model, batches, tokenizer, 50) == generate_answers(model, batches, tokenizer, 4)
+
+
+def test_an_answer_ends_with_the_token_that_ends_a_turn(tokenizer):
+    assert stop_tokens(tokenizer, [[7, 8, 2], [9, 2]]) == {2}
+    turn_end = tokenizer.convert_tokens_to_ids("<s>")
+    assert stop_tokens(tokenizer, [[7, 8, turn_end], [9, turn_end]]) == {2, turn_end}
+    red, blue = tokenizer.convert_tokens_to_ids(["red", "blue"])
+    assert stop_tokens(tokenizer, [[red], [blue]]) == {2}  # the end of a text is no stop
+    assert answer_text(tokenizer, [red, blue, turn_end, red], {2, turn_end}) == "red blue"
+    assert answer_text(tokenizer, [red, tokenizer.pad_token_id], {2}) == "red"

@@ -1,0 +1,1 @@
+"""Modules for `evaluate.load(path)`: they lie in the package and need no network."""
