@@ -1,306 +1,264 @@
-"""What a run did, for people: a terminal table and one self-contained HTML page.
+"""What a run did, for people: one self-contained HTML page, its pictures and tables as files, and a terminal table.
 
 Everything is computed from `results.json` and `run.json`; no model is loaded. The page needs no network and no
 JavaScript, and its pictures are inline SVG.
 """
 
-import json
+import logging
 import math
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import jinja2
 
-from .errors import UserError
+from . import figures, tables
+from .figures import Plot
 from .ledger import write_bytes
 from .metrics import average_accuracy
+from .results import (
+    MEMORIES,
+    METRICS,
+    TIMES,
+    as_list,
+    as_record,
+    base_row_of,
+    check,
+    costs_of,
+    entry_of,
+    eval_rows_of,
+    grid_of,
+    interval_of,
+    intervals_of,
+    matrix_of,
+    metric_of,
+    panel_of,
+    read_run,
+    record_of,
+    retention,
+)
+from .tables import Table, as_number, cut_text, fixed_text, metric_text, plain_text, signed_text
 
 
-SCHEMA = 1
-DASH = "–"  # stands for every value that is absent: not measured, not defined, or not reached yet
+logger = logging.getLogger(__name__)
 
-# Metric name -> (title, how to read it), in the order of the page.
-METRICS: dict[str, tuple[str, str]] = {
-    "average_accuracy": ("Average accuracy (AA)", "higher is better"),
-    "average_anytime_accuracy": ("Average anytime accuracy (AAA)", "higher is better"),
-    "backward_transfer": ("Backward transfer (BWT)", "higher is better; negative means forgetting"),
-    "forgetting": ("Forgetting (FGT)", "lower is better"),
-    "forward_transfer": ("Forward transfer (FWT)", "higher is better"),
-    "intransigence": ("Intransigence (INT)", "lower is better"),
-}
-SIGNED = ("backward_transfer", "forgetting", "forward_transfer", "intransigence")
-# Scores that are the mean of a yes or no per row; only for these is a binomial interval right.
-BINARY_METRICS = ("exact_match", "accuracy")
-
+# The numbers at the head of the page.
+HEADLINE = ("average_accuracy", "backward_transfer", "forgetting", "forward_transfer")
 # A report is meant to be passed on.
 SECRET_SETTINGS = ("hub_token", "api_key", "password", "secret")
-# The plot area of a curve in its 240 x 130 picture.
-LEFT, TOP, WIDTH, HEIGHT = 30.0, 8.0, 200.0, 100.0
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Values as text
-
-
-def as_number(value: Any) -> float | None:
-    """`value` as a float, or `None` if it is absent or not finite (a diverged run writes such scores)."""
-    if isinstance(value, int | float) and math.isfinite(value):
-        return float(value)
-    return None
-
-
-def fixed_text(value: Any, digits: int = 3, signed: bool = False) -> str:
-    number = as_number(value)
-    if number is None:
-        return DASH
-    number = round(number, digits) + 0.0  # the sum turns -0.0 into 0.0
-    return f"{number:{'+' if signed and number else ''}.{digits}f}"
-
-
-def signed_text(value: Any) -> str:
-    return fixed_text(value, signed=True)
-
-
-def _scientific(value: Any) -> str:
-    number = as_number(value)
-    return DASH if number is None else f"{number + 0.0:.3g}"  # the sum turns -0.0 into 0.0
-
-
-def seconds_text(value: Any) -> str:
-    number = as_number(value)
-    if number is None:
-        return DASH
-    if number < 59.95:
-        return f"{number:.1f} s"
-    minutes, seconds = divmod(round(number), 60)
-    return f"{minutes} min {seconds:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
-
-
-def _size(value: Any) -> str:
-    number = as_number(value)
-    if number is None:
-        return DASH
-    for unit in ("B", "kB", "MB"):
-        if number < 999.5:
-            return f"{number:.0f} {unit}" if unit == "B" else f"{number:.3g} {unit}"
-        number /= 1000
-    return f"{number:.3g} GB" if number < 999.5 else f"{number:.0f} GB"
-
-
-def plain_text(value: Any) -> str:
-    """Any JSON value as one line of text."""
-    if value is None or (isinstance(value, float) and not math.isfinite(value)) or value in ("", [], {}):
-        return DASH
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, Mapping):
-        return ", ".join(f"{key}: {plain_text(item)}" for key, item in value.items())
-    if isinstance(value, list | tuple):
-        return ", ".join(f"({plain_text(item)})" if isinstance(item, Mapping) else plain_text(item) for item in value)
-    return str(value)
+PARITY = ("relative_difference", "max_difference", "mean_difference", "kl", "argmax_agreement")
+TERMS = ("q", "p", "l", "curvature_trace", "uniform")  # those that the table of coefficients has columns for
+INTERVALS = {True: "recorded with the score", False: "Wilson's, from the number of rows"}
+# What `per_task` holds and a section of the page shows; anything else is listed as it is.
+SHOWN = {"name", "parity", "coefficient_search", *TIMES, *MEMORIES}
 
 
 def _clip(value: float) -> float:
     return min(1.0, max(0.0, value))
 
 
-def cut_text(text: str, width: int) -> str:
-    """`text` in at most `width` characters; its end is kept because the names of task suites differ at the end."""
-    if len(text) <= width:
-        return text
-    tail = (width - 1) // 2
-    return f"{text[: width - 1 - tail]}…{text[-tail:]}"
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Reading
-
-
-def _check(results: Any, source: str) -> None:
-    """Refuse results that would be shown wrongly: another schema, or a matrix that does not fit the tasks."""
-    remedy = "Start the run again with its recipe: it continues where it stopped and rewrites the file."
-    if not isinstance(results, Mapping):
-        raise UserError(f"{source} must be an object, not a {type(results).__name__}. {remedy}")
-    if results.get("schema") != SCHEMA:
-        raise UserError(
-            f"{source} has schema {results.get('schema')!r}; this version of hf_pm reads schema {SCHEMA}. "
-            "Use the version of hf_pm that wrote it."
-        )
-    lists = [results.get("tasks"), results.get("matrix"), *(results.get("matrix") or [])]
-    if not all(isinstance(value, list | tuple) for value in lists):
-        raise UserError(f"{source} must have the lists `tasks` and `matrix`, a list per row. {remedy}")
-    lengths = [len(row) for row in results["matrix"]]
-    if lengths != list(range(1, len(lengths) + 1)) or len(lengths) > len(results["tasks"]):
-        raise UserError(
-            f"{source} has a `matrix` with rows of length {lengths} for {len(results['tasks'])} tasks; row t must "
-            f"hold the scores on tasks 1..t. {remedy}"
-        )
-
-
-def _read_json(path: Path, remedy: str) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UserError(f"{str(path)!r} does not exist. {remedy}") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{str(path)!r} is not valid JSON ({error}). {remedy}") from error
-
-
-def read_run(run_dir: str | Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """The `results.json` and, if there is one, the `run.json` of a run folder."""
-    path = Path(run_dir) / "results.json"
-    remedy = (
-        "It is written after every evaluation: give the `output_dir` of a run that has finished a task, or start that "
-        "run again with its recipe."
-    )
-    results = _read_json(path, remedy)
-    _check(results, repr(str(path)))
-    run_path = path.with_name("run.json")
-    remedy = "Restore it, or delete it to get a report without the settings."
-    run = _read_json(run_path, remedy) if run_path.exists() else None
-    if run is not None and not isinstance(run, dict):
-        raise UserError(f"{str(run_path)!r} must hold a JSON object. {remedy}")
-    return results, run
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # The parts of the page
 
 
-def matrix_of(results: Mapping[str, Any]) -> list[list[float | None]]:
-    return [[as_number(score) for score in row] for row in results["matrix"]]
+def metrics_of(results: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Every metric with its value, formula and reading; those of later versions come last, under their own names."""
+    values, formulas = as_record(results.get("metrics")), as_record(results.get("formulas"))
+    rows = []
+    for name in [*METRICS, *(name for name in values if name not in METRICS)]:
+        title, short, hint = METRICS.get(name, (name.replace("_", " ").capitalize(), name, ""))
+        text = metric_text(name, values.get(name))
+        formula = formulas.get(name)
+        rows.append({"name": name, "title": title, "short": short, "text": text, "hint": hint, "formula": formula})
+    return [row for row in rows if row["name"] in values or row["name"] in HEADLINE]
 
 
-def base_row_of(results: Mapping[str, Any]) -> list[float | None]:
-    """The zero-shot scores, one per task, whatever part of them was measured."""
-    row = [as_number(score) for score in results.get("base_row") or []]
-    return (row + [None] * len(results["tasks"]))[: len(results["tasks"])]
-
-
-def entry_of(results: Mapping[str, Any], key: str, index: int) -> Any:
-    """Element `index` of the list `results[key]`, or `None` where the list is absent or ends earlier."""
-    values = results.get(key) or []
-    return values[index] if index < len(values) else None
-
-
-def grid_of(
-    tasks: Sequence[str], matrix: Sequence[Sequence[float | None]], base_row: Sequence[float | None]
-) -> dict[str, Any]:
-    """The matrix as the rows of a table: the base row, then one row per learned task.
-
-    `known` counts the cells of a row that belong to tasks seen by then; `average` is the macro mean over exactly
-    these, and `None` if one of them was not measured.
-    """
-    rows = [{"step": 0, "name": "base", "cells": list(base_row), "known": len(tasks)}]
-    for step, scores in enumerate(matrix, start=1):
-        cells = [*scores, *[None] * (len(tasks) - step)]
-        rows.append({"step": step, "name": tasks[step - 1], "cells": cells, "known": step})
-    for row in rows:
-        row["average"] = average_accuracy([row["cells"][: row["known"]]])
-    return {"tasks": list(tasks), "rows": rows}
-
-
-def _curve(points: Sequence[tuple[int, float | None]], steps: int) -> dict[str, Any]:
-    """Pixel coordinates of `(step, score)` points; a missing score interrupts the line.
-
-    Returns:
-        `dict[str, Any]`: `dots`, the (x, y) of every known score, and `lines`, one SVG `points` text per unbroken run.
-    """
-    dots: list[tuple[float, float]] = []
-    runs: list[list[str]] = [[]]
-    for step, score in points:
-        if score is None:
-            runs.append([])
-            continue
-        x = LEFT + WIDTH * (0.5 if steps == 1 else (step - 1) / (steps - 1))
-        y = TOP + HEIGHT * (1 - _clip(score))
-        dots.append((round(x, 1), round(y, 1)))
-        runs[-1].append(f"{x:.1f},{y:.1f}")
-    return {"dots": dots, "lines": [" ".join(run) for run in runs if len(run) > 1]}
-
-
-def _panels(results: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _curves(results: Mapping[str, Any]) -> list[dict[str, Any]]:
     """One small picture per learned task, after one for the average over the tasks seen."""
     tasks, matrix, base_row = results["tasks"], matrix_of(results), base_row_of(results)
     averages = [(step, average_accuracy([row])) for step, row in enumerate(matrix, start=1)]
-    background = _curve(averages, len(tasks))
-    panels = [{"number": None, "name": "Average over the tasks seen", "points": averages, "zero_shot": None}]
+    curves = [{"number": None, "name": "Mean of the tasks seen", "points": averages, "zero_shot": None}]
     for j in range(len(matrix)):
         points = [(t + 1, matrix[t][j]) for t in range(j, len(matrix))]
-        panels.append({"number": j + 1, "name": tasks[j], "points": points, "zero_shot": base_row[j]})
-    for panel in panels:
-        panel["curve"] = _curve(panel["points"], len(tasks))
-        panel["background"] = background if panel["number"] else {"dots": [], "lines": []}
-        panel["learned"], panel["now"] = panel["points"][0][1], panel["points"][-1][1]
-        zero_shot = panel["zero_shot"]
-        panel["zero_shot_y"] = None if zero_shot is None else round(TOP + HEIGHT * (1 - _clip(zero_shot)), 1)
-    return panels
-
-
-def _interval(score: float | None, rows: float | None) -> str:
-    """Wilson's 95 % interval of a score that is a share of `rows` test rows; it stays inside [0, 1] on small sets."""
-    if score is None or not rows or not 0 <= score <= 1:
-        return DASH
-    z = 1.959964
-    centre = (score + z * z / (2 * rows)) / (1 + z * z / rows)
-    half = z * math.sqrt(score * (1 - score) / rows + z * z / (4 * rows * rows)) / (1 + z * z / rows)
-    return f"{fixed_text(centre - half)} to {fixed_text(centre + half)}"
+        curves.append({"number": j + 1, "name": tasks[j], "points": points, "zero_shot": base_row[j]})
+    plot = Plot(240, 130, (1, len(tasks)))
+    for curve in curves:
+        number, points, zero_shot = curve["number"], curve["points"], curve["zero_shot"]
+        known = [(step, score) for step, score in points if score is not None]
+        bars = [(plot.at_x(step), interval_of(results, step, number - 1)) for step, _ in known if number]
+        curve |= {
+            "plot": plot,
+            "lines": plot.lines(points),
+            "dots": [plot.at(step, score) for step, score in known],
+            "background": plot.lines(averages) if number else [],
+            "bars": [(x, plot.at_y(bar.low), plot.at_y(bar.high)) for x, bar in bars if bar is not None],
+            "zero_shot_y": None if zero_shot is None else plot.at_y(zero_shot),
+            "learned": points[0][1],
+            "now": points[-1][1],
+        }
+    return curves
 
 
 def _balance(results: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Per learned task: the score when it was just learned (plasticity) and the score now (stability)."""
-    matrix, base_row = matrix_of(results), base_row_of(results)
-    rows = []
+    """Per learned task: the score when it was just learned (plasticity), the score now, and what had been kept of the
+    earlier tasks at that time (stability)."""
+    matrix, rows = matrix_of(results), []
     for j, name in enumerate(results["tasks"][: len(matrix)]):
         learned, now = matrix[j][j], matrix[-1][j]
-        samples = as_number(entry_of(results, "eval_samples", j))
         rows.append(
             {
+                "number": j + 1,
                 "name": name,
-                "zero_shot": base_row[j],
                 "learned": learned,
                 "now": now,
                 "change": None if learned is None or now is None else now - learned,
-                "samples": None if samples is None else int(samples),
-                "interval": _interval(now, samples) if results.get("metric") in BINARY_METRICS else DASH,
+                "kept": retention(matrix, j + 1),
             }
         )
     return rows
+
+
+def _interval_text(interval: tuple[float, float, bool]) -> str:
+    return f"{fixed_text(interval[0])} to {fixed_text(interval[1])}"
+
+
+def _scatter(balance: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """Stability against plasticity, a point per task that had earlier ones; `None` without two such points."""
+    known = [row for row in balance if row["kept"] is not None and row["learned"] is not None]
+    if len(known) < 2:
+        return None
+    x, y = (_quarters([row[key] for row in known]) for key in ("learned", "kept"))
+    plot = Plot(300, 240, x, y, margins=(42, 12, 14, 40))
+    points = [{**row, "at": plot.at(row["learned"], row["kept"])} for row in known]
+    return {
+        "plot": plot,
+        "points": points,
+        "path": " ".join("{},{}".format(*point["at"]) for point in points),
+        "levels": [(plot.at_y(value), f"{value:g}") for value in (y[0], sum(y) / 2, y[1])],
+        "ticks": [(plot.at_x(value), f"{value:g}") for value in (x[0], sum(x) / 2, x[1])],
+        "radius": 8 if len(points) < 9 else 6.5,
+    }
+
+
+def _quarters(values: Sequence[float]) -> tuple[float, float]:
+    """The range of `values` rounded outwards to multiples of 1/4, so that near points stay apart."""
+    low, high = math.floor(4 * min(values)) / 4, math.ceil(4 * max(values)) / 4
+    return low, max(high, low + 0.25)
 
 
 def _merges(results: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Per learned task: the kept fraction alpha beside 1/t, and the terms it came from."""
     rows = []
     for j, name in enumerate(results["tasks"][: len(results["matrix"])]):
-        terms = entry_of(results, "coefficient_terms", j) or {}
-        alpha, uniform = as_number(entry_of(results, "coefficients", j)), 1 / (j + 1)
-        parity = (entry_of(results, "per_task", j) or {}).get("parity") or {}
-        rows.append({"name": name, "alpha": alpha, "uniform": uniform, "terms": terms, "parity": parity})
+        terms, costs = record_of(results, "coefficient_terms", j), record_of(results, "per_task", j)
+        row = {"name": name, "alpha": as_number(entry_of(results, "coefficients", j)), "uniform": 1 / (j + 1)}
+        row |= {key: terms.get(key) for key in TERMS[:4]}
+        row["others"] = {
+            key: plain_text(value) if as_number(value) is None else tables.scientific_text(value)
+            for key, value in terms.items()
+            if key not in TERMS and value is not None
+        }
+        row["search"] = _search(as_record(costs.get("coefficient_search")))
+        rows.append(row)
     return rows
 
 
-def costs_of(results: Mapping[str, Any]) -> dict[str, Any]:
-    """Time and memory per task, the total time, and the largest memory."""
-    times = ("train_seconds", "curvature_seconds", "merge_seconds", "evaluate_seconds")
-    rows = list(results.get("per_task") or [])
-    total: dict[str, float | None] = {}
-    for key in (*times, "peak_memory_bytes", "state_bytes"):
-        values = [value for row in rows if (value := as_number(row.get(key))) is not None]
-        # A sum over some of the tasks would look like the cost of all of them.
-        complete = bool(values) and (len(values) == len(rows) or key not in times)
-        total[key] = (sum(values) if key in times else max(values)) if complete else None
-    return {"rows": rows, "total": total}
-
-
-def _settings(run: Mapping[str, Any] | None) -> dict[str, str]:
-    recipe = (run or {}).get("recipe") or {}
+def _search(search: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The losses that a coefficient search measured, as a picture."""
+    pairs = [
+        (as_number(alpha), as_number(loss))
+        for alpha, loss in zip(as_list(search.get("alphas")), as_list(search.get("losses")), strict=False)
+    ]
+    points = sorted((alpha, loss) for alpha, loss in pairs if alpha is not None and loss is not None)
+    if not points:
+        return None
+    losses = [loss for _, loss in points]
+    plot = Plot(240, 130, (0, 1), (min(losses), max(losses)), margins=(46.0, 8.0, 10.0, 22.0))
+    marks = {key: as_number(search.get(key)) for key in ("best", "closed_form")}
     return {
-        key: "(hidden)" if value and any(secret in key for secret in SECRET_SETTINGS) else plain_text(value)
-        for key, value in sorted(recipe.items())
+        "plot": plot,
+        "dots": [plot.at(alpha, loss) for alpha, loss in points],
+        "line": " ".join("{},{}".format(*plot.at(alpha, loss)) for alpha, loss in points),
+        "points": points,
+        "low": min(losses),
+        "high": max(losses),
+        **marks,
+        "marks": [(key, plot.at_x(value)) for key, value in marks.items() if value is not None],
     }
 
 
+def _parities(results: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Per task and comparison (folded in place; reloaded from the release), how far two models' logits are apart."""
+    rows = []
+    for j, name in enumerate(results["tasks"][: len(results["matrix"])]):
+        parity = as_record(record_of(results, "per_task", j).get("parity"))
+        # Runs of earlier versions recorded the folded model alone, in `parity` itself.
+        found = {kind: parity[kind] for kind in ("folded", "reloaded") if kind in parity} or {"folded": parity}
+        for kind, record in found.items():
+            if not as_record(record):
+                continue
+            record = {**parity, **record}
+            difference, tolerance = (as_number(record.get(key)) for key in ("relative_difference", "tolerance"))
+            rows.append(
+                {
+                    "number": j + 1,
+                    "name": name,
+                    "kind": kind,
+                    **{key: record.get(key) for key in PARITY},
+                    "dtype": plain_text(record.get("dtype")),
+                    "policy": plain_text(record.get("policy")),
+                    "tolerance": tolerance,
+                    "within": None if difference is None or tolerance is None else difference <= tolerance,
+                }
+            )
+    return rows
+
+
+def _stream(results: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Per task: where its rows come from, how they are asked and scored."""
+    rows = []
+    for j, name in enumerate(results["tasks"]):
+        task = record_of(results, "stream", j)
+        row = {key: plain_text(task.get(key)) for key in ("train", "test", "prompt", "train_rows", "num_train_epochs")}
+        test_rows = task.get("test_rows")
+        row["test_rows"] = plain_text(eval_rows_of(results, 0, j) if test_rows is None else test_rows)
+        rows.append({"name": name, "metric": plain_text(metric_of(results, j)), **row})
+    return rows
+
+
+def _overlaps(results: Mapping[str, Any]) -> list[dict[str, Any]] | None:
+    """Pairs of splits that share texts; `None` if nothing was recorded."""
+    if not isinstance(results.get("overlap"), list | tuple):
+        return None
+    return [
+        {
+            **{key: "/".join(map(str, as_list(pair.get(key)))) or tables.DASH for key in ("first", "second")},
+            **{key: plain_text(pair.get(key)) for key in ("exact", "normalized", "rows")},
+            "equal": bool(pair.get("equal")),
+        }
+        for pair in map(as_record, results["overlap"])
+    ]
+
+
+def _others(results: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """Task, key and value of what `per_task` holds and no section shows."""
+    return [
+        (plain_text(row.get("name")), key, plain_text(value))
+        for row in costs_of(results)["rows"]
+        for key, value in row.items()
+        if key not in SHOWN and value is not None
+    ]
+
+
+def _settings(run: Mapping[str, Any]) -> dict[str, str]:
+    return {
+        key: "(hidden)" if value and any(secret in key for secret in SECRET_SETTINGS) else plain_text(value)
+        for key, value in sorted(as_record(run.get("recipe")).items())
+    }
+
+
+@cache
 def template_environment() -> jinja2.Environment:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
@@ -312,13 +270,17 @@ def template_environment() -> jinja2.Environment:
     )
     environment.filters |= {
         "score": fixed_text,
+        "short": lambda value: fixed_text(value, 2),
         "signed": signed_text,
-        "scientific": _scientific,
-        "seconds": seconds_text,
-        "size": _size,
+        "scientific": tables.scientific_text,
+        "percent": tables.percent_text,
+        "seconds": tables.seconds_text,
+        "size": tables.size_text,
         "plain": plain_text,
         "clip": _clip,
         "cut": cut_text,
+        "interval": _interval_text,
+        "last_part": lambda text: str(text).rstrip("/").split("/")[-1],
     }
     return environment
 
@@ -338,63 +300,140 @@ def render_report(results: Mapping[str, Any], run: Mapping[str, Any] | None = No
             The content of `run.json`. Without it the page has no settings and no base checksums.
 
     Returns:
-        `str`: The page. It loads nothing from the network and runs no JavaScript.
+        `str`: The page. It loads nothing from the network and runs no JavaScript. What the run did not record is said
+        to be absent.
 
     Raises:
         UserError: If `results` has another schema or a matrix that does not fit its tasks.
     """
-    _check(results, "`results`")
-    run = run or {}
-    formulas = results.get("formulas") or {}
-    metrics = results.get("metrics") or {}
-    tiles = [
-        {
-            "title": title,
-            "text": (signed_text if name in SIGNED else fixed_text)(metrics.get(name)),
-            "hint": hint,
-            "formula": formulas.get(name),
-        }
-        for name, (title, hint) in METRICS.items()
-    ]
+    check(results, "`results`")
+    run = as_record(run)
+    base, intervals = as_record(run.get("base")), intervals_of(results)
+    balance, panel = _balance(results), panel_of(results)
     return (
         template_environment()
         .get_template("report.html.jinja")
         .render(
-            results=results,
+            method=results.get("method"),
+            model=results.get("base_model"),
+            metric=results.get("metric"),
+            tasks=results["tasks"],
             done=len(results["matrix"]),
-            tiles=tiles,
-            grid=grid_of(results["tasks"], matrix_of(results), base_row_of(results)),
-            panels=_panels(results) if results["matrix"] else [],
-            plot={"left": LEFT, "top": TOP, "width": WIDTH, "height": HEIGHT},
-            balance=_balance(results),
+            metrics=metrics_of(results),
+            headline=HEADLINE,
+            grid=grid_of(results["tasks"], matrix_of(results), base_row_of(results), intervals),
+            intervals=" or ".join(sorted({INTERVALS[interval.recorded] for interval in intervals.values()})),
+            curves=_curves(results) if results["matrix"] else [],
+            balance=balance,
+            scatter=_scatter(balance),
             merges=_merges(results),
+            parities=_parities(results),
+            panel=panel,
+            panel_scores=list(dict.fromkeys(name for row in panel for name in row["scores"])),
             costs=costs_of(results),
+            stream=_stream(results),
+            overlaps=_overlaps(results),
+            others=_others(results),
             settings=_settings(run),
-            base=run.get("base") or {},
-            seed=results.get("seed", run.get("seed")),
-            versions=results.get("versions") or run.get("versions") or {},
+            origin={
+                "Base model": base.get("model") or results.get("base_model"),
+                "Base revision": base.get("revision"),
+                **{f"sha256 of {file}": digest for file, digest in as_record(base.get("sha256")).items()},
+                "Data fingerprint": results.get("data_fingerprint"),
+                "Seed": results.get("seed", run.get("seed")),
+                **dict(sorted(as_record(results.get("versions") or run.get("versions")).items())),
+            },
         )
     )
+
+
+def tables_of(results: Mapping[str, Any]) -> list[Table]:
+    """The matrix, the metrics with their formulas and the coefficients, as tables of text."""
+    tasks, matrix = results["tasks"], matrix_of(results)
+    grid = grid_of(tasks, matrix, base_row_of(results))
+    # With many tasks a page has room for their numbers only; the names are those of the rows.
+    names = tasks if len(tasks) <= 6 else [str(number) for number in range(1, len(tasks) + 1)]
+    rows = [
+        [
+            f"after {row['step']}: {row['name']}" if row["step"] else "base",
+            *[fixed_text(score) for score in row["cells"]],
+            fixed_text(row["average"]),
+        ]
+        for row in grid["rows"]
+    ]
+    metrics = [[row["title"], row["text"], plain_text(row["formula"])] for row in metrics_of(results)]
+    merges = [
+        [
+            f"{number}: {row['name']}",
+            fixed_text(row["alpha"]),
+            fixed_text(row["uniform"]),
+            *[tables.scientific_text(row[key]) for key in TERMS[:4]],
+        ]
+        for number, row in enumerate(_merges(results), start=1)
+    ]
+    return [
+        Table(f"Scores of {plain_text(results.get('method'))} after each task", ["Model", *names, "AA"], rows),
+        Table("Metrics", ["Metric", "Value", "Formula"], metrics),
+        Table("Kept fraction of each update", ["Task", "alpha", "1/t", "q", "p", "l", "Curvature trace"], merges),
+    ]
+
+
+def scores_csv(results: Mapping[str, Any]) -> str:
+    """Every measured score as a line: after_task (0: the base), task, score, low, high, rows, seed, method."""
+    lines = []
+    for step, scores in enumerate([base_row_of(results), *matrix_of(results)]):
+        for j, score in enumerate(scores):
+            if score is not None:
+                low, high, _ = interval_of(results, step, j) or (None, None, None)
+                own = [low, high, eval_rows_of(results, step, j), results.get("seed"), results.get("method")]
+                lines.append([step, results["tasks"][j], score, *own])
+    return tables.csv_text(["after_task", "task", "score", "low", "high", "rows", "seed", "method"], lines)
+
+
+def _figures(results: Mapping[str, Any]) -> dict[str, bytes]:
+    """The pictures by file name; none of a run that has no scores yet."""
+    tasks, matrix, base_row = results["tasks"], matrix_of(results), base_row_of(results)
+    pictures = {}
+    if matrix or any(score is not None for score in base_row):
+        pictures["matrix.png"] = figures.matrix_png(tasks, matrix, base_row)
+    if matrix:
+        averages = [average_accuracy([row]) for row in matrix]
+        alphas = [as_number(entry_of(results, "coefficients", j)) for j in range(len(matrix))]
+        pictures["curves.png"] = figures.curves_png(tasks, matrix, base_row, averages)
+        pictures["coefficients.png"] = figures.coefficients_png(tasks, alphas)
+    return pictures
 
 
 def write_report(run_dir: str | Path) -> Path:
     """
     Write `report.html` into a run folder, from its `results.json` and, if present, its `run.json`.
 
+    Beside it: `results.csv` (a line per score), `results.md` and `results.tex` (tables), and the pictures
+    `figures/{matrix,curves,coefficients}.png`, which need matplotlib and are left out without it.
+
     Args:
         run_dir (`str` or `Path`):
             The `output_dir` of a run, finished or not.
 
     Returns:
-        `Path`: The page. It is replaced in one step, so a browser never sees half of it.
+        `Path`: The page. Every file is replaced in one step, so a browser never sees half of it.
 
     Raises:
         UserError: If `results.json` is missing or cannot be read.
     """
     results, run = read_run(run_dir)
-    path = Path(run_dir) / "report.html"
-    write_bytes(path, render_report(results, run).encode())
-    return path
+    folder = Path(run_dir)
+    page = render_report(results, run)
+    write_bytes(folder / "results.csv", scores_csv(results).encode())
+    write_bytes(folder / "results.md", tables.markdown(tables_of(results)).encode())
+    write_bytes(folder / "results.tex", tables.latex(tables_of(results)).encode())
+    try:
+        for name, picture in _figures(results).items():
+            write_bytes(folder / "figures" / name, picture)
+    except ImportError as error:
+        logger.warning("The pictures in %s are not drawn: %s. Install matplotlib.", folder / "figures", error)
+    write_bytes(folder / "report.html", page.encode())
+    return folder / "report.html"
 
 
 def format_table(results: Mapping[str, Any]) -> str:
@@ -418,7 +457,7 @@ def format_table(results: Mapping[str, Any]) -> str:
     after 1: agnews   0.900      –  0.900
     ```
     """
-    _check(results, "`results`")
+    check(results, "`results`")
     grid = grid_of(results["tasks"], matrix_of(results), base_row_of(results))
     lines = [["", *[cut_text(name, 10) for name in grid["tasks"]], "AA"]]
     for row in grid["rows"]:

@@ -1,242 +1,105 @@
 import copy
+import csv
 import json
 import re
-import shutil
 import subprocess
 import sys
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
+from pages import (
+    HOSTILE,
+    Page,
+    assert_no_missing_value_text,
+    assert_self_contained,
+    full_results,
+    make_results,
+    write_run,
+)
 
-from hf_pm.comparison import T_QUANTILES, compare, write_comparison
-from hf_pm.report import format_table, render_report, write_report
-
-
-VOID = {"meta", "link", "br", "hr", "img", "input"}
-HOSTILE = "<script>alert(1)</script> \"x\" 'y' & | z"
-
-
-class Element:
-    def __init__(self, tag: str, attributes: dict[str, str | None]):
-        self.tag = tag
-        self.attributes = attributes
-        self.children: list[Element | str] = []
-
-    def walk(self):
-        yield self
-        for child in self.children:
-            if isinstance(child, Element):
-                yield from child.walk()
-
-    def all(self, tag: str) -> list["Element"]:
-        return [element for element in self.walk() if element.tag == tag]
-
-    @property
-    def text(self) -> str:
-        parts = [child if isinstance(child, str) else child.text for child in self.children]
-        return " ".join("".join(parts).split())
+from hf_pm.report import format_table, render_report, scores_csv, tables_of, write_report
+from hf_pm.results import panel_of, retention, stream_logs
+from hf_pm.tables import latex, latex_text, markdown, scientific_text
 
 
-class Page(HTMLParser):
-    """A tree of a page; a tag that is closed in the wrong order fails the test that reads it."""
-
-    def __init__(self, text: str):
-        super().__init__()
-        self.root = Element("root", {})
-        self.open = [self.root]
-        self.feed(text)
-        self.close()
-        assert [element.tag for element in self.open] == ["root"]
-
-    def handle_starttag(self, tag, attrs):
-        element = Element(tag, dict(attrs))
-        self.open[-1].children.append(element)
-        if tag not in VOID:
-            self.open.append(element)
-
-    def handle_startendtag(self, tag, attrs):
-        self.open[-1].children.append(Element(tag, dict(attrs)))
-
-    def handle_endtag(self, tag):
-        assert self.open.pop().tag == tag
-
-    def handle_data(self, data):
-        self.open[-1].children.append(data)
-
-    def table(self, name: str) -> list[list[str]]:
-        """The cell texts of the table with this id or class."""
-        tables = [
-            table
-            for table in self.root.all("table")
-            if table.attributes.get("id") == name or name in (table.attributes.get("class") or "").split()
-        ]
-        return [[cell.text for cell in row.walk() if cell.tag in ("td", "th")] for row in tables[0].all("tr")]
-
-    @property
-    def visible(self) -> str:
-        return " ".join(element.text for element in self.root.all("main"))
-
-
-def make_results(tasks: list[str], matrix: list[list[float | None]], **changes: Any) -> dict[str, Any]:
-    done = len(matrix)
-    return {
-        "schema": 1,
-        "method": "pm",
-        "base_model": "org/tiny",
-        "metric": "exact_match",
-        "tasks": tasks,
-        "matrix": matrix,
-        "base_row": [0.1 + 0.01 * j for j in range(len(tasks))],
-        "metrics": {"average_accuracy": 0.75, "forgetting": None},
-        "formulas": {"average_accuracy": "AA = mean over j <= T of a[T][j]"},
-        "coefficients": [1 / (t + 1) for t in range(done)],
-        "coefficient_terms": [None] * done,
-        "eval_samples": [100] * len(tasks),
-        "data_fingerprint": "f00d",
-        "per_task": [{"name": name, "train_seconds": 10.0} for name in tasks[:done]],
-        "seed": 0,
-        "versions": {"torch": "2.10.0"},
-        **changes,
-    }
+FILES = {"report.html", "results.csv", "results.md", "results.tex"}
+FIGURES = {"matrix.png", "curves.png", "coefficients.png"}
 
 
 @pytest.fixture
 def full() -> dict[str, Any]:
-    return make_results(
-        ["agnews", "yelp", "amazon"],
-        [[0.9], [0.8, 0.95], [0.75, 0.9, 0.6]],
-        base_row=[0.25, 0.5, 0.1],
-        metrics={
-            "average_accuracy": 0.75,
-            "average_anytime_accuracy": 0.8416667,
-            "backward_transfer": -0.1,
-            "forgetting": 0.1,
-            "forward_transfer": 0.5333333,
-            "intransigence": None,
-        },
-        coefficients=[1.0, 5 / 13, 0.403263],
-        coefficient_terms=[
-            {"q": 4.0, "p": 0.0, "l": -0.0, "uniform": 1.0, "curvature_trace": 5.0},
-            {"q": 5.0, "p": 8.0, "l": 0.0, "uniform": 0.5, "curvature_trace": 2.0},
-            None,
-        ],
-        per_task=[
-            {
-                "name": "agnews",
-                "train_seconds": 75.2,
-                "curvature_seconds": 3.25,
-                "merge_seconds": 0.5,
-                "evaluate_seconds": 59.96,
-                "peak_memory_bytes": 1_300_000_000,
-                "state_bytes": 999,
-                "parity": {"relative_difference": 2.5e-6},
-            },
-            {
-                "name": "yelp",
-                "train_seconds": 3700,
-                "curvature_seconds": None,
-                "merge_seconds": 1.0,
-                "evaluate_seconds": 10,
-                "peak_memory_bytes": 2_000_000_000,
-                "state_bytes": 4_560_000,
-            },
-        ],
-    )
+    return full_results()
 
 
-def write_run(folder: Path, results: dict[str, Any], run: dict[str, Any] | None = None) -> Path:
-    folder.mkdir(parents=True)
-    (folder / "results.json").write_text(json.dumps(results), encoding="utf-8")
-    if run is not None:
-        (folder / "run.json").write_text(json.dumps(run), encoding="utf-8")
-    return folder
+@pytest.fixture
+def page(full) -> Page:
+    return Page(render_report(full))
 
 
-def assert_self_contained(text: str) -> None:
-    page = Page(text)
-    assert not page.root.all("script")
-    for element in page.root.walk():
-        for name, value in element.attributes.items():
-            assert not name.startswith("on"), f"event handler {name}"
-            if name in ("src", "href", "srcset", "data", "action", "poster", "xlink:href"):
-                assert value == "data:,", f"{element.tag} {name}={value}"
-    assert "url(" not in text
-    assert "@import" not in text
-    assert "default-src 'none'" in text
+# The page
 
 
-def assert_no_missing_value_text(page: Page) -> None:
-    texts = [page.visible] + [value or "" for element in page.root.walk() for value in element.attributes.values()]
-    assert not re.search(r"\b(None|nan|NaN|null|Undefined|inf)\b", " ".join(texts))
-
-
-# One run: the page
-
-
-def test_heat_map_has_each_score_in_its_row_and_column(full):
-    page = Page(render_report(full))
+def test_heat_map_has_each_score_and_interval_in_its_row_and_column(page):
     assert page.table("heat") == [
         ["Model", "1: agnews", "2: yelp", "3: amazon", "AA"],
-        ["base", "0.250", "0.500", "0.100", "0.283"],
-        ["after 1: agnews", "0.900", "–", "–", "0.900"],
-        ["after 2: yelp", "0.800", "0.950", "–", "0.875"],
-        ["after 3: amazon", "0.750", "0.900", "0.600", "0.750"],
+        ["base", "0.250 0.20–0.29", "0.500 0.45–0.54", "0.100 0.05–0.14", "0.283"],
+        ["after 1: agnews", "0.900 0.85–0.94", "–", "–", "0.900"],
+        ["after 2: yelp", "0.800 0.75–0.84", "0.950 0.90–0.99", "–", "0.875"],
+        ["after 3: amazon", "0.750 0.70–0.79", "0.900 0.85–0.94", "0.600 0.55–0.64", "0.750"],
     ]
-    heat = next(table for table in page.root.all("table") if "heat" in table.attributes.get("class", ""))
+    (heat,) = page.root.all("table", "heat")
     assert {header.attributes["scope"] for header in heat.all("th")} == {"row", "col"}
-    cells = {cell.text: cell.attributes for cell in heat.all("td")}
-    assert cells["0.800"]["style"] == "--v:0.800"
-    assert "deep" in cells["0.950"]["class"] and "deep" not in cells["0.500"]["class"]
-    own = [cell.text for cell in heat.all("td") if "own" in cell.attributes["class"].split()]
-    assert own == ["0.900", "0.950", "0.600"]
+    cells = {cell.text: cell for cell in heat.all("td")}
+    assert cells["0.800 0.75–0.84"].attributes["style"] == "--v:0.800"
+    assert cells["0.800 0.75–0.84"].attributes["title"] == "0.800, 95 % interval 0.750 to 0.840"
+    assert "deep" in cells["0.950 0.90–0.99"].classes and "deep" not in cells["0.500 0.45–0.54"].classes
+    assert [cell.all("span")[0].text for cell in heat.all("td", "own")] == ["0.900", "0.950", "0.600"]
+    assert "95 % interval over the test rows (recorded with the score)" in page.visible
 
 
-def test_tiles_show_metrics_with_sign_and_formula(full):
+def test_without_recorded_intervals_shares_get_wilsons(full):
+    del full["cells"]
     page = Page(render_report(full))
-    tiles = [tile.text for tile in page.root.all("li") if tile.attributes.get("class") == "tile"]
-    assert tiles[0] == "Average accuracy (AA)0.750higher is betterAA = mean over j <= T of a[T][j]"
-    assert [tile.all("b")[0].text for tile in page.root.all("li") if tile.attributes.get("class") == "tile"] == [
-        "0.750",
-        "0.842",
-        "-0.100",
-        "+0.100",
-        "+0.533",
-        "–",
+    titles = [cell.attributes.get("title") for cell in page.root.all("table", "heat")[0].all("tr")[4].all("td")]
+    # Of 75, 90 and 60 right rows out of 100.
+    intervals = ["0.657 to 0.825", "0.826 to 0.945", "0.502 to 0.691"]
+    assert titles[:3] == [
+        f"{score}, 95 % interval {interval}"
+        for score, interval in zip(("0.750", "0.900", "0.600"), intervals, strict=True)
     ]
+    assert "Wilson's, from the number of rows" in page.visible
+    # A score that is no share of the rows has no binomial interval.
+    page = Page(render_report(full | {"metric": "rouge_l", "stream": None}))
+    assert page.table("heat")[1] == ["base", "0.250", "0.500", "0.100", "0.283"]
+    assert "interval over the test rows" not in page.visible
 
 
-def test_balance_coefficients_and_costs(full):
-    page = Page(render_report(full))
-    assert page.table("balance")[1:] == [
-        ["1: agnews", "0.250", "0.900", "0.750", "-0.150", "", "100", "0.657 to 0.825"],
-        ["2: yelp", "0.500", "0.950", "0.900", "-0.050", "", "100", "0.826 to 0.945"],
-        ["3: amazon", "0.100", "0.600", "0.600", "0.000", "", "100", "0.502 to 0.691"],
+def test_headline_and_metrics_have_sign_formula_and_reading(page):
+    headline = [
+        (item.all("span")[0].text, item.all("b")[0].text) for item in page.root.all("ul", "headline")[0].all("li")
     ]
-    assert page.table("coefficients")[1:] == [
-        ["1: agnews", "1.000", "1.000", "", "4", "0", "0", "5", "2.5e-06"],
-        ["2: yelp", "0.385", "0.500", "", "5", "8", "0", "2", "–"],
-        ["3: amazon", "0.403", "0.333", "", "–", "–", "–", "–", "–"],
+    assert headline == [
+        ("Average accuracy", "0.750"),
+        ("Backward transfer", "-0.100"),
+        ("Forgetting", "+0.100"),
+        ("Forward transfer", "+0.533"),
     ]
-    # Curvature was not measured for one task, so that it has no total.
-    assert page.table("costs")[1:] == [
-        ["1: agnews", "1 min 15 s", "3.2 s", "0.5 s", "1 min 00 s", "1.3 GB", "999 B"],
-        ["2: yelp", "1 h 01 min", "–", "1.0 s", "10.0 s", "2 GB", "4.56 MB"],
-        ["Total; largest", "1 h 02 min", "–", "1.5 s", "1 min 10 s", "2 GB", "4.56 MB"],
-    ]
+    rows = {row[0]: row[1:] for row in page.table("metrics-table")[1:]}
+    assert rows["Average accuracy"] == ["0.750", "AA = mean over j <= T of a[T][j]", "higher is better"]
+    assert rows["Micro average accuracy"][0] == "0.742"
+    assert rows["Average anytime accuracy"][:2] == ["0.842", "–"]
+    assert rows["Forgetting"][0] == "+0.100"
+    assert rows["Intransigence"][0] == "–"
+    assert list(rows)[-1] == "Some new metric" and rows["Some new metric"][0] == "0.123"
+    # A metric that this run does not know of is not shown as missing.
+    assert "Intransigence, single" not in rows
 
 
-def test_no_binomial_interval_for_a_score_that_is_no_share(full):
-    full["metric"] = "rouge_l"
-    assert [row[-1] for row in Page(render_report(full)).table("balance")[1:]] == ["–"] * 3
-
-
-def test_curves_start_when_a_task_is_learned(full):
-    page = Page(render_report(full))
-    figures = page.root.all("figure")
+def test_curves_start_when_a_task_is_learned(page):
+    figures = page.section("curves").all("figure")
     assert [figure.all("figcaption")[0].text for figure in figures] == [
-        "Average over the tasks seen 0.900 → 0.750",
+        "Mean of the tasks seen 0.900 → 0.750",
         "1: agnews 0.900 → 0.750",
         "2: yelp 0.950 → 0.900",
         "3: amazon 0.600",
@@ -250,6 +113,106 @@ def test_curves_start_when_a_task_is_learned(full):
         ("ring", "130.0"),
         ("dot", "230.0"),
     ]
+    # 0.90 to 0.99 and 0.85 to 0.94.
+    assert [bar.attributes["d"] for bar in yelp.all("path", "span")] == ["M130.0 18.0V9.0", "M230.0 23.0V14.0"]
+    assert [line.attributes["d"] for line in yelp.all("path", "zero")] == ["M30.0 58.0H230.0"]
+
+
+def test_stability_against_plasticity(page):
+    assert page.table("balance-table")[1:] == [
+        ["1: agnews", "0.900", "0.750", "-0.150", "", "–"],
+        ["2: yelp", "0.950", "0.900", "-0.050", "", "88.9 %"],  # 0.8 / 0.9
+        ["3: amazon", "0.600", "0.600", "0.000", "", "89.2 %"],  # 1.65 / 1.85
+    ]
+    (picture,) = page.section("balance").all("figure")
+    # x and y run from 0.5 and 0.75 to 1 over 42..286 and 200..12.
+    points = [(dot.attributes["cx"], dot.attributes["cy"]) for dot in picture.all("circle")]
+    assert points == [("261.6", "95.6"), ("90.8", "93.3")]
+    assert [text.text for text in picture.all("text", "number")] == ["2", "3"]
+    assert "task 2 0.889 at 0.950, task 3 0.892 at 0.600" in picture.all("svg")[0].attributes["aria-label"]
+
+
+def test_retention():
+    matrix = [[0.9], [0.8, 0.95], [0.75, 0.9, 0.6]]
+    assert [retention(matrix, step) for step in (1, 2, 3)] == [None, pytest.approx(8 / 9), pytest.approx(1.65 / 1.85)]
+    assert retention([[0.0], [0.5, 0.5]], 2) is None  # nothing was learned that could be kept
+    assert retention([[0.9], [None, 0.5]], 2) is None
+    assert retention([[0.2], [0.5, 0.5]], 2) == 2.5  # later tasks may help
+
+
+def test_coefficients_and_their_search(page):
+    assert page.table("coefficients") == [
+        ["Task", "alpha", "1/t", "0 to 1", "q", "p", "l", "Curvature trace", "Also recorded"],
+        ["1: agnews", "1.000", "1.000", "", "4.00", "0", "0", "5.00", ""],
+        ["2: yelp", "0.385", "0.500", "", "5.00", "8.00", "0", "2.00", "unclipped 0.385, q_exact 5.00e-7"],
+        ["3: amazon", "0.403", "0.333", "", "–", "–", "–", "–", ""],
+    ]
+    (search,) = page.section("merging").all("figure")
+    assert search.all("figcaption")[0].text == "yelp best 0.500, closed 0.385"
+    assert search.all("svg")[0].attributes["aria-label"] == (
+        "Loss of yelp over alpha: 2.000 at 0.00, 1.500 at 0.50, 1.750 at 1.00"
+    )
+    # alpha over 46..230, the loss from its lowest (108) to its highest (8).
+    assert search.all("polyline")[0].attributes["points"] == "46.0,8.0 138.0,108.0 230.0,58.0"
+    assert [mark.attributes["d"] for mark in search.all("path", "tick")] == ["M138.0 8.0V108.0"]
+    assert [mark.attributes["d"] for mark in search.all("path", "zero")] == ["M116.8 8.0V108.0"]
+
+
+def test_general_ability(page):
+    assert page.table("panel") == [
+        ["Model", "Cross-entropy", "Change", "Bits per byte", "piqa acc"],
+        ["base", "3.000", "0.000", "1.100", "–"],
+        ["after 2: yelp", "3.250", "+0.250", "1.200", "0.610"],
+    ]
+
+
+def test_costs(page):
+    # Curvature was not measured for one task, so that it has no total.
+    assert page.table("costs")[1:] == [
+        ["1: agnews", "1 min 15 s", "3.2 s", "0.5 s", "1 min 00 s", "1.3 GB", "999 B"],
+        ["2: yelp", "1 h 01 min", "–", "1.0 s", "10.0 s", "2 GB", "4.56 MB"],
+        ["Total; largest", "1 h 02 min", "–", "1.5 s", "1 min 10 s", "2 GB", "4.56 MB"],
+    ]
+
+
+def test_parity_certificates_flat_and_by_kind(page):
+    same = ["0.0300", "4.00e-3", "1.20e-5", "99.6 %", "float32", "full precision, one rounding"]
+    assert page.table("parities")[1:] == [
+        ["1: agnews", "folded", "2.50e-6", "1.00e-4", "within", *same],
+        ["2: yelp", "folded", "2.50e-6", "1.00e-4", "within", *same],
+        ["2: yelp", "reloaded", "0.0200", "1.00e-4", "over", *same],
+    ]
+    assert [cell.text for cell in page.section("parity").all("td", "warn")] == ["over"]
+
+
+def test_stream_and_overlap(page):
+    assert page.table("tasks")[1:3] == [
+        ["1: agnews", "1000", "100", "2", "exact_match", "plain", "org/agnews@abc:train", "org/agnews@abc:test"],
+        ["2: yelp", "1001", "100", "2", "exact_match", "plain", "org/yelp@abc:train", "org/yelp@abc:test"],
+    ]
+    assert page.table("overlap")[1:] == [["agnews/train", "yelp/test", "100", "2", "7"]]
+
+
+def test_equal_splits_are_named(full):
+    full["overlap"][0]["equal"] = True
+    assert Page(render_report(full)).table("overlap")[1][1] == "yelp/test equal"
+    assert "No row of one split occurs in another." in Page(render_report(full | {"overlap": []})).visible
+
+
+def test_everything_else_of_a_task_is_listed(page):
+    assert page.table("others") == [["agnews", "perturbation", "positive: 0.26, negative: 0.24"]]
+
+
+def test_what_a_run_lacks_is_said():
+    visible = Page(render_report(make_results(["a"], [[0.5]], per_task=None))).visible
+    for text in (
+        "This run did not measure it.",
+        "Not recorded: a resumed task has none",
+        "Whether rows of one split occur in another was not recorded.",
+        "Nothing was recorded yet.",
+        "The settings are not known: there is no run.json.",
+    ):
+        assert text in visible
 
 
 def test_partial_run_with_missing_scores():
@@ -258,6 +221,7 @@ def test_partial_run_with_missing_scores():
         [[0.5], [None, 0.7], [0.4, 0.6, float("nan")]],
         base_row=[0.2, None],
         metrics={"average_accuracy": float("nan"), "forgetting": None},
+        metric="rouge_l",
         coefficients=[1.0, None],
         coefficient_terms=None,
         per_task=[],
@@ -271,14 +235,14 @@ def test_partial_run_with_missing_scores():
         ["after 2: b", "–", "0.700", "–", "–", "–"],
         ["after 3: c", "0.400", "0.600", "–", "–", "–"],
     ]
-    heat = next(table for table in page.root.all("table") if "heat" in table.attributes.get("class", ""))
-    reasons = [cell.attributes.get("title") for cell in heat.all("tr")[4].all("td")[:4]]
+    reasons = [cell.attributes.get("title") for cell in page.root.all("table", "heat")[0].all("tr")[4].all("td")[:4]]
     assert reasons == [None, None, "not measured", "not learned yet"]
-    assert "Task 3 of 4, last learned: c." in page.visible
+    assert "3 of 4 tasks learned, the last one c." in page.visible
+    assert page.root.all("progress")[0].attributes["value"] == "3"
     assert page.table("settings") == [["names", "–, 1"], ["scale", "–"], ["warmup", "–"]]
-    # A gap in the scores interrupts the line of task a: two dots, no line.
-    a = page.root.all("figure")[1]
-    assert [line.attributes["class"] for line in a.all("polyline")] == []
+    # A gap in the scores interrupts the line of task a: two dots, no line of its own.
+    a = page.section("curves").all("figure")[1]
+    assert a.all("polyline", "this") == []
     assert len(a.all("circle")) == 2
     assert_no_missing_value_text(page)
 
@@ -286,10 +250,42 @@ def test_partial_run_with_missing_scores():
 @pytest.mark.parametrize("learned", [0, 1])
 def test_first_minutes_of_a_run(learned):
     page = Page(render_report(make_results(["only"], [[0.5]][:learned])))
-    assert f"Task {learned} of 1" in page.visible
+    assert f"{learned} of 1 tasks learned" in page.visible
     assert len(page.table("heat")) == 2 + learned
-    assert len(page.root.all("figure")) == 2 * learned
+    assert len(page.section("curves").all("figure")) == 2 * learned
     assert_no_missing_value_text(page)
+
+
+def paths(value: Any, path: tuple = ()) -> list[tuple]:
+    """The place of every value inside nested dictionaries and lists."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [place for key, inner in items for place in ((*path, key), *paths(inner, (*path, key)))]
+
+
+MANDATORY = {"schema", "tasks", "matrix"}
+# Of the many equal things in these lists one stands for all.
+REPEATED = {"cells": {"0", "1", "3", "agnews"}, "stream": {0, 2}}
+PLACES = [
+    path for path in paths(full_results()) if path[0] not in MANDATORY and not REPEATED.get(path[0], set()) & set(path)
+]
+
+
+@pytest.mark.parametrize("replacement", ["absent", "null", "text", "list"])
+def test_no_key_is_needed_but_the_matrix(full, replacement):
+    """Every value in turn is missing, null, or of another type than this version writes."""
+    for path in PLACES:
+        results = copy.deepcopy(full)
+        inner = results
+        for key in path[:-1]:
+            inner = inner[key]
+        if replacement == "absent":
+            if isinstance(inner, list):
+                continue
+            del inner[path[-1]]
+        else:
+            inner[path[-1]] = {"null": None, "text": "odd", "list": [1, None]}[replacement]
+        assert "<h2>Reproduce</h2>" in render_report(results), path
+        scores_csv(results), tables_of(results), stream_logs(results, 3), format_table(results)
 
 
 def test_fifteen_tasks_with_long_names():
@@ -297,38 +293,33 @@ def test_fifteen_tasks_with_long_names():
     page = Page(render_report(make_results(tasks, [[t / 20 + j / 100 for j in range(t + 1)] for t in range(15)])))
     rows = page.table("heat")
     assert [len(row) for row in rows] == [17] * 17
-    assert rows[16][12] == "0.810"  # task 12 after task 15
-    # Cut names stay different from each other, and the whole name is in the title and in the tables.
+    assert rows[16][12].startswith("0.810 ")  # task 12 after task 15
+    # Cut names stay different from each other; the whole name is in the titles and in the table of the stream.
     assert len(set(rows[0])) == 17
     titles = [header.attributes.get("title") for header in page.root.all("th")]
-    assert all(titles.count(name) == 2 for name in tasks)
-    assert [row[0] for row in page.table("balance")[1:]] == [f"{j + 1}: {name}" for j, name in enumerate(tasks)]
+    assert all(titles.count(name) == 4 for name in tasks)
+    assert [row[0] for row in page.table("tasks")[1:]] == [f"{j + 1}: {name}" for j, name in enumerate(tasks)]
+    text = latex(tables_of(make_results(tasks, [[0.5]])))
+    assert "Model & 1 & 2 & 3" in text
 
 
-def test_hostile_names_are_text(full, tmp_path):
-    results = make_results([HOSTILE, "b"], [[0.5]], method=HOSTILE, base_model=HOSTILE)
-    results["per_task"] = [{"name": HOSTILE}]
-    run = {"recipe": {HOSTILE: HOSTILE}, "base": {"model": HOSTILE, "sha256": {HOSTILE: HOSTILE}}}
-    text = render_report(results, run)
+def test_hostile_names_are_text(full):
+    full = json.loads(json.dumps(full).replace("yelp", HOSTILE.replace('"', '\\"')))
+    text = render_report(
+        full | {"method": HOSTILE, "base_model": HOSTILE, "metric": HOSTILE}, {"recipe": {HOSTILE: HOSTILE}}
+    )
     assert_self_contained(text)
     page = Page(text)
-    assert page.root.all("h1")[0].text == f"{HOSTILE} on {HOSTILE}"
+    # The name of a folder's model is its last part.
+    assert page.root.all("h1")[0].text == f"{HOSTILE} on script> \"x\" 'y' & | z"
     assert page.table("settings") == [[HOSTILE, HOSTILE]]
-    assert page.table("heat")[0][2] == "2: b"
+    assert page.table("tasks")[2][0] == f"2: {HOSTILE}"
+    assert page.table("overlap")[1][1] == f"{HOSTILE}/test"
     assert HOSTILE in [header.attributes.get("title") for header in page.root.all("th")]
 
-    comparison = compare([write_run(tmp_path / "a", results), write_run(tmp_path / "b", full)])
-    assert_self_contained(comparison.html)
-    assert "<script" not in comparison.markdown
-    # The bar of the name does not end its cell: every line of a table has the cells of its header.
-    for block in comparison.markdown.split("\n\n"):
-        lines = [line for line in block.splitlines() if line.startswith("|")]
-        assert len({len(re.findall(r"(?<!\\)\|", line)) for line in lines}) <= 1
 
-
-def test_page_is_self_contained(full, tmp_path):
+def test_page_is_self_contained(full):
     assert_self_contained(render_report(full, {"recipe": {"homepage": "https://example.org"}}))
-    assert_self_contained(compare([write_run(tmp_path / "a", full)]).html)
 
 
 def test_settings_origin_and_hidden_secrets(full):
@@ -345,26 +336,110 @@ def test_settings_origin_and_hidden_secrets(full):
         ["tasks", "(name: a, n: 1)"],
     ]
     assert "s3cr3t" not in text
-    assert page.table("origin") == [
+    assert page.table("origin-table") == [
         ["Base model", "org/tiny"],
         ["Base revision", "abc123"],
         ["sha256 of model.safetensors", "beef"],
-        ["Seed", "0"],
         ["Data fingerprint", "f00d"],
+        ["Seed", "0"],
         ["torch", "2.10.0"],
     ]
 
 
-# One run: files
+def test_scientific_text():
+    values = (0, -0.0, 31, 0.15, 99.94, 99.96, 9999.4, 12345, 0.01, 0.00999, -7.3e-6, None, float("nan"))
+    assert [scientific_text(value) for value in values] == [
+        *("0", "0", "31.0", "0.150", "99.9", "100", "9999", "1.23e4", "0.0100", "9.99e-3", "-7.30e-6", "–", "–"),
+    ]
 
 
-def test_write_report_replaces_the_page_and_leaves_nothing_else(full, tmp_path):
+# Files
+
+
+def test_write_report_writes_the_page_its_tables_and_pictures_and_nothing_else(full, tmp_path):
     folder = write_run(tmp_path / "run", full, {"recipe": {"lora_r": 8}})
     (folder / "report.html").write_text("old")
     path = write_report(folder)
     assert path == folder / "report.html"
     assert path.read_text(encoding="utf-8") == render_report(full, {"recipe": {"lora_r": 8}})
-    assert sorted(file.name for file in folder.iterdir()) == ["report.html", "results.json", "run.json"]
+    assert {file.name for file in folder.iterdir()} == FILES | {"results.json", "run.json", "figures"}
+    assert {file.name for file in (folder / "figures").iterdir()} == FIGURES
+    assert (folder / "results.csv").read_text() == scores_csv(full)
+    assert (folder / "results.md").read_text() == markdown(tables_of(full))
+    assert (folder / "results.tex").read_text() == latex(tables_of(full))
+
+
+def test_report_is_the_same_bytes_twice(full, tmp_path):
+    contents = []
+    for name in ("one", "two"):
+        folder = write_run(tmp_path / name, full)
+        write_report(folder)
+        contents.append({path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file()})
+    assert contents[0] == contents[1]
+
+
+def test_base_alone_has_one_picture(tmp_path):
+    folder = write_run(tmp_path / "run", make_results(["a", "b"], []))
+    write_report(folder)
+    assert [file.name for file in (folder / "figures").iterdir()] == ["matrix.png"]
+
+
+def test_report_is_written_without_matplotlib(full, tmp_path, monkeypatch, caplog):
+    for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)  # what `import` finds when it is not installed
+    folder = write_run(tmp_path / "run", full)
+    write_report(folder)
+    assert {file.name for file in folder.iterdir()} == FILES | {"results.json"}
+    assert "Install matplotlib." in caplog.text
+
+
+def test_scores_csv(full):
+    full["matrix"][2][1] = None
+    full["cells"]["1"] = {}
+    lines = list(csv.reader(scores_csv(full).splitlines()))
+    assert lines[0] == ["after_task", "task", "score", "low", "high", "rows", "seed", "method"]
+    assert len(lines) == 1 + 3 + 1 + 2 + 2
+    assert lines[2] == ["0", "yelp", "0.5", "0.45", "0.54", "200", "0", "pm"]
+    # Wilson's interval of 90 right rows out of 100, since none was recorded.
+    assert lines[4][:3] == ["1", "agnews", "0.9"] and lines[4][5:] == ["100", "0", "pm"]
+    assert [float(end) for end in lines[4][3:5]] == pytest.approx([0.825634, 0.944771], abs=1e-6)
+    assert [line[:2] for line in lines[7:]] == [["3", "agnews"], ["3", "amazon"]]
+
+
+def test_markdown_and_latex_tables(full):
+    text = markdown(tables_of(full))
+    assert "**Scores of pm after each task**" in text
+    assert "| after 2: yelp | 0.800 | 0.950 | – | 0.875 |" in text
+    assert "| Backward transfer | -0.100 | – |" in text
+    assert "| 2: yelp | 0.385 | 0.500 | 5.00 | 8.00 | 0 | 2.00 |" in text
+    text = latex(tables_of(full))
+    assert r"Model & agnews & yelp & amazon & AA \\" in text
+    assert r"after 2: yelp & 0.800 & 0.950 & -- & 0.875 \\" in text
+    assert r"Backward transfer & $-$0.100 & -- \\" in text
+    assert text.count(r"\begin{tabular}{lrrrr}") == 1 and text.count(r"\bottomrule") == 3
+
+
+def test_tables_hold_hostile_names(full):
+    name = HOSTILE + r" \input{x} $a_b^c ~50% # {}"
+    tables = tables_of(full | {"tasks": [name, "b", "c"], "method": name})
+    text = markdown(tables)
+    assert "<script" not in text
+    # The bar of the name does not end its cell: every line of a table has the cells of its header.
+    for block in text.split("\n\n"):
+        lines = [line for line in block.splitlines() if line.startswith("|")]
+        assert len({len(re.findall(r"(?<!\\)\|", line)) for line in lines}) <= 1
+    assert latex_text(name) == (
+        r"\textless{}script\textgreater{}alert(1)\textless{}/script\textgreater{} "
+        "\"x\" 'y' "
+        r"\& \textbar{} z \textbackslash{}input\{x\} \$a\_b\textasciicircum{}c \textasciitilde{}50\% \# \{\}"
+    )
+    commands = set(re.findall(r"\\[a-zA-Z]+", latex(tables)))
+    assert commands == {
+        *(r"\usepackage", r"\begin", r"\end", r"\centering", r"\footnotesize", r"\caption", r"\toprule", r"\midrule"),
+        *(r"\bottomrule", r"\textless", r"\textgreater", r"\textbar", r"\textbackslash", r"\textasciicircum"),
+        r"\textasciitilde",
+    }
 
 
 def test_failed_report_keeps_the_old_page(full, tmp_path):
@@ -396,6 +471,7 @@ def test_missing_and_unreadable_files(full, tmp_path):
         ({"matrix": [[0.5], [0.5]]}, r"rows of length \[1, 1\] for 3 tasks"),
         ({"matrix": [[0.5], [0.5] * 2, [0.5] * 3, [0.5] * 4]}, r"rows of length \[1, 2, 3, 4\] for 3 tasks"),
         ({"matrix": [0.5]}, "must have the lists `tasks` and `matrix`"),
+        ({"matrix": 3}, "must have the lists `tasks` and `matrix`"),
         ({"tasks": None}, "must have the lists `tasks` and `matrix`"),
     ],
 )
@@ -405,7 +481,15 @@ def test_results_that_would_be_shown_wrongly_are_refused(full, change, message):
             show(full | change)
 
 
-# One run: the terminal
+def test_the_results_are_not_changed(full):
+    before = copy.deepcopy(full)
+    for show in (render_report, format_table, tables_of, scores_csv, panel_of):
+        show(full)
+    stream_logs(full, 3)
+    assert full == before
+
+
+# The terminal and the trackers
 
 
 def test_format_table(full):
@@ -431,211 +515,59 @@ def test_format_table_cuts_names_in_the_middle():
     )
 
 
-# Several runs
-
-
-def aa(value: float, **changes: Any) -> dict[str, Any]:
-    metrics = {"average_accuracy": value, "backward_transfer": -value / 10}
-    return make_results(["a", "b"], [[0.5], [value, 0.5]], metrics=metrics, **changes)
-
-
-@pytest.fixture
-def runs(tmp_path) -> list[Path]:
-    """Three seeds of pm and, in another order, of sequential; differences -0.10, -0.20, -0.12."""
-    scores = {
-        "pm": {0: 0.80, 1: 0.90, 2: 0.85},
-        "sequential": {2: 0.73, 0: 0.70, 1: 0.70},
+def test_stream_logs_of_the_last_task(full):
+    assert stream_logs(full, 3) == {
+        "stream/average_accuracy": 0.75,
+        "stream/micro_average_accuracy": 0.7421,
+        "stream/average_anytime_accuracy": 0.8416667,
+        "stream/backward_transfer": -0.1,
+        "stream/forgetting": 0.1,
+        "stream/forward_transfer": 0.5333333,
+        "stream/some_new_metric": 0.123,
+        "task/agnews/score": 0.75,
+        "task/yelp/score": 0.9,
+        "task/amazon/score": 0.6,
+        "task/amazon/coefficient": 0.403263,
     }
-    return [
-        write_run(tmp_path / f"{method}-{seed}", aa(score, method=method, seed=seed))
-        for method, by_seed in scores.items()
-        for seed, score in by_seed.items()
-    ]
 
 
-def test_compare_means_and_paired_differences(runs):
-    comparison = compare(runs)
-    pm, sequential = comparison.rows
-    assert (pm["label"], pm["n"], pm["seeds"]) == ("pm", 3, [0, 1, 2])
-    assert pm["average_accuracy"] == pytest.approx({"mean": 0.85, "std": 0.05, "n": 3})
-    assert pm["backward_transfer"] == pytest.approx({"mean": -0.085, "std": 0.005, "n": 3})
-    assert pm["forgetting"] == {"mean": None, "std": None, "n": 0}
-    assert pm["coefficients"][1] == pytest.approx({"mean": 0.5, "std": 0.0, "n": 3})
-    assert pm["train_seconds"]["mean"] == 20.0
-    assert pm["paired"] is None
-    # Mean -0.14; deviations .04, -.06, .02 give std sqrt(.0056 / 2); half width 4.3027 * std / sqrt(3).
-    assert sequential["average_accuracy"]["mean"] == pytest.approx(0.71)
-    assert sequential["paired"] == pytest.approx(
-        {"mean": -0.14, "std": 0.0529150, "n": 3, "low": -0.2714494, "high": -0.0085506}, abs=1e-6
-    )
-    assert comparison.notes == []
-
-    assert "| pm | 3 | 0, 1, 2 | 0.850 ± 0.050 | – | -0.085 ± 0.005 | – | – | 20.0 s ± 0.0 s |" in comparison.markdown
-    assert "| sequential | -0.140 ± 0.053 | 3 | -0.271 to -0.009 |" in comparison.markdown
-    assert "**Note:**" not in comparison.markdown
-    page = Page(comparison.html)
-    assert page.table("table-1")[2][:4] == ["sequential", "3", "2, 0, 1", "0.710 ± 0.017"]
-    assert page.table("table-2")[1] == ["sequential", "-0.140 ± 0.053", "3", "-0.271 to -0.009"]
-    assert page.table("table-3") == [
-        ["Method", "1: a", "2: b"],
-        ["pm", "1.000 ± 0.000", "0.500 ± 0.000"],
-        ["sequential", "1.000 ± 0.000", "0.500 ± 0.000"],
-    ]
-    # The first heat map is the average of the three pm runs.
-    assert page.table("heat")[3] == ["after 2: b", "0.850", "0.500", "0.675"]
-    captions = [caption.text for caption in page.root.all("caption")]
-    assert captions == ["pm (average of 3 runs)", "sequential (average of 3 runs)"]
-    assert_no_missing_value_text(page)
+def test_stream_logs_of_the_base_and_of_an_earlier_task(full):
+    assert stream_logs(full, 0) == {
+        "task/agnews/score": 0.25,
+        "task/yelp/score": 0.5,
+        "task/amazon/score": 0.1,
+        "panel/cross_entropy": 3.0,
+        "panel/bits_per_byte": 1.1,
+    }
+    logs = stream_logs(full, 2)
+    # The metrics are those of the last row, so that of an earlier one only the average is known.
+    assert {name: logs[name] for name in logs if name.startswith(("stream/", "panel/"))} == {
+        "stream/average_accuracy": 0.875,
+        "panel/cross_entropy": 3.25,
+        "panel/bits_per_byte": 1.2,
+        "panel/piqa_acc": 0.61,
+    }
+    assert logs["task/yelp/q"] == 5.0 and logs["task/yelp/unclipped"] == 0.38462
+    assert logs["task/yelp/train_seconds"] == 3700 and "task/yelp/curvature_seconds" not in logs
+    assert logs["task/agnews/score"] == 0.8 and "task/agnews/coefficient" not in logs
 
 
-def test_single_runs_are_plain_values_and_one_pair_has_no_interval(runs):
-    comparison = compare([runs[0], runs[4]])  # seed 0 of both
-    assert comparison.rows[1]["paired"] == pytest.approx(
-        {"mean": -0.1, "std": None, "n": 1, "low": None, "high": None}
-    )
-    assert "| pm | 1 | 0 | 0.800 | – | -0.080 | – | – | 20.0 s |" in comparison.markdown
-    assert "| sequential | -0.100 | 1 | – |" in comparison.markdown
-    assert compare([runs[0], runs[3]]).rows[1]["paired"] is None  # seeds 0 and 2
+def test_stream_logs_are_flat_numbers_with_plain_names():
+    logs = stream_logs(make_results(["a/b c", "é.1"], [[0.5], [None, float("nan")]]), 2)
+    assert all(type(value) is float for value in logs.values())
+    assert set(logs) == {"stream/average_accuracy", "task/é.1/coefficient", "task/é.1/train_seconds"}
+    assert "task/a_b_c/score" in stream_logs(make_results(["a/b c"], [[0.5]]), 1)
 
 
-def test_a_metric_that_some_seeds_lack_shows_its_count(tmp_path):
-    folders = [write_run(tmp_path / str(seed), aa(0.5 + seed / 10, seed=seed)) for seed in range(3)]
-    results = aa(0.7, seed=2)
-    results["metrics"]["average_accuracy"] = None
-    (folders[2] / "results.json").write_text(json.dumps(results))
-    comparison = compare(folders)
-    assert comparison.rows[0]["average_accuracy"] == pytest.approx({"mean": 0.55, "std": 0.0707107, "n": 2})
-    assert "0.550 ± 0.071 (n = 2)" in comparison.markdown
+# The modules
 
 
-def test_labels_make_the_groups(runs):
-    comparison = compare(runs[:3], labels=["eps 0.5", "eps 0.1", "eps 0.5"])
-    assert [(row["label"], row["n"]) for row in comparison.rows] == [("eps 0.5", 2), ("eps 0.1", 1)]
-    with pytest.raises(ValueError, match=r"`labels` has 1 entries for 3 runs; give one label per run folder"):
-        compare(runs[:3], labels=["pm"])
-
-
-@pytest.mark.parametrize(
-    ("change", "difference"),
-    [
-        ({"tasks": ["b", "a"]}, "tasks is b, a instead of a, b"),
-        ({"data_fingerprint": "beef"}, "data_fingerprint is beef instead of f00d"),
-        ({"eval_samples": [100, 50]}, "eval_samples is 100, 50 instead of 100, 100"),
-        ({"base_model": "org/other"}, "base_model is org/other instead of org/tiny"),
-        ({"metric": "rouge_l"}, "metric is rouge_l instead of exact_match"),
-        ({"matrix": [[0.5]]}, "tasks done is 1 instead of 2"),
-    ],
-)
-def test_runs_that_are_not_comparable_are_kept_apart(runs, tmp_path, change, difference):
-    odd = write_run(tmp_path / "odd", aa(0.1, seed=3) | change)
-    comparison = compare([*runs, odd])
-    assert [(row["label"], row["n"], row["comparable"]) for row in comparison.rows] == [
-        ("pm", 3, True),
-        ("sequential", 3, True),
-        ("pm [odd]", 1, False),
-    ]
-    assert comparison.rows[0]["average_accuracy"]["mean"] == pytest.approx(0.85)
-    assert comparison.rows[2]["paired"] is None
-    note = (
-        f"odd is not comparable with pm-0: {difference}. It has a row of its own and is in no mean and no difference."
-    )
-    assert comparison.notes == [note]
-    assert f"> **Note:** {note}" in comparison.markdown
-    shown = [p.text for p in Page(comparison.html).root.all("p") if p.attributes.get("class") == "note"]
-    assert shown == [f"Note: {note}"]
-
-
-def test_repeated_seeds_and_mixed_settings_are_noted(tmp_path):
-    def write(name: str, seed: int, **recipe: Any) -> Path:
-        return write_run(tmp_path / name, aa(0.5, seed=seed), {"recipe": {"output_dir": name, "seed": seed, **recipe}})
-
-    same = [write("a", 0, lora_r=8), write("b", 1, lora_r=8)]
-    assert compare(same).notes == []
-    mixed = compare([*same, write("c", 1, lora_r=16)])
-    assert mixed.notes == [
-        "pm has 2 runs with seed 1: the spread is not one over seeds, and that seed is in no paired difference. Give "
-        "labels to tell the runs apart.",
-        "pm mixes runs with different lora_r: 8; 16.",
-    ]
-    # Seed 1 occurs twice in the second group, so that only seed 0 makes a pair.
-    other = [write("d", 0), write("e", 1), write("f", 1)]
-    comparison = compare([*same, *other], labels=["first"] * 2 + ["second"] * 3)
-    assert comparison.rows[1]["paired"]["n"] == 1
-
-
-def test_different_formulas_are_noted(tmp_path):
-    other = aa(0.5, seed=1, formulas={"average_accuracy": "AA = micro mean"})
-    comparison = compare([write_run(tmp_path / "a", aa(0.5)), write_run(tmp_path / "b", other)])
-    assert comparison.notes == [
-        "AA is computed by different formulas: AA = mean over j <= T of a[T][j]; AA = micro mean."
-    ]
-
-
-def test_compare_refuses_nothing_and_the_same_run_twice(runs):
-    with pytest.raises(ValueError, match="`run_dirs` is empty; give at least one run folder"):
-        compare([])
-    with pytest.raises(ValueError, match="given twice; give every run folder once"):
-        compare([runs[0], str(runs[0])])
-
-
-def test_runs_with_the_same_folder_name_are_told_apart(tmp_path):
-    folders = [write_run(tmp_path / study / "run", aa(0.5, method=study)) for study in ("x", "y")]
-    assert [row["runs"] for row in compare(folders).rows] == [["x/run"], ["y/run"]]
-
-
-def test_the_results_are_not_changed(full):
-    before = copy.deepcopy(full)
-    render_report(full)
-    format_table(full)
-    assert full == before
-
-
-def test_write_comparison(runs, tmp_path):
-    output = tmp_path / "new" / "comparison.html"
-    assert write_comparison(runs, output) == output
-    assert output.read_text(encoding="utf-8") == compare(runs).html
-    assert [file.name for file in output.parent.iterdir()] == ["comparison.html"]
-
-
-def test_t_quantiles():
-    # Tables of Student's t at 0.975; with one degree of freedom it is tan(0.475 pi), with two a square root.
-    assert len(T_QUANTILES) == 30
-    assert T_QUANTILES[0] == pytest.approx(12.70620, abs=1e-4)
-    assert T_QUANTILES[1] == pytest.approx(0.95 * (2 / (1 - 0.95**2)) ** 0.5, abs=1e-4)
-    assert (T_QUANTILES[9], T_QUANTILES[29]) == (2.2281, 2.0423)
-    assert list(T_QUANTILES) == sorted(T_QUANTILES, reverse=True)
-
-
-# The module and the browser
-
-
-def test_report_imports_no_model_library():
+@pytest.mark.parametrize("module", ["report", "comparison"])
+def test_a_report_imports_no_model_library_and_no_matplotlib(module):
     code = (
-        "import sys, hf_pm.report; "
+        f"import sys, hf_pm.{module}; "
         "print([name for name in ('torch', 'transformers', 'peft', 'matplotlib') if name in sys.modules])"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    folder = Path(__file__).parent.parent
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=folder)
     assert done.stdout.strip() == "[]"
-
-
-def find_browser() -> str | None:
-    return shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-
-
-@pytest.mark.skipif(find_browser() is None, reason="no chromium on PATH to open the page with")
-def test_browser_shows_the_page_without_console_messages(full, tmp_path):
-    page = write_report(write_run(tmp_path / "run", full))
-    picture = tmp_path / "page.png"
-    command = [
-        find_browser(),
-        *("--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"),
-        *("--disable-component-update", "--disable-sync", "--enable-logging=stderr", "--v=0"),
-        f"--user-data-dir={tmp_path / 'profile'}",
-        f"--screenshot={picture}",
-        "--window-size=600,800",
-        page.as_uri(),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
-    assert "CONSOLE" not in done.stderr
-    # A blank picture of this size has under 5 kB.
-    assert picture.read_bytes().startswith(b"\x89PNG") and picture.stat().st_size > 20_000

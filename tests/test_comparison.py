@@ -1,0 +1,384 @@
+import copy
+import csv
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pages import (
+    HOSTILE,
+    Page,
+    assert_no_missing_value_text,
+    assert_self_contained,
+    full_results,
+    make_results,
+    write_run,
+)
+
+from hf_pm.comparison import compare, write_comparison
+from hf_pm.config import RUN_INVARIANT_FIELDS
+from hf_pm.groups import PER_RUN_SETTINGS, T_QUANTILES
+
+
+def aa(value: float, **changes: Any) -> dict[str, Any]:
+    metrics = {"average_accuracy": value, "backward_transfer": -value / 10}
+    return make_results(["a", "b"], [[0.5], [value, 0.5]], metrics=metrics, **changes)
+
+
+@pytest.fixture
+def runs(tmp_path) -> list[Path]:
+    """Three seeds of pm and, in another order, of sequential; differences -0.10, -0.20, -0.12."""
+    scores = {
+        "pm": {0: 0.80, 1: 0.90, 2: 0.85},
+        "sequential": {2: 0.73, 0: 0.70, 1: 0.70},
+    }
+    return [
+        write_run(tmp_path / f"{method}-{seed}", aa(score, method=method, seed=seed))
+        for method, by_seed in scores.items()
+        for seed, score in by_seed.items()
+    ]
+
+
+def values(comparison: Any, label: str) -> dict[str, Any]:
+    (row,) = [row for row in comparison.rows if row["label"] == label]
+    return row
+
+
+# Numbers
+
+
+def test_means_and_paired_differences(runs):
+    comparison = compare(runs)
+    pm, sequential = comparison.rows
+    assert (pm["label"], pm["n"], pm["seeds"], pm["group"]) == ("pm", 3, [0, 1, 2], 1)
+    assert pm["average_accuracy"] == pytest.approx({"mean": 0.85, "std": 0.05, "n": 3})
+    assert pm["backward_transfer"] == pytest.approx({"mean": -0.085, "std": 0.005, "n": 3})
+    assert pm["forgetting"] == {"mean": None, "std": None, "n": 0}
+    assert pm["coefficients"][1] == pytest.approx({"mean": 0.5, "std": 0.0, "n": 3})
+    assert pm["scores"][0] == pytest.approx({"mean": 0.85, "std": 0.05, "n": 3})
+    assert pm["train_seconds"]["mean"] == 20.0
+    assert pm["paired"] is None and pm["baseline"] == "pm"
+    # Mean -0.14; deviations .04, -.06, .02 give std sqrt(.0056 / 2); half width 4.3027 * std / sqrt(3).
+    assert sequential["average_accuracy"]["mean"] == pytest.approx(0.71)
+    expected = {"mean": -0.14, "std": 0.0529150, "n": 3, "low": -0.2714494, "high": -0.0085506}
+    assert sequential["paired"]["average_accuracy"] == pytest.approx(expected, abs=1e-6)
+    # A tenth of it, with the other sign.
+    assert sequential["paired"]["backward_transfer"]["low"] == pytest.approx(0.00085506, abs=1e-6)
+    assert "forgetting" not in sequential["paired"]
+    assert comparison.notes == []
+
+
+def test_every_format_shows_these_numbers(runs):
+    comparison = compare(runs)
+    text = comparison.markdown
+    assert "| pm | 0.850 ± 0.050 | -0.085 ± 0.005 | 3 | 0, 1, 2 | 20.0 s ± 0.0 s |" in text
+    assert "| sequential | 3 | -0.140 [-0.271, -0.009] | +0.014 [+0.001, +0.027] |" in text
+    assert "| pm | 0.850 ± 0.050 | 0.500 ± 0.000 |" in text  # per task at the end
+    assert "**Note:**" not in text
+    assert r"pm & 0.850 $\pm$ 0.050 & $-$0.085 $\pm$ 0.005 & 3 & 0, 1, 2 & 20.0 s $\pm$ 0.0 s \\" in comparison.latex
+    assert r"sequential & 3 & $-$0.140 [$-$0.271, $-$0.009] & +0.014 [+0.001, +0.027] \\" in comparison.latex
+
+    page = Page(comparison.html)
+    assert page.table("table-1-1")[0] == [
+        *("Method", "AA, 0 to 1", "AA", "BWT", "Runs", "Seeds", "Training time"),
+    ]
+    assert page.table("table-1-1")[2][:3] == ["sequential", "", "0.710 ± 0.017"]
+    assert page.table("table-1-2")[1] == [
+        *("sequential", "", "3", "-0.140 [-0.271, -0.009]", "+0.014 [+0.001, +0.027]"),
+    ]
+    assert page.table("table-1-4") == [
+        ["Method", "1: a", "2: b"],
+        ["pm", "1.000 ± 0.000", "0.500 ± 0.000"],
+        ["sequential", "1.000 ± 0.000", "0.500 ± 0.000"],
+    ]
+    # The first heat map is the average of the three pm runs.
+    assert page.table("heat")[3] == ["after 2: b", "0.850", "0.500", "0.675"]
+    captions = [caption.text for caption in page.root.all("caption")]
+    assert captions == ["pm (mean of 3 runs)", "sequential (mean of 3 runs)"]
+    assert_no_missing_value_text(page)
+
+
+def test_pictures_of_the_comparison(runs):
+    page = Page(compare(runs).html)
+    scores, differences = (page.root.all("table", "dense")[index] for index in (0, 1))
+    # From 0 to 1 over x 6..126: the runs at 0.8, 0.9, 0.85, and the tick at their mean.
+    pm = scores.all("tr")[1]
+    assert [dot.attributes["cx"] for dot in pm.all("circle")] == ["102.0", "114.0", "108.0"]
+    assert [tick.attributes["d"] for tick in pm.all("path", "tick")] == ["M108.0 1v12"]
+    # Zero in the middle; the farthest end, -0.2714, at the left end.
+    (row,) = differences.all("tr")[1:]
+    assert [line.attributes["d"] for line in row.all("path", "link")] == ["M6.0 7H64.1"]
+    assert [dot.attributes["cx"] for dot in row.all("circle")] == ["35.1"]
+
+
+def test_csv_has_a_line_per_quantity_in_full_precision(runs):
+    lines = list(csv.DictReader(compare(runs).csv.splitlines()))
+    (line,) = [x for x in lines if x["label"] == "sequential" and x["quantity"] == "average_accuracy"]
+    assert (line["group"], line["method"], line["seeds"], line["task"]) == ("1", "sequential", "2 0 1", "")
+    assert (float(line["mean"]), line["n"], line["pairs"]) == (pytest.approx(0.71), "3", "3")
+    assert float(line["low"]) == pytest.approx(-0.2714494, abs=1e-6)
+    tasks = [(x["task"], float(x["mean"])) for x in lines if x["label"] == "pm" and x["quantity"] == "score"]
+    assert tasks == [("a", pytest.approx(0.85)), ("b", 0.5)]
+    # A task may be called like a metric: only the metric has a difference.
+    odd = [x for x in lines if x["task"]]
+    assert odd and all(x["difference"] == "" for x in odd)
+
+
+def test_one_pair_has_no_interval_and_says_so(runs):
+    comparison = compare([runs[0], runs[4]])  # seed 0 of both
+    assert comparison.rows[1]["paired"]["average_accuracy"] == pytest.approx(
+        {"mean": -0.1, "std": None, "n": 1, "low": None, "high": None}
+    )
+    assert "| pm | 0.800 | -0.080 | 1 | 0 | 20.0 s |" in comparison.markdown
+    assert "| sequential | 1: no interval | -0.100 | +0.010 |" in comparison.markdown
+    # Seeds 0 and 2 make no pair.
+    comparison = compare([runs[0], runs[3]])
+    assert comparison.rows[1]["paired"] == {}
+    assert "| sequential | 0 |" in comparison.markdown
+    assert_no_missing_value_text(Page(comparison.html))
+
+
+def test_a_metric_that_some_seeds_lack_shows_its_count(tmp_path):
+    folders = [write_run(tmp_path / str(seed), aa(0.5 + seed / 10, seed=seed)) for seed in range(3)]
+    results = aa(0.7, seed=2)
+    results["metrics"]["average_accuracy"] = None
+    (folders[2] / "results.json").write_text(json.dumps(results))
+    comparison = compare(folders)
+    assert comparison.rows[0]["average_accuracy"] == pytest.approx({"mean": 0.55, "std": 0.0707107, "n": 2})
+    assert "0.550 ± 0.071 (n = 2)" in comparison.markdown
+
+
+def test_the_baseline_can_be_chosen(runs):
+    comparison = compare(runs, baseline="sequential")
+    assert values(comparison, "sequential")["paired"] is None
+    assert values(comparison, "pm")["paired"]["average_accuracy"]["mean"] == pytest.approx(0.14)
+    assert "**Difference to sequential, same seeds**" in comparison.markdown
+    with pytest.raises(ValueError, match=r"Unknown `baseline` 'sequentiel'. Did you mean 'sequential'\?"):
+        compare(runs, baseline="sequentiel")
+
+
+def test_references_give_transfer_and_intransigence(tmp_path):
+    """Against the single-task and the joint run of the same seed."""
+    matrices = {
+        "pm": [[0.8], [0.6, 0.7]],
+        "single": [[0.9], [0.9, 0.75]],
+        "joint": [[None], [0.85, 0.9]],
+    }
+    folders = [
+        write_run(tmp_path / f"{method}-{seed}", make_results(["a", "b"], matrix, method=method, seed=seed))
+        for method, matrix in matrices.items()
+        for seed in ((0, 1) if method == "pm" else (0,))
+    ]
+    pm = values(compare(folders), "pm")
+    # ((0.8 - 0.9) + (0.7 - 0.75)) / 2 and ((0.85 - 0.8) + (0.9 - 0.7)) / 2, of seed 0 alone.
+    assert pm["forward_transfer_single"] == pytest.approx({"mean": -0.075, "std": None, "n": 1})
+    assert pm["intransigence"] == pytest.approx({"mean": 0.125, "std": None, "n": 1})
+    assert "-0.075 (n = 1) | +0.125 (n = 1)" in compare(folders).markdown
+    # The references themselves have none, and neither has pm without them.
+    for method, name in (
+        ("joint", "intransigence"),
+        ("single", "intransigence"),
+        ("single", "forward_transfer_single"),
+    ):
+        assert values(compare(folders), method)[name]["n"] == 0
+    assert values(compare(folders[:3]), "pm")["intransigence"]["n"] == 0
+    # A joint run learns once, and has one coefficient for all tasks: it is in no table of coefficients per task.
+    (joint,) = [row for row in compare(folders).rows if row["label"] == "joint"]
+    assert joint["scores"][1]["mean"] == 0.9
+
+
+def test_a_joint_runs_coefficient_is_no_tasks(tmp_path):
+    joint = make_results(["a", "b"], [[None], [0.85, 0.9]], method="joint", coefficients=[1.0])
+    folders = [write_run(tmp_path / "pm", aa(0.5)), write_run(tmp_path / "joint", joint)]
+    assert [row["label"] for row in compare(folders).rows if row["coefficients"]] == ["pm"]
+
+
+def test_general_text_is_compared(tmp_path):
+    panel = [{"after": 0, "cross_entropy": 3.0}, {"after": 2, "cross_entropy": 3.25}]
+    comparison = compare([write_run(tmp_path / "pm", aa(0.5, panel=panel))])
+    assert comparison.rows[0]["panel_change"]["mean"] == 0.25
+    assert "General text" in comparison.markdown and "| +0.250 |" in comparison.markdown
+
+
+def test_t_quantiles():
+    # Tables of Student's t at 0.975; with one degree of freedom it is tan(0.475 pi), with two a square root.
+    assert len(T_QUANTILES) == 30
+    assert T_QUANTILES[0] == pytest.approx(12.70620, abs=1e-4)
+    assert T_QUANTILES[1] == pytest.approx(0.95 * (2 / (1 - 0.95**2)) ** 0.5, abs=1e-4)
+    assert (T_QUANTILES[9], T_QUANTILES[29]) == (2.2281, 2.0423)
+    assert list(T_QUANTILES) == sorted(T_QUANTILES, reverse=True)
+
+
+# Which runs belong together
+
+
+@pytest.mark.parametrize(
+    ("change", "difference"),
+    [
+        ({"tasks": ["b", "a"]}, "tasks: b, a instead of a, b"),
+        ({"data_fingerprint": "beef"}, "data fingerprint: beef instead of f00d"),
+        ({"data_fingerprint": "0123456789ab" + 52 * "0"}, "data fingerprint: 0123456789ab instead of f00d"),
+        ({"eval_samples": [100, 50]}, "test rows: 100, 50 instead of 100"),
+        ({"base_model": "org/other"}, "base: org/other instead of org/tiny"),
+        ({"metric": "rouge_l"}, "metrics: rouge_l instead of exact_match"),
+        ({"stream": [{"prompt": "published"}] * 2}, "prompts: published instead of –"),
+        ({"stream": [{"metric": "f1"}, {}]}, "metrics: f1, exact_match instead of exact_match"),
+        ({"matrix": [[0.5]]}, "tasks learned: 1 instead of 2"),
+    ],
+)
+def test_runs_that_are_not_comparable_have_tables_of_their_own(runs, tmp_path, change, difference):
+    odd = write_run(tmp_path / "odd", aa(0.1, seed=3) | change)
+    comparison = compare([*runs, odd])
+    assert [(row["label"], row["n"], row["group"]) for row in comparison.rows] == [
+        ("pm", 3, 1),
+        ("sequential", 3, 1),
+        ("pm", 1, 2),
+    ]
+    assert comparison.rows[0]["average_accuracy"]["mean"] == pytest.approx(0.85)
+    assert comparison.rows[2]["paired"] is None
+    note = f"Not comparable with pm-0 and therefore in a table apart: odd. {difference}."
+    assert comparison.notes == [note]
+    assert f"> **Note:** {note}" in comparison.markdown
+    first, second = comparison.markdown.split("**Group 2: Scores**")
+    assert "**Group 1: Scores**" in first and "| 0.100 |" in second and "0.850" not in second
+    shown = [p.text for p in Page(comparison.html).root.all("p", "note")]
+    assert len(shown) == 1 and difference in shown[0] and shown[0].startswith("Group 2 has tables of its own")
+
+
+def test_the_base_is_told_by_its_hash_not_by_its_name(tmp_path):
+    def write(name: str, model: str, digest: str) -> Path:
+        return write_run(tmp_path / name, aa(0.5, base_model=model, seed=name), {"base": {"sha256": {"m": digest}}})
+
+    same = [write("0", "here/tiny", "a" * 64), write("1", "there/tiny", "a" * 64)]
+    assert compare(same).rows[0]["n"] == 2
+    other = write("2", "here/tiny", "b" * 64)
+    assert compare([*same, other]).notes == [
+        f"Not comparable with 0 and therefore in a table apart: 2. base: {'b' * 12} instead of {'a' * 12}."
+    ]
+
+
+def test_a_group_without_the_baseline_takes_its_first_label(runs, tmp_path):
+    odd = [
+        write_run(tmp_path / name, aa(value, method=name, data_fingerprint="beef"))
+        for name, value in (("average", 0.5), ("single", 0.6))
+    ]
+    comparison = compare([*runs, *odd], baseline="pm")
+    assert values(comparison, "single")["baseline"] == "average"
+    assert values(comparison, "single")["paired"]["average_accuracy"]["mean"] == pytest.approx(0.1)
+    assert comparison.notes[-1] == "Group 2 has no run of pm: its differences are to average."
+
+
+def test_labels_make_the_groups(runs):
+    comparison = compare(runs[:3], labels=["eps 0.5", "eps 0.1", "eps 0.5"])
+    assert [(row["label"], row["n"]) for row in comparison.rows] == [("eps 0.5", 2), ("eps 0.1", 1)]
+    with pytest.raises(ValueError, match=r"`labels` has 1 entries for 3 runs; give one label per run folder"):
+        compare(runs[:3], labels=["pm"])
+
+
+def write(folder: Path, seed: int, **recipe: Any) -> Path:
+    run = {"recipe": {"output_dir": folder.name, "seed": seed, **recipe}}
+    return write_run(folder, aa(0.5, seed=seed), run)
+
+
+def test_runs_of_one_method_with_other_settings_are_told_apart(tmp_path):
+    folders = [write(tmp_path / "a", 0), write(tmp_path / "b", 1), write(tmp_path / "c", 1, lora_r=16)]
+    assert [(row["label"], row["n"]) for row in compare(folders).rows] == [
+        ("pm (lora_r default)", 2),
+        ("pm (lora_r 16)", 1),
+    ]
+    assert [row["label"] for row in compare(folders[:2]).rows] == ["pm"]
+    # The adapter's own shape counts, whether or not the recipe names it.
+    shapes = [
+        write_run(tmp_path / f"r{r}", aa(0.5, seed=r), {"recipe": recipe, "adapter": {"r": r, "lora_alpha": 16}})
+        for r, recipe in ((8, {}), (16, {"lora_r": 16}))
+    ]
+    assert [row["label"] for row in compare(shapes).rows] == ["pm (lora_r 8)", "pm (lora_r 16)"]
+
+
+def test_what_changes_no_result_makes_no_label():
+    assert RUN_INVARIANT_FIELDS <= PER_RUN_SETTINGS
+
+
+def test_repeated_seeds_and_mixed_settings_are_noted(tmp_path):
+    same = [write(tmp_path / "a", 0), write(tmp_path / "b", 1)]
+    mixed = compare([*same, write(tmp_path / "c", 1, lora_r=16)], labels=["pm"] * 3)
+    assert mixed.notes == [
+        "pm has 2 runs with seed 1: the spread is not one over seeds, and that seed is in no paired difference. Give "
+        "labels to tell the runs apart.",
+        "pm mixes runs with different lora_r: default; 16.",
+    ]
+    # Seed 1 occurs twice in the second group, so that only seed 0 makes a pair.
+    other = [write(tmp_path / name, seed) for name, seed in (("d", 0), ("e", 1), ("f", 1))]
+    comparison = compare([*same, *other], labels=["first"] * 2 + ["second"] * 3)
+    assert comparison.rows[1]["paired"]["average_accuracy"]["n"] == 1
+
+
+def test_different_formulas_are_noted(tmp_path):
+    other = aa(0.5, seed=1, formulas={"average_accuracy": "AA = micro mean"})
+    comparison = compare([write_run(tmp_path / "a", aa(0.5)), write_run(tmp_path / "b", other)])
+    assert comparison.notes == [
+        "AA is computed by different formulas: AA = mean over j <= T of a[T][j]; AA = micro mean."
+    ]
+
+
+def test_nothing_and_the_same_run_twice_are_refused(runs):
+    with pytest.raises(ValueError, match="`run_dirs` is empty; give at least one run folder"):
+        compare([])
+    with pytest.raises(ValueError, match="given twice; give every run folder once"):
+        compare([runs[0], str(runs[0])])
+
+
+def test_runs_with_the_same_folder_name_are_told_apart(tmp_path):
+    folders = [write_run(tmp_path / study / "run", aa(0.5, method=study)) for study in ("x", "y")]
+    assert [row["runs"] for row in compare(folders).rows] == [["x/run"], ["y/run"]]
+
+
+# Runs that lack something, or hold more than they should
+
+
+def test_runs_without_scores_and_partial_runs(tmp_path):
+    empty = write_run(tmp_path / "empty", make_results(["a", "b"], []))
+    partial = write_run(tmp_path / "partial", make_results(["a", "b"], [[None]], coefficients=None, per_task=None))
+    for folders in ([empty], [empty, partial], [partial]):
+        comparison = compare(folders)
+        assert_no_missing_value_text(Page(comparison.html))
+        assert comparison.rows[0]["average_accuracy"]["n"] in (0, 1)
+
+
+@pytest.mark.parametrize("replacement", [None, "odd", [1, None]])
+def test_no_key_is_needed_but_the_matrix(tmp_path, replacement):
+    full = full_results()
+    whole = write_run(tmp_path / "whole", full, {"recipe": {}})
+    for key in full.keys() - {"schema", "tasks", "matrix"}:
+        odd = write_run(tmp_path / key, copy.deepcopy(full) | {key: replacement}, {"recipe": replacement})
+        assert compare([whole, odd]).rows[0]["n"] in (1, 2)
+
+
+def test_hostile_names_are_text(tmp_path):
+    results = [make_results([HOSTILE, "b"], [[0.5]], method=method, base_model=HOSTILE) for method in (HOSTILE, "pm")]
+    folders = [
+        write_run(tmp_path / str(n), content, {"recipe": {HOSTILE: HOSTILE}}) for n, content in enumerate(results)
+    ]
+    folders.append(write_run(tmp_path / "odd", results[0] | {"data_fingerprint": HOSTILE}))
+    comparison = compare(folders)
+    assert_self_contained(comparison.html)
+    assert HOSTILE in Page(comparison.html).visible
+    assert "<script" not in comparison.markdown and "<script" not in comparison.latex
+    # The bar of the name does not end its cell: every line of a table has the cells of its header.
+    for block in comparison.markdown.split("\n\n"):
+        lines = [line for line in block.splitlines() if line.startswith("|")]
+        assert len({len(re.findall(r"(?<!\\)\|", line)) for line in lines}) <= 1
+
+
+# Files
+
+
+def test_write_comparison(runs, tmp_path):
+    output = tmp_path / "new" / "comparison.html"
+    assert write_comparison(runs, output) == output
+    made = compare(runs)
+    contents = {file.suffix: file.read_text(encoding="utf-8") for file in output.parent.iterdir()}
+    assert contents == {".html": made.html, ".md": made.markdown, ".tex": made.latex, ".csv": made.csv}
+    with pytest.raises(ValueError, match=r"`output` is 'table.md', but the page must end in .html"):
+        write_comparison(runs, "table.md")
