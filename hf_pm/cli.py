@@ -1,10 +1,8 @@
 """`hf-pm`: run a recipe, the demo, a report, a comparison. Heavy imports wait until a command needs them."""
 
 import argparse
-import logging
 import os
 import sys
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +42,9 @@ def _parser() -> argparse.ArgumentParser:
     text = "Learn the embedded stream sequentially and with P&M, offline; one run folder per method."
     demo = add("demo", demo_command, text, "hf-pm demo [--output_dir DIR] [--key value ...]")
     demo.add_argument("--output_dir", default="runs/demo")
+    text = "Say what a recipe will take (disk, memory, scores) and check its input, without training."
+    plan = add("plan", plan_command, text, "hf-pm plan RECIPE [--key value ...]")
+    plan.add_argument("recipe", help="a YAML file")
     report = add("report", report_command, "Write report.html of a run.")
     report.add_argument("run", help="a run folder")
     compare = add("compare", compare_command, "Compare runs: one table and one page.")
@@ -69,88 +70,24 @@ def run_command(options: argparse.Namespace, words: list[str]) -> None:
 
 
 def run_recipe(recipe: Any) -> dict[str, Any]:
-    """Load what a `Recipe` names and train its stream; returns the content of `results.json`."""
-    import datasets
-    import torch
-    import transformers
-    from httpx2 import HTTPError
-    from huggingface_hub.errors import HFValidationError
-    from peft import LoraConfig
+    """Train the stream of a `Recipe`; returns the content of `results.json`."""
+    from .loading import build_trainer, quiet
 
-    from .adapters import check_config
-    from .benchmarks import load_stream
-    from .folding import BaseCheckpoint
-    from .stream import TaskStream
-    from .trainer import PMTrainer
-
-    transformers.logging.set_verbosity_error()
-    datasets.disable_progress_bars()  # one a file, gone in an instant; downloads have bars of their own
-    # transformers deprecates names that PEFT and transformers itself still use; no user can act on that.
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    logging.getLogger("hf_pm").setLevel(logging.INFO)
-    peft_config = LoraConfig(
-        r=recipe.lora_r,
-        lora_alpha=recipe.lora_alpha,
-        lora_dropout=recipe.lora_dropout,
-        target_modules=recipe.lora_target_modules,
-        use_rslora=recipe.use_rslora,
-        use_dora=recipe.use_dora,
-        bias=recipe.lora_bias,
-    )
-    check_config(peft_config, recipe.task_type)
-    if recipe.tasks is not None:
-        stream = TaskStream.from_dicts(recipe.tasks, recipe.data_dir)
-    else:
-        stream = load_stream(recipe.stream, recipe.data_dir)
-
-    # Reads the index of the weights, and says what is wrong, before anything is loaded.
-    base = BaseCheckpoint.resolve(recipe.model_name_or_path, recipe.model_revision)
-    loading: dict[str, Any] = {"dtype": recipe.dtype, "revision": recipe.model_revision}
-    if recipe.attn_implementation is not None:
-        loading["attn_implementation"] = recipe.attn_implementation
-    if recipe.load_in_4bit:
-        loading["quantization_config"] = transformers.BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
-        )
-        loading["device_map"] = {"": recipe.device}
-    architectures = {
-        "CAUSAL_LM": transformers.AutoModelForCausalLM,
-        "SEQ_2_SEQ_LM": transformers.AutoModelForSeq2SeqLM,
-        "SEQ_CLS": transformers.AutoModelForSequenceClassification,
-    }
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(base.folder)
-        if recipe.task_type == "SEQ_CLS":
-            # One head wide enough for every task; each task keeps its own copy of the weights.
-            loading["num_labels"] = max(len(task.options or ()) for task in stream)
-            loading["pad_token_id"] = tokenizer.pad_token_id
-        transformers.set_seed(recipe.seed)
-        model = architectures[recipe.task_type].from_pretrained(recipe.model_name_or_path, **loading)
-    except (OSError, ValueError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(
-            f"Cannot load {recipe.model_name_or_path!r} as {recipe.task_type}: {reason} Correct `model_name_or_path` "
-            "or `task_type`."
-        ) from error
-    try:
-        trainer = PMTrainer(
-            model=model, args=recipe, stream=stream, processing_class=tokenizer, peft_config=peft_config
-        )
-    except UserError:
-        raise
-    except (HTTPError, HFValidationError, ConnectionError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(
-            f"`push_to_hub` is on, but the repo {recipe.hub_model_id!r} cannot be created or reached: {reason} "
-            "Correct `hub_model_id` and the token, or train with `push_to_hub: false`."
-        ) from error
-    except ValueError as error:
-        # `Trainer` checks combinations of its own arguments this way, and names them.
-        raise UserError(f"{' '.join(str(error).split())} Correct the recipe.") from error
+    quiet()
+    trainer = build_trainer(recipe)
     results = trainer.train_stream()
     if trainer.is_world_process_zero():
         print(f"Results, report and releases: {recipe.output_dir}")
     return results
+
+
+def plan_command(options: argparse.Namespace, words: list[str]) -> None:
+    from .config import parse_recipe
+    from .loading import quiet
+    from .plan import format_plan, plan_recipe
+
+    quiet()
+    print(format_plan(plan_recipe(parse_recipe(options.recipe, words))))
 
 
 def demo_command(options: argparse.Namespace, overrides: list[str]) -> None:

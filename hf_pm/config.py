@@ -15,14 +15,24 @@ from typing import Any
 import yaml
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
 
+from .cards import check_license, check_repo_id, check_tags, is_hub_id, missing_base_id
 from .errors import UserError, choose
 from .merging import COEFFICIENTS
 from .methods import METHODS, PERTURBATIONS, Method
 
 
-RELEASES = ("merged", "adapter", "both", "none")
-CURVATURE_LABELS = ("empirical", "sampled")
-CURVATURE_NORMALIZATIONS = ("sequence", "token", "trace")
+CHOICES = {
+    "perturbation_draw": ("step", "micro_step"),
+    "curvature_estimator": ("diagonal", "factored", "directional"),
+    "curvature_labels": ("empirical", "sampled"),
+    "curvature_normalization": ("sequence", "token", "trace"),
+    "curvature_dtype": ("float32", "bfloat16"),
+    "curvature_history": ("all", "last"),
+    "coefficient_scope": ("global", "module"),
+    "coefficient_search": ("off", "report", "use"),
+    "prompt": ("plain", "published", "chat"),
+    "release": ("merged", "adapter", "both", "none"),
+}
 TASK_TYPES = ("CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -71,8 +81,12 @@ class PMConfig(TrainingArguments):
     > Parameters that control the curvature
 
     Args:
+        curvature_estimator (`str`, *optional*, defaults to `"diagonal"`):
+            `diagonal` keeps one number per weight (the paper), `factored` one per row and column of a matrix,
+            `directional` the latter, scaled so that the new task's curvature along its update is exact, cross terms
+            included. See `curvature.py`.
         curvature_num_samples (`int`, *optional*, defaults to `256`):
-            Training rows whose gradients make up the diagonal curvature.
+            Training rows whose gradients make up the curvature.
         curvature_batch_size (`int`, *optional*, defaults to `8`):
             Rows per forward pass; changes memory and speed, not the result.
         curvature_labels (`str`, *optional*, defaults to `"empirical"`):
@@ -82,6 +96,32 @@ class PMConfig(TrainingArguments):
             of their summed loss divided by n after squaring (`token`, comparable between short and long answers).
             `trace` divides the latter by its mean over all entries, so that each task counts the same however
             confident the model is of it; a saturated task has next to no curvature of its own.
+        curvature_dtype (`str`, *optional*, defaults to `"float32"`):
+            What S and R are stored as: `float32` or `bfloat16`. Sums are made in float32.
+        curvature_history (`str`, *optional*, defaults to `"all"`):
+            `all` keeps S and R after every task, so that a rollback can go on from there; `last` only the newest.
+
+    > Parameters that control the coefficient
+
+    Args:
+        coefficient_scope (`str`, *optional*, defaults to `"global"`):
+            One alpha for all matrices (`global`, the paper) or one for each (`module`).
+        coefficient_first_order (`bool`, *optional*, defaults to `False`):
+            Correct for training that stopped before its gradient was zero; one more pass over the curvature rows.
+        coefficient_search (`str`, *optional*, defaults to `"off"`):
+            Line search of the true loss over alpha on held-out rows of the tasks so far: `report` it beside the
+            closed form, or `use` its alpha. Needs `validation_samples`, since it keeps rows of earlier tasks.
+        coefficient_search_tasks (`list[str]`, *optional*):
+            Earlier tasks whose rows may be kept for the search; all by default.
+
+    > Parameters that control what is measured
+
+    Args:
+        lm_eval_tasks (`list[str]`, *optional*):
+            Tasks of the `lm-eval` harness to measure before the stream and after every task, beside the cross-entropy
+            of a fixed general text that is always measured. Needs the extra `lm-eval`.
+        lm_eval_limit (`int`, *optional*):
+            Rows of each of those tasks; all by default.
 
     > Parameters that control the data and the output
 
@@ -93,15 +133,34 @@ class PMConfig(TrainingArguments):
             Rows per task for training, drawn with `data_seed` (or `seed`); all by default.
         max_eval_samples (`int`, *optional*):
             Rows per task for evaluation, always the same ones whatever the seed; all by default.
+        validation_samples (`int`, *optional*):
+            Training rows to hold out for validation, always the same ones: of each label where a task has options, of
+            all rows where it has none, and never more than a fifth of them. By default nothing is held out.
+        prompt (`str`, *optional*, defaults to `"plain"`):
+            `plain` asks by instruction, options and text, without the name of the task. `published` prints each task's
+            `template`, as its benchmark does. `chat` uses the tokenizer's chat template.
         release (`str`, *optional*, defaults to `"merged"`):
             What is written under `releases/` after each task: `merged`, `adapter`, `both` or `none`.
+
+    > Parameters that control publishing, beside `push_to_hub`, `hub_model_id`, `hub_token`, `hub_private_repo` and
+    > `hub_revision` of `TrainingArguments`
+
+    Args:
+        base_model_id (`str`, *optional*):
+            Hub id of the base, for cards and adapters, if the run itself reads it from a local folder.
+        license (`str`, *optional*):
+            License identifier of the Hub for the cards; the base's own by default.
+        tags (`list[str]`, *optional*):
+            Further tags of the cards.
+        hub_curvature (`bool`, *optional*, defaults to `True`):
+            Push S and R too, without which the stream cannot go on on another machine. They take 8 bytes a weight.
 
     Raises:
         UserError: If a value breaks its rule.
 
     NOTE: `logging_steps` is 10 (500 in `TrainingArguments`), since a task can be short; `disable_tqdm` is false
-    whatever the verbosity of transformers, since a stream takes long. While a stream runs,
-    `hub_strategy` has no say: every task is pushed once, after its evaluation.
+    whatever the verbosity of transformers, since a stream takes long. While a stream runs, every task is pushed once,
+    after its evaluation, or all at the end with `hub_strategy: end`; checkpoints inside a task are not.
     """
 
     logging_steps: float = _knob(10, "Steps between two logs.")
@@ -114,14 +173,29 @@ class PMConfig(TrainingArguments):
     perturbation_epsilon: float = _knob(0.5, "Size of the perturbation, in [0, 1).")
     perturbation_probability: float = _knob(1 / 3, "Probability of each of 1 + epsilon and 1 - epsilon.")
     perturbation_draw: str = _knob("step", "`step` or `micro_step`.")
+    curvature_estimator: str = _knob("diagonal", "`diagonal`, `factored` or `directional`.")
     curvature_num_samples: int = _knob(256, "Training rows in the curvature estimate.")
     curvature_batch_size: int = _knob(8, "Rows per forward pass of the curvature.")
     curvature_labels: str = _knob("empirical", "`empirical` or `sampled`.")
     curvature_normalization: str = _knob("sequence", "`sequence`, `token` or `trace`.")
+    curvature_dtype: str = _knob("float32", "Of the stored S and R: `float32` or `bfloat16`.")
+    curvature_history: str = _knob("all", "`all` or `last`.")
+    coefficient_scope: str = _knob("global", "`global` or `module`.")
+    coefficient_first_order: bool = _knob(False, "Correct for a gradient that is not zero yet.")
+    coefficient_search: str = _knob("off", "`off`, `report` or `use`.")
+    coefficient_search_tasks: list[str] | None = _knob(None, "Earlier tasks whose rows may be kept.")
+    lm_eval_tasks: list[str] | None = _knob(None, "Tasks of the `lm-eval` harness.")
+    lm_eval_limit: int | None = _knob(None, "Rows of each of them.")
     max_length: int = _knob(512, "Tokens per row.")
     max_train_samples: int | None = _knob(None, "Training rows per task.")
     max_eval_samples: int | None = _knob(None, "Evaluation rows per task.")
+    validation_samples: int | None = _knob(None, "Training rows per label to hold out for validation.")
+    prompt: str = _knob("plain", "`plain`, `published` or `chat`.")
     release: str = _knob("merged", "`merged`, `adapter`, `both` or `none`.")
+    base_model_id: str | None = _knob(None, "Hub id of a base that is read from a local folder.")
+    license: str | None = _knob(None, "License identifier for the cards.")
+    tags: list[str] | None = _knob(None, "Further tags of the cards.")
+    hub_curvature: bool = _knob(True, "Push S and R too.")
 
     def __post_init__(self) -> None:
         # Before `TrainingArguments` rewrites some of its fields for this machine.
@@ -135,10 +209,15 @@ class PMConfig(TrainingArguments):
             choose("`merge`", self.merge, COEFFICIENTS)
         if self.perturbation is not None:
             choose("`perturbation`", self.perturbation, PERTURBATIONS)
-        choose("`perturbation_draw`", self.perturbation_draw, ("step", "micro_step"))
-        choose("`curvature_labels`", self.curvature_labels, CURVATURE_LABELS)
-        choose("`curvature_normalization`", self.curvature_normalization, CURVATURE_NORMALIZATIONS)
-        choose("`release`", self.release, RELEASES)
+        for name, known in CHOICES.items():
+            choose(f"`{name}`", getattr(self, name), known)
+        _require(
+            not self.coefficient_first_order or self.curvature_estimator == "diagonal",
+            "curvature_estimator",
+            self.curvature_estimator,
+            "must be 'diagonal' with `coefficient_first_order`",
+            "The mean gradient is as large as a matrix; the other estimators keep nothing of that size.",
+        )
         epsilon, probability = self.perturbation_epsilon, self.perturbation_probability
         _require(
             0 <= epsilon < 1,
@@ -161,11 +240,18 @@ class PMConfig(TrainingArguments):
             "must lie in [0, 1]",
             "0 discards the update, 1 keeps it whole.",
         )
+        check_license(self.license)
+        check_tags(self.tags or [])
+        if self.base_model_id is not None:
+            rule = "must be a Hub id (`owner/name`)"
+            _require(is_hub_id(self.base_model_id), "base_model_id", self.base_model_id, rule, "Name the base there.")
+        if self.push_to_hub and self.hub_model_id is not None:
+            check_repo_id(self.hub_model_id)
         for name in ("curvature_num_samples", "curvature_batch_size", "max_length"):
             _require(
                 getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1", "Use a positive number."
             )
-        for name in ("max_train_samples", "max_eval_samples"):
+        for name in ("max_train_samples", "max_eval_samples", "validation_samples"):
             value = getattr(self, name)
             _require(value is None or value >= 1, name, value, "must be at least 1", "Leave it out to use every row.")
         super().__post_init__()
@@ -194,13 +280,19 @@ class Recipe(PMConfig):
         dtype (`str`, *optional*, defaults to `"auto"`): Of the live weights; `auto` takes the checkpoint's.
         attn_implementation (`str`, *optional*): As in `from_pretrained` (`sdpa`, `eager`, `flash_attention_2`).
         load_in_4bit (`bool`, *optional*, defaults to `False`): Train on an nf4 base (needs `hf_pm[quantization]`).
+        load_in_8bit (`bool`, *optional*, defaults to `False`): Train on an int8 base, likewise.
         stream (`str`, *optional*): Id of a published task order, such as `olora/order1`.
         tasks (`list[dict]`, *optional*): The stream written out; exactly one of `stream` and `tasks` is given.
         data_dir (`str`, *optional*): Local copy of a stream's data, `<data_dir>/<task>/{train,test}.jsonl`.
         lora_r (`int`, *optional*, defaults to `8`): Rank.
         lora_alpha (`float`, *optional*, defaults to `16`): The update is scaled by `lora_alpha / lora_r`.
+        lora_rank_pattern (`dict[str, int]`, *optional*): Matrix name, its end, or a regular expression -> its rank.
+        lora_alpha_pattern (`dict[str, float]`, *optional*): The same for `lora_alpha`.
         lora_dropout (`float`, *optional*, defaults to `0.0`): On the adapter's input.
         lora_target_modules (`str | list[str]`, *optional*, defaults to `"all-linear"`): As in PEFT.
+        lora_target_parameters (`list[str]`, *optional*):
+            Bare parameters, such as the experts of a mixture (`mlp.experts.gate_up_proj`); with `[]` as
+            `lora_target_modules` they are the only targets.
         use_rslora (`bool`, *optional*, defaults to `False`): Scale by `lora_alpha / sqrt(lora_r)`.
         use_dora (`bool`, *optional*, defaults to `False`): Refused with the reason, rather than unknown.
         lora_bias (`str`, *optional*, defaults to `"none"`): Anything else is refused with the reason.
@@ -212,13 +304,17 @@ class Recipe(PMConfig):
     dtype: str = _knob("auto", "Of the live weights.")
     attn_implementation: str | None = _knob(None, "As in `from_pretrained`.")
     load_in_4bit: bool = _knob(False, "Train on an nf4 base.")
+    load_in_8bit: bool = _knob(False, "Train on an int8 base.")
     stream: str | None = _knob(None, "Id of a published task order.")
     tasks: list[dict[str, Any]] | None = _knob(None, "The stream written out.")
     data_dir: str | None = _knob(None, "Local copy of the stream's data.")
     lora_r: int = _knob(8, "Rank.")
     lora_alpha: float = _knob(16.0, "Scale times rank.")
+    lora_rank_pattern: dict[str, int] | None = _knob(None, "Ranks of some matrices.")
+    lora_alpha_pattern: dict[str, float] | None = _knob(None, "`lora_alpha` of some matrices.")
     lora_dropout: float = _knob(0.0, "On the adapter's input.")
     lora_target_modules: str | list[str] = _knob("all-linear", "As in PEFT.")
+    lora_target_parameters: list[str] | None = _knob(None, "Bare parameters, such as experts.")
     use_rslora: bool = _knob(False, "Scale by lora_alpha / sqrt(lora_r).")
     use_dora: bool = _knob(False, "Not supported: refused with the reason.")
     lora_bias: str = _knob("none", "Only `none` is supported.")
@@ -234,7 +330,35 @@ class Recipe(PMConfig):
                 f"Exactly one of `stream` and `tasks` must be given, but the recipe has {given}. `stream` names a "
                 "published order, `tasks` lists your own."
             )
+        if self.push_to_hub and self.base_model_id is None and os.path.isdir(self.model_name_or_path):
+            raise UserError(missing_base_id(self.model_name_or_path))
         _require(self.lora_r >= 1, "lora_r", self.lora_r, "must be at least 1", "8 is a common choice.")
+        for name, kinds, rule in (
+            ("lora_rank_pattern", int, "must map names to whole numbers from 1 on"),
+            ("lora_alpha_pattern", (int, float), "must map names to positive numbers"),
+        ):
+            given = getattr(self, name)
+            right = given is None or (
+                isinstance(given, dict)
+                and all(isinstance(key, str) and type(value) is not bool for key, value in given.items())
+                and all(isinstance(value, kinds) and value > 0 for value in given.values())
+            )
+            _require(right, name, given, rule, "For example `{q_proj: 16}`.")
+        parameters = self.lora_target_parameters
+        _require(
+            parameters is None or (isinstance(parameters, list) and all(isinstance(item, str) for item in parameters)),
+            "lora_target_parameters",
+            parameters,
+            "must be a list of parameter names",
+            "For example `[mlp.experts.gate_up_proj, mlp.experts.down_proj]`.",
+        )
+        _require(
+            not (self.load_in_4bit and self.load_in_8bit),
+            "load_in_8bit",
+            self.load_in_8bit,
+            "cannot be combined with `load_in_4bit`",
+            "Choose one.",
+        )
         super().__post_init__()
 
 
@@ -243,7 +367,8 @@ RUN_INVARIANT_FIELDS = frozenset(
     "output_dir logging_dir logging_strategy logging_steps logging_first_step log_level log_level_replica "
     "log_on_each_node report_to run_name project trackio_space_id disable_tqdm push_to_hub hub_model_id hub_token "
     "hub_private_repo hub_strategy hub_always_push hub_revision save_strategy save_steps save_total_limit "
-    "save_only_model dataloader_num_workers dataloader_pin_memory release local_rank ddp_timeout "
+    "save_only_model dataloader_num_workers dataloader_pin_memory release base_model_id license tags hub_curvature "
+    "local_rank ddp_timeout "
     "torch_empty_cache_steps skip_memory_metrics data_dir curvature_batch_size per_device_eval_batch_size".split()
 )
 
@@ -284,7 +409,7 @@ def parse_recipe(path: str | Path | None, overrides: list[str]) -> Recipe:
             values[key] = resolve_path(values[key], folder)
     for task in values.get("tasks") or []:
         if isinstance(task, dict):
-            for split in ("train", "test"):
+            for split in ("train", "validation", "test"):
                 if isinstance(task.get(split), str):
                     task[split] = resolve_path(task[split], folder)
     try:

@@ -29,12 +29,18 @@ def draw_sign(seed: int, task_number: int, step: int, micro_step: int, probabili
 
 
 @contextmanager
-def scaled_update(layers: list[LoraLayer], factor: float) -> Iterator[None]:
-    """Every adapter contributes `factor` times its nominal scale; the stored floats are put back whatever happens."""
+def scaled_update(layers: list[LoraLayer], factor: float | list[float]) -> Iterator[None]:
+    """Every adapter contributes `factor` times its nominal scale; the stored floats are put back whatever happens.
+
+    Args:
+        layers (`list[LoraLayer]`): Adapted layers.
+        factor (`float` or `list[float]`): One for all, or one for each.
+    """
     nominal = [layer.scaling[ADAPTER] for layer in layers]
+    factors = factor if isinstance(factor, list) else [factor] * len(layers)
     try:
-        for layer, scale in zip(layers, nominal, strict=True):
-            layer.scaling[ADAPTER] = scale * factor
+        for layer, scale, own in zip(layers, nominal, factors, strict=True):
+            layer.scaling[ADAPTER] = scale * own
         yield
     finally:
         for layer, scale in zip(layers, nominal, strict=True):

@@ -25,27 +25,26 @@ from transformers import (
 )
 from transformers.trainer_utils import get_last_checkpoint
 
-from . import adapters, metrics, report
+from . import adapters, panel, report
+from .coefficients import Coefficient, Measured, find, measure, search
 from .config import PMConfig
-from .curvature import diagonal_curvature, unit_mean
-from .errors import UserError
-from .evaluation import logit_parity, probe_logits
+from .encoding import AnswerCollator, Encoder, by_length
+from .errors import UserError, choose
+from .evaluation import probe_logits
 from .folding import BaseCheckpoint, Folder, snapshot_base, stored_names
-from .merging import COEFFICIENTS, NEEDS_CURVATURE, inner_products
+from .merging import NEEDS_CURVATURE
+from .outbox import Outbox
+from .parity import PROBE_ROWS, certificate, certify_release, reload_logits
 from .perturbation import Perturbation, scaled_update
 from .progress import StreamProgress
+from .results import stream_logs
 from .rows import Stage, StreamRows
-from .runs import Measured, RunFolder
-from .scoring import Scorer
-from .stream import AnswerCollator, Encoder, TaskStream, by_length, subset
+from .runs import RunFolder
+from .scoring import Cell, Scorer
+from .stream import TaskStream, subset
 
 
 logger = logging.getLogger(__name__)
-
-
-PROBE_ROWS = 8
-# Largest difference of a logit over the largest logit that a fold may show, in float32 and with any rounding.
-FOLD_TOLERANCE = {"exact": 1e-4, "rounded": 0.1}
 
 
 class PMTrainerMixin:
@@ -103,11 +102,14 @@ class PMTrainerMixin:
         if stream is not None:
             if processing_class is None:
                 raise UserError("`stream` needs `processing_class`, the model's tokenizer.")
-            self.encoder = Encoder(processing_class, self.task_type, args.max_length)
+            self.encoder = Encoder(processing_class, self.task_type, args.max_length, args.prompt)
             self.stream_collator = self._collator(model, args, kwargs)
             data_collator = data_collator or self.stream_collator
             self.rows = StreamRows(stream, self.encoder, self.method, args)
             self.stages = self.rows.stages
+            self._check_search(args)
+            if args.lm_eval_tasks:
+                panel.check_lm_eval(args.lm_eval_tasks)
             if train_dataset is None:
                 train_dataset = self.rows.encoded_train(self.stages[0])
         self.perturbation = Perturbation(
@@ -179,7 +181,7 @@ class PMTrainerMixin:
                 self._merge(number, self._measure(stage))
             self._evaluate_stage(number, stage)
             self._publish(number)
-        self.run.push()
+        self.outbox.finish()
         return self.run.results
 
     def _open_run(self) -> None:
@@ -187,40 +189,15 @@ class PMTrainerMixin:
         args = self.args
         self.run = RunFolder(args, [stage.name for stage in self.stages], self.is_world_process_zero())
         base, names = self._resolve_base()
-        adapter = self.model.peft_config[adapters.ADAPTER]
-        description = {
-            "method": args.method,
-            "tasks": self.stream.names,
-            "adapter": {
-                "r": adapter.r,
-                "lora_alpha": adapter.lora_alpha,
-                "use_rslora": adapter.use_rslora,
-                "targets": sorted(names),
-            },
-            "data_fingerprint": self.rows.fingerprint,
-        }
-        results = {
-            "schema": 1,
-            "method": args.method,
-            "base_model": base.model_id,
-            "metric": "accuracy" if self.task_type == "SEQ_CLS" else "exact_match",
-            "tasks": self.stream.names,
-            "matrix": [],
-            "base_row": [],
-            "metrics": metrics.summarize([]),
-            "formulas": metrics.FORMULAS,
-            "coefficients": [],
-            "coefficient_terms": [],
-            "eval_samples": [len(rows) for rows in self.rows.test],
-            "data_fingerprint": self.rows.fingerprint,
-            "per_task": [],
-            "seed": args.seed,
-        }
-        self.run.open(Folder(base, self.run.ledger, names), description, results)
+        folder = Folder(base, self.run.ledger, names)
+        self.run.open(folder, self.rows, self.model.peft_config[adapters.ADAPTER], self.task_type)
+        repo_id = self.hub_model_id if args.push_to_hub else None
+        self.outbox = Outbox.prepare(self.run, args, self.processing_class, self.stream, self.task_type, repo_id)
         self.accelerator.wait_for_everyone()
-        self.scorer = Scorer(self, self.rows)
-        self._expected: torch.Tensor | None = None
+        self.scorer = Scorer(self, self.rows, self.run.path / "cells.json")
         self._live: int | None = None  # number of tasks whose merged weights are live
+        self._adapter_logits: torch.Tensor | None = None
+        self._folded_logits: torch.Tensor | None = None
         self._progress = StreamProgress()
         if not args.disable_tqdm:
             self.remove_callback(ProgressCallback)
@@ -260,6 +237,7 @@ class PMTrainerMixin:
         if self._live != number:
             self.run.folder.into_model(self.model, number)
             self._live = number
+        self.scorer.state_key = self.run.state_key(number)
 
     def _begin(self, number: int) -> None:
         """Merged weights live, fresh adapter, no optimizer, no schedule."""
@@ -281,57 +259,77 @@ class PMTrainerMixin:
         self._checkpoint_dir = self.run.task_dir(number) / "checkpoints"
         self._checkpoint_dir.mkdir(parents=True, exist_ok=True)
         self._live = None
+        everyones = self.args.num_train_epochs
+        self.args.num_train_epochs = self.rows.epochs(stage)
         try:
             self.train(resume_from_checkpoint=get_last_checkpoint(str(self._checkpoint_dir)))
         finally:
             self._checkpoint_dir = None
+            self.args.num_train_epochs = everyones
         self._seconds = {"train_seconds": time.monotonic() - started, "curvature_seconds": 0.0}
 
-    def _measure(self, stage: Stage) -> dict[str, torch.Tensor] | None:
-        """Diagonal curvature at the end of the task, if the merge needs it."""
+    def _measure(self, stage: Stage) -> Measured | None:
+        """Curvature at the end of the task, if the merge needs it."""
         if self.method.merge not in NEEDS_CURVATURE:
             return None
-        args = self.args
         started = time.monotonic()
-        rows = by_length(subset(self.train_dataset, args.curvature_num_samples, args.seed))
-        generator = None
-        if args.curvature_labels == "sampled":
-            generator = torch.Generator().manual_seed(self._task_seed(self.task_number) + args.process_index)
-        totals, seen = diagonal_curvature(
-            self.model,
-            self.batches(rows, args.curvature_batch_size, "curvature"),
-            normalization=args.curvature_normalization,
-            generator=generator,
-            autocast=self.accelerator.autocast,
-            task_name=stage.name,
-        )
-        count = float(self.accelerator.reduce(torch.tensor(float(seen), device=args.device)))
-        curvature = {name: self.accelerator.reduce(total).cpu() / count for name, total in totals.items()}
-        if args.curvature_normalization == "trace":
-            curvature = unit_mean(curvature)
+        measured = measure(self, self._curvature_rows(), stage.name, self._task_seed(self.task_number))
         self._seconds["curvature_seconds"] = time.monotonic() - started
-        return curvature
+        return measured
 
-    def _merge(self, number: int, curvature: dict[str, torch.Tensor] | None) -> None:
+    def _curvature_rows(self) -> Dataset:
+        return by_length(subset(self.train_dataset, self.args.curvature_num_samples, self.args.seed))
+
+    def _merge(self, number: int, measured: Measured | None) -> None:
         """Find the coefficient and commit the task."""
         started = time.monotonic()
-        terms, measured = None, None
-        if curvature is not None:
-            measured = Measured(curvature, adapters.updates(self.model), self.run.read_state())
-            terms = inner_products(curvature, measured.delta, measured.before)
-            if terms.q + terms.p <= 0:
-                name = self.stages[number - 1].name
-                logger.warning("Task %r has no curvature: its update is merged with 1/%d.", name, number)
-        alpha = COEFFICIENTS[self.method.merge](terms, number, self.args.merge_coefficient)
-        # What the fold has to reproduce: the adapter model at the coefficient.
-        with scaled_update(self.perturbation.layers, alpha):
-            self._expected = probe_logits(self.model, self._probe(number), self.accelerator.autocast)
+        args, name = self.args, self.stages[number - 1].name
+        before = self.run.read_states()
+        coefficient = find(
+            self.method.merge,
+            measured,
+            before,
+            number,
+            name,
+            fixed=args.merge_coefficient,
+            scope=args.coefficient_scope,
+        )
+        record = self._seconds
+        if args.coefficient_search != "off" and number > 1:
+            found = search(self, self._held_out(number))
+            record["coefficient_search"] = found._asdict() | {"closed_form": coefficient.alpha}
+            if args.coefficient_search == "use":
+                coefficient = Coefficient(found.best, None, coefficient.record)
+        self._adapter_logits = self._logits_at(coefficient.alpha, coefficient.per_matrix, number)
         if self.is_world_process_zero():
-            record = self._seconds | {"merge_seconds": time.monotonic() - started}
-            record["peak_memory_bytes"] = _peak_memory()
-            self.run.commit(number, self.model, alpha, terms, measured, self.method.start, record)
+            record |= {"merge_seconds": time.monotonic() - started, "peak_memory_bytes": _peak_memory()}
+            self.run.commit(number, self.model, coefficient, measured, before, self.method.start, record)
         self.accelerator.wait_for_everyone()
         self.run.ledger.reload()
+
+    def _check_search(self, args: PMConfig) -> None:
+        """Whether the rows that a line search needs are there, before training."""
+        if args.coefficient_search == "off":
+            return
+        if self.task_type == "SEQ_CLS":
+            raise UserError(
+                f"`coefficient_search: {args.coefficient_search}` needs a language model: the loss of an earlier task "
+                "would need its own head. Switch it off."
+            )
+        for name in args.coefficient_search_tasks or ():
+            choose("task in `coefficient_search_tasks`", name, self.stream.names)
+        for t in range(len(self.stream)):
+            self.rows.held_out(t)
+
+    def _held_out(self, number: int) -> list[Dataset]:
+        """Validation rows of the new task, and of those before whose rows may be kept."""
+        allowed = self.args.coefficient_search_tasks
+        names = [stage.name for stage in self.stages[:number]]
+        return [
+            self.rows.held_out(t)
+            for t, name in enumerate(names)
+            if t == number - 1 or allowed is None or name in allowed
+        ]
 
     def _evaluate_stage(self, number: int, stage: Stage) -> None:
         """Score every task seen on the merged weights, and write results, report and table."""
@@ -339,24 +337,38 @@ class PMTrainerMixin:
         if len(results["per_task"]) >= number:
             return
         started = time.monotonic()
-        self._rebuild(number)
-        parity = self._parity(number)
-        scores = []
+        parity = self._certify(number)
+        cells: list[Cell | None] = [None] * len(self.stream)
         for t in stage.scores:
             if self.task_type == "SEQ_CLS":
                 entry = self.run.ledger.entries[0 if self.method.stream == "joint" else t]
                 adapters.load_head(self.model, adapters.StoredAdapter(self.run.path / entry.adapter).head())
-            scores.append(self.scorer.score(t))
+            cells[t] = self.scorer.score_task(t)
+        scores = [cells[t].score for t in stage.scores]
         rows = results["matrix"]
         if self.method.stream == "joint":
             rows = [[None] * (t + 1) for t in range(len(scores) - 1)]
         elif self.method.start == "base" and rows:
             # A bank of one adapter per task never changes what it has: earlier scores stand.
             scores = [*rows[-1], *scores]
+        general = self._measure_general_ability(number)
         extra = {"parity": parity, "evaluate_seconds": time.monotonic() - started}
-        self.run.record_scores(number, [*rows, scores], extra)
+        self.run.record_scores(number, [*rows, scores], cells, general, extra)
+        self.log(stream_logs(results, len(results["matrix"])))
         if self.is_world_process_zero() and not self.args.disable_tqdm:
             tqdm.write(report.format_table(results))
+
+    def _measure_general_ability(self, number: int) -> dict[str, Any] | None:
+        """The panel after `number` tasks; `None` for a model without a language head."""
+        found = panel.cross_entropy(self.model, self.processing_class, autocast=self.accelerator.autocast)
+        if found is None:
+            return None
+        scores = None
+        if self.args.lm_eval_tasks:
+            scores = panel.lm_eval(self.model, self.processing_class, self.args.lm_eval_tasks, self.args.lm_eval_limit)
+        return {"after": number, **found, "lm_eval": scores}
+
+    # ---- The parity certificate ---------------------------------------------------------------------------------
 
     def _probe(self, number: int) -> Any:
         """A few of the task's test rows, the same on every rank."""
@@ -364,33 +376,60 @@ class PMTrainerMixin:
         first = rows.select(range(min(PROBE_ROWS, len(rows)))).to_list()
         return self._prepare_input(dict(self.stream_collator(first)))
 
-    def _parity(self, number: int) -> dict[str, Any] | None:
-        """Folded model against adapter model; `None` if this process did not see the adapter (a resumed run)."""
-        expected, self._expected = self._expected, None
-        if expected is None:
-            return None
-        actual = probe_logits(self.model, self._probe(number), self.accelerator.autocast)
-        weight = self.perturbation.layers[0].get_base_layer().weight
-        exact = weight.dtype == torch.float32 and self.accelerator.mixed_precision == "no"
-        parity = logit_parity(expected, actual) | {
-            "dtype": str(weight.dtype).removeprefix("torch."),
-            "tolerance": FOLD_TOLERANCE["exact" if exact else "rounded"],
-        }
-        if parity["relative_difference"] > parity["tolerance"]:
-            logger.warning(
-                "The folded model of task %r differs from its adapter model by %.2g of the largest logit, more than "
-                "%.2g. With 4-bit weights this is their rounding; otherwise train in a wider `dtype`.",
-                self.stages[number - 1].name,
-                parity["relative_difference"],
-                parity["tolerance"],
-            )
-        return parity
+    def _logits_at(self, alpha: float, per_matrix: dict[str, float] | None, number: int) -> torch.Tensor:
+        """What the fold has to reproduce: the logits of the adapter model at the coefficient."""
+        layers = self.perturbation.layers
+        factors = alpha if per_matrix is None else [per_matrix[name] for name in adapters.lora_layers(self.model)]
+        with scaled_update(layers, factors):
+            return probe_logits(self.model, self._probe(number), self.accelerator.autocast)
+
+    def _certify(self, number: int) -> dict[str, Any]:
+        """Make the merged weights live, and compare them with the adapter model they came from."""
+        expected, self._adapter_logits = self._adapter_logits, None
+        if expected is None:  # an earlier process trained it
+            entry = self.run.ledger.entries[number - 1]
+            self._rebuild(0 if self.method.start == "base" else number - 1)
+            adapters.restore(self.model, adapters.StoredAdapter(self.run.path / entry.adapter))
+            self._live = None
+            expected = self._logits_at(entry.coefficient, entry.coefficients, number)
+        self._rebuild(number)
+        self._folded_logits = probe_logits(self.model, self._probe(number), self.accelerator.autocast)
+        dtype = self.model.get_base_model().dtype
+        exact = dtype == torch.float32 and self.accelerator.mixed_precision == "no"
+        exact = exact and not adapters.quantised(self.model)
+        return certificate(
+            expected,
+            self._folded_logits,
+            dtype=dtype,
+            policy=self.run.folder.policy(self.model),
+            exact=dtype == torch.float32
+            and self.accelerator.mixed_precision == "no"
+            and not adapters.quantised(self.model),
+            task_name=self.stages[number - 1].name,
+        )
+
+    def _certify_release(self, number: int, release: Path) -> None:
+        """Compare a release with the live merged model, as a user would load it; before its card is written."""
+        folded, self._folded_logits = self._folded_logits, None
+        if folded is None:  # scored by an earlier process, which died before the release
+            self._rebuild(number)
+            folded = probe_logits(self.model, self._probe(number), self.accelerator.autocast)
+        reloaded = reload_logits(
+            release,
+            self.run.folder.base.folder,
+            self.task_type,
+            self._probe(number),
+            self.model.get_base_model().dtype,
+            self.accelerator.autocast,
+        )
+        record = self.run.results["per_task"][number - 1]
+        certify_release(record["parity"], folded, reloaded, self.stages[number - 1].name)
+        self.run.write_results()
 
     def _publish(self, number: int) -> None:
-        """Write the release of a task, then push what is waiting."""
-        repo_id = self.hub_model_id if self.args.push_to_hub else None
-        self.run.release(number, self.processing_class, self.task_type, repo_id)
-        self.run.push()
+        """Write the release of a task, and let the outbox push it while the next task trains."""
+        self.outbox.release(number, lambda folder: self._certify_release(number, folder))
+        self.outbox.start()
 
     # ---- Rows and scores ----------------------------------------------------------------------------------------
 
@@ -418,13 +457,14 @@ class PMTrainerMixin:
         return (self._prepare_input(dict(batch)) for batch in shown)
 
     def _score_base(self) -> None:
-        """The row before any task, once."""
+        """The row before any task and the general ability of the base, once."""
         if self.run.results["base_row"]:
             return
         self._rebuild(0)
         adapters.reset(self.model, self.args.seed)
-        self.run.results["base_row"] = [self.scorer.score(t) for t in range(len(self.stream))]
-        self.run.write_results()
+        cells = [self.scorer.score_task(t) for t in range(len(self.stream))]
+        self.run.record_base(cells, self._measure_general_ability(0))
+        self.log(stream_logs(self.run.results, 0))
 
 
 class PMTrainer(PMTrainerMixin, Trainer):

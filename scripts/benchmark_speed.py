@@ -1,9 +1,9 @@
-"""Paired timings of what hf_pm adds: its training step, its curvature pass, its evaluation.
+"""Paired timings of what hf_pm adds: its training step and its evaluation (benchmark_engine.py has the rest).
 
     OMP_NUM_THREADS=1 python scripts/benchmark_speed.py --rounds 15 --output speed.json
 
-Each line compares two ways of doing the same work on the same rows, in turn, A B A B ..., in process CPU seconds on
-one thread; the ratio A/B is taken pair by pair, and its median and quartiles are printed. The model is a random Llama.
+Each line compares two ways of doing the same work on the same rows, in turn, A B A B ..., on one thread;
+the ratio A/B is taken pair by pair, and its median and quartiles are printed. The model is a random Llama.
 """
 
 import argparse
@@ -19,20 +19,19 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments, set_seed
 
 from hf_pm import PMConfig, PMTrainer
-from hf_pm.curvature import diagonal_curvature
 from hf_pm.evaluation import exact_matches
 
 
 VOCABULARY = 8192
 
 
-def build(hidden: int, layers: int) -> torch.nn.Module:
+def build(hidden: int, layers: int, rank: int = 8) -> torch.nn.Module:
     set_seed(0)
     config = LlamaConfig(
         vocab_size=VOCABULARY, hidden_size=hidden, intermediate_size=hidden * 11 // 4, num_hidden_layers=layers,
         num_attention_heads=hidden // 64, pad_token_id=0, bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
-    return get_peft_model(LlamaForCausalLM(config), LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"))
+    return get_peft_model(LlamaForCausalLM(config), LoraConfig(r=rank, lora_alpha=16, target_modules="all-linear"))
 
 
 def rows(count: int, tokens: int, answer: int) -> dict[str, torch.Tensor]:
@@ -50,19 +49,26 @@ def with_answer_logits(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor
 
 
 def paired(name: str, a: Callable[[], object], b: Callable[[], object], rounds: int) -> dict[str, object]:
-    """Time `a` and `b` in turn after one warm-up each."""
+    """Time `a` and `b` in turn after one warm-up each, in process CPU seconds and in wall seconds."""
     a(), b()
-    ratios, first, second = [], [], []
+    cpu, wall = ([], []), ([], [])
     for _ in range(rounds):
-        for function, seconds in ((a, first), (b, second)):
-            started = time.process_time()
+        for position, function in enumerate((a, b)):
+            started = time.process_time(), time.perf_counter()
             function()
-            seconds.append(time.process_time() - started)
-        ratios.append(first[-1] / second[-1])
-    low, middle, high = statistics.quantiles(ratios, n=4)
-    times = f"{statistics.median(first):8.3f} s {statistics.median(second):8.3f} s"
-    print(f"{name:60s} {times}   ratio {middle:.3f} ({low:.3f} to {high:.3f})", flush=True)
-    return {"name": name, "median": middle, "quartiles": [low, high], "seconds": [first, second]}
+            cpu[position].append(time.process_time() - started[0])
+            wall[position].append(time.perf_counter() - started[1])
+    result: dict[str, object] = {"name": name}
+    shown = []
+    for clock, (first, second) in {"cpu": cpu, "wall": wall}.items():
+        low, middle, high = statistics.quantiles([x / y for x, y in zip(first, second, strict=True)], n=4)
+        result[clock] = {"median": middle, "quartiles": [low, high], "seconds": [first, second]}
+        shown.append(f"{clock} {middle:.3f} ({low:.3f} to {high:.3f})")
+    print(
+        f"{name:50s} {statistics.median(cpu[0]):7.3f} s {statistics.median(cpu[1]):7.3f} s  {'  '.join(shown)}",
+        flush=True,
+    )
+    return result
 
 
 def main() -> None:
@@ -93,16 +99,6 @@ def main() -> None:
         )
 
     model = build(options.hidden, options.layers)
-
-    def forward_backward() -> None:
-        model.eval()
-        model(**batch).loss.backward()
-        model.zero_grad()
-
-    def curvature() -> None:
-        diagonal_curvature(model, [batch])
-
-    results.append(paired("diagonal curvature / forward + backward", curvature, forward_backward, options.rounds))
 
     prompt = batch["input_ids"][:, :-4]
 

@@ -3,6 +3,8 @@
 import torch
 from torch import nn
 
+from hf_pm.adapters import base_weight
+
 
 def dense_delta(layer) -> torch.Tensor:
     """scale * B @ A of a live LoRA layer, (out, in)."""
@@ -35,25 +37,40 @@ def merge_into_dense(model: nn.Module, layers: dict, factor: float = 1.0) -> nn.
     return model
 
 
-def fisher_by_rows(model, batch_of_one, targets, layers, normalization: str) -> dict[str, torch.Tensor]:
-    """Diagonal Fisher by one backward per row on dense float64 weights.
+def gradients_by_rows(model, batch_of_one, targets, layers) -> tuple[list[dict[str, torch.Tensor]], list[int]]:
+    """d(summed answer loss) / dW of each row, by one backward per row on dense float64 weights, and the answer lengths.
 
     `batch_of_one` is a list of model inputs with one row each, unpadded; `targets` a list of (positions, answer ids):
     the loss of a row sums -log p(answer id) at those logit positions.
     """
     model.eval()
-    weights = {name: layer.get_base_layer().weight for name, layer in layers.items()}
+    weights = {name: base_weight(layer) for name, layer in layers.items()}
     for weight in weights.values():
         weight.requires_grad_(True)
-    total = {name: torch.zeros_like(weight, dtype=torch.float64) for name, weight in weights.items()}
+    gradients = []
     for inputs, (positions, answer) in zip(batch_of_one, targets, strict=True):
         model.zero_grad()
         logits = model(**inputs).logits[0]
         chosen = logits[positions] if logits.ndim == 2 else logits[None]
         loss = -chosen.log_softmax(-1)[torch.arange(len(answer)), answer].sum()
         loss.backward()
-        n = len(answer)
-        for name, weight in weights.items():
-            gradient = weight.grad.double()
-            total[name] += (gradient / n) ** 2 if normalization == "sequence" else gradient**2 / n
-    return {name: value / len(batch_of_one) for name, value in total.items()}
+        gradients.append({name: weight.grad.double().clone() for name, weight in weights.items()})
+    return gradients, [len(answer) for _, answer in targets]
+
+
+def fisher_by_rows(gradients, counts, normalization: str) -> dict[str, torch.Tensor]:
+    """Diagonal Fisher: the mean over rows of w_n * G_n^2."""
+    power = 2 if normalization == "sequence" else 1
+    return {
+        name: sum(row[name] ** 2 / n**power for row, n in zip(gradients, counts, strict=True)) / len(gradients)
+        for name in gradients[0]
+    }
+
+
+def directional_by_rows(gradients, counts, deltas, normalization: str) -> tuple[dict[str, float], float]:
+    """Mean over rows of w_n * <G_n, delta>^2, for each matrix alone and for all together."""
+    power = 2 if normalization == "sequence" else 1
+    slopes = [{name: float((row[name] * deltas[name]).sum()) for name in deltas} for row in gradients]
+    weights = [1 / n**power / len(gradients) for n in counts]
+    alone = {name: sum(w * row[name] ** 2 for w, row in zip(weights, slopes, strict=True)) for name in deltas}
+    return alone, sum(w * sum(row.values()) ** 2 for w, row in zip(weights, slopes, strict=True))

@@ -21,6 +21,7 @@ from transformers import (
 from hf_pm import PMConfig, PMSeq2SeqConfig, PMSeq2SeqTrainer, PMTrainer, Task, TaskStream, UserError
 from hf_pm import metrics as cl_metrics
 from hf_pm.adapters import StoredAdapter, lora_layers
+from hf_pm.folding import Folder
 from hf_pm.ledger import Ledger
 
 
@@ -193,7 +194,7 @@ def test_pm_stream_leaves_what_its_equations_say(model, stream, tokenizer, lora,
         )
         assert torch.allclose(live[name].double(), exact, atol=1e-6)
         assert torch.equal(released[f"{name}.weight"], live[name])
-    assert not any(run.glob("tasks/*/checkpoints")) and len(list(run.glob("curvature/*"))) == 1
+    assert not any(run.glob("tasks/*/checkpoints")) and len(list(run.glob("curvature/*"))) == 2
 
 
 def test_coefficient_is_the_papers_over_three_tasks(model, stream, tokenizer, lora, config):
@@ -233,12 +234,16 @@ def test_results_report_and_releases(model, stream, tokenizer, lora, config):
     assert json.loads((run / "results.json").read_text()) == results
     assert [len(row) for row in results["matrix"]] == [1, 2] and len(results["base_row"]) == 2
     assert results["matrix"][0][0] > results["base_row"][0]  # it learned something
-    assert results["metrics"] == cl_metrics.summarize(results["matrix"], results["base_row"])
+    counts = results["eval_samples"]
+    assert results["metrics"] == cl_metrics.summarize(results["matrix"], results["base_row"], counts=counts)
     assert results["eval_samples"] == [18, 18] and results["metric"] == "exact_match"
     for task in results["per_task"]:
         assert task["train_seconds"] > 0 and task["curvature_seconds"] > 0 and task["peak_memory_bytes"] > 1e6
         assert task["state_bytes"] > 0
-        assert task["parity"]["relative_difference"] < 1e-5 and task["parity"]["argmax_agreement"] == 1
+        parity = task["parity"]
+        assert parity["tolerance"] == 1e-5 and parity["dtype"] == "float32" and "float32 sum" in parity["policy"]
+        for pair in ("folded", "reloaded"):
+            assert parity[pair]["relative_difference"] < 1e-5 and parity[pair]["argmax_agreement"] == 1
     assert "mood" in (run / "report.html").read_text()
     for tag in ("task-01-colour", "task-02-mood"):
         release = run / "releases" / tag
@@ -261,9 +266,36 @@ def test_a_wrong_fold_is_reported(model, stream, tokenizer, lora, config, caplog
 
     _, results = trained(model, stream, tokenizer, lora, config(release="none"), cls=Wrong)
     first, second = (task["parity"] for task in results["per_task"])
-    assert first["relative_difference"] < first["tolerance"] < second["relative_difference"]
+    assert first["folded"]["relative_difference"] < first["tolerance"] < second["folded"]["relative_difference"]
     assert "The folded model of task 'mood' differs from its adapter model" in caplog.text
-    assert "'colour'" not in caplog.text
+    assert "model of task 'colour' differs" not in caplog.text
+
+
+def test_a_wrong_release_is_reported(model, stream, tokenizer, lora, config, caplog, monkeypatch):
+    whole = Folder.into_checkpoint
+
+    def broken(self, folder, number=None):
+        whole(self, folder, number)
+        self.replace_tensors(folder, {name: torch.zeros_like(self.base.read(name)) for name in ["lm_head.weight"]})
+
+    monkeypatch.setattr(Folder, "into_checkpoint", broken)
+    _, results = trained(model, stream, tokenizer, lora, config())
+    parity = results["per_task"][0]["parity"]
+    assert parity["folded"]["relative_difference"] < parity["tolerance"] < parity["reloaded"]["relative_difference"]
+    assert "The release of task 'colour' differs from its live merged model" in caplog.text
+
+
+def test_certificate_of_a_task_that_an_earlier_process_trained(model, stream, tokenizer, lora, config, monkeypatch):
+    class Dies(PMTrainer):
+        def _evaluate_stage(self, number, stage):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        trained(again(model), stream, tokenizer, lora, config(), cls=Dies)
+    _, results = trained(again(model), stream, tokenizer, lora, config())
+    for task in results["per_task"]:
+        for pair in ("folded", "reloaded"):
+            assert task["parity"][pair]["relative_difference"] < 1e-5
 
 
 METHODS = {

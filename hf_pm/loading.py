@@ -1,0 +1,124 @@
+"""From a `Recipe` to what it names: the stream, the base, the model with its adapter, the trainer."""
+
+import logging
+import warnings
+from typing import Any
+
+import datasets
+import torch
+import transformers
+from httpx2 import HTTPError
+from huggingface_hub.errors import HFValidationError
+from peft import LoraConfig
+
+from .adapters import check_config
+from .benchmarks import load_stream
+from .config import Recipe
+from .errors import UserError
+from .folding import BaseCheckpoint
+from .stream import TaskStream
+from .trainer import PMTrainer
+
+
+ARCHITECTURES = {
+    "CAUSAL_LM": transformers.AutoModelForCausalLM,
+    "SEQ_2_SEQ_LM": transformers.AutoModelForSeq2SeqLM,
+    "SEQ_CLS": transformers.AutoModelForSequenceClassification,
+}
+
+
+def quiet() -> None:
+    """Leave the terminal to the run's own progress and to what a user can act on."""
+    transformers.logging.set_verbosity_error()
+    datasets.disable_progress_bars()  # one a file, gone in an instant; downloads have bars of their own
+    # transformers deprecates names that PEFT and transformers itself still use; no user can act on that.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    logging.getLogger("hf_pm").setLevel(logging.INFO)
+
+
+def recipe_stream(recipe: Recipe) -> TaskStream:
+    """The stream that a recipe registers or lists; nothing is read yet."""
+    if recipe.tasks is not None:
+        return TaskStream.from_dicts(recipe.tasks, recipe.data_dir)
+    return load_stream(recipe.stream, recipe.data_dir)
+
+
+def recipe_lora(recipe: Recipe) -> LoraConfig:
+    """The adapter that a recipe describes.
+
+    Raises:
+        UserError: If its update would not be scale * B @ A.
+    """
+    config = LoraConfig(
+        r=recipe.lora_r,
+        lora_alpha=recipe.lora_alpha,
+        lora_dropout=recipe.lora_dropout,
+        target_modules=recipe.lora_target_modules,
+        target_parameters=recipe.lora_target_parameters,
+        rank_pattern=recipe.lora_rank_pattern or {},
+        alpha_pattern=recipe.lora_alpha_pattern or {},
+        use_rslora=recipe.use_rslora,
+        use_dora=recipe.use_dora,
+        bias=recipe.lora_bias,
+    )
+    check_config(config, recipe.task_type)
+    return config
+
+
+def cannot_load(recipe: Recipe, error: Exception) -> UserError:
+    """What went wrong with the model or its tokenizer, in one line."""
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    return UserError(
+        f"Cannot load {recipe.model_name_or_path!r} as {recipe.task_type}: {reason} Correct `model_name_or_path` or "
+        "`task_type`."
+    )
+
+
+def build_trainer(recipe: Recipe, cls: type[PMTrainer] = PMTrainer) -> PMTrainer:
+    """Load what a recipe names and put it together; nothing is trained or written yet.
+
+    Args:
+        recipe (`Recipe`): The settings.
+        cls (`type`): `PMTrainer` or a subclass.
+
+    Raises:
+        UserError: Whatever in the recipe cannot work, in one line.
+    """
+    peft_config = recipe_lora(recipe)
+    stream = recipe_stream(recipe)
+    # Reads the index of the weights, and says what is wrong, before anything is loaded.
+    base = BaseCheckpoint.resolve(recipe.model_name_or_path, recipe.model_revision)
+    loading: dict[str, Any] = {"dtype": recipe.dtype, "revision": recipe.model_revision}
+    if recipe.attn_implementation is not None:
+        loading["attn_implementation"] = recipe.attn_implementation
+    if recipe.load_in_4bit:
+        loading["quantization_config"] = transformers.BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
+        )
+    if recipe.load_in_8bit:
+        loading["quantization_config"] = transformers.BitsAndBytesConfig(load_in_8bit=True)
+    if recipe.load_in_4bit or recipe.load_in_8bit:
+        loading["device_map"] = {"": recipe.device}
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(base.folder)
+        if recipe.task_type == "SEQ_CLS":
+            # One head wide enough for every task; each task keeps its own copy of the weights.
+            loading["num_labels"] = max(len(task.options or ()) for task in stream)
+            loading["pad_token_id"] = tokenizer.pad_token_id
+        transformers.set_seed(recipe.seed)
+        model = ARCHITECTURES[recipe.task_type].from_pretrained(recipe.model_name_or_path, **loading)
+    except (OSError, ValueError) as error:
+        raise cannot_load(recipe, error) from error
+    try:
+        return cls(model=model, args=recipe, stream=stream, processing_class=tokenizer, peft_config=peft_config)
+    except UserError:
+        raise
+    except (HTTPError, HFValidationError, ConnectionError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"`push_to_hub` is on, but the repo {recipe.hub_model_id!r} cannot be created or reached: {reason} "
+            "Correct `hub_model_id` and the token, or train with `push_to_hub: false`."
+        ) from error
+    except ValueError as error:
+        # `Trainer` checks combinations of its own arguments this way, and names them.
+        raise UserError(f"{' '.join(str(error).split())} Correct the recipe.") from error

@@ -1,0 +1,178 @@
+"""What a recipe will take, before anything is trained: bytes on disk and in memory, steps, scores."""
+
+import math
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import transformers
+from accelerate import init_empty_weights
+
+from . import adapters
+from .config import PMConfig, Recipe
+from .encoding import Encoder
+from .folding import BaseCheckpoint
+from .loading import ARCHITECTURES, cannot_load, recipe_lora, recipe_stream
+from .merging import MAX_RANK
+from .rows import StreamRows
+from .states import state_bytes
+
+
+class Plan(NamedTuple):
+    """Sizes in bytes and counts of a whole stream.
+
+    `disk` is what the run folder holds at the end; `merge_memory` what a merge adds to the live model: the curvature F
+    of every matrix, and S, R, and the dense update of the largest one.
+    """
+
+    tasks: list[str]
+    stages: int
+    train_rows: list[int]
+    test_rows: list[int]
+    steps: int
+    cells: int
+    scored_rows: int
+    matrices: int
+    adapted_weights: int
+    base: int
+    adapter: int
+    state: int
+    state_files: int
+    release: int
+    releases: int
+    disk: int
+    free: int
+    merge_memory: int
+
+
+def curvature_bytes(shapes: Mapping[str, Sequence[int]], config: PMConfig) -> tuple[int, int]:
+    """Bytes of one state file, and of what a merge holds in memory.
+
+    Args:
+        shapes (`Mapping`): Matrix name -> shape.
+        config (`PMConfig`): Estimator and dtype.
+
+    Returns:
+        `tuple`: both 0 where the method's merge needs no curvature.
+    """
+    if config.resolved_method().merge != "pm":
+        return 0, 0
+    factored = config.curvature_estimator != "diagonal"
+    stored = state_bytes(shapes, factored=factored, dtype=config.curvature_dtype, rank=MAX_RANK)
+    measured = state_bytes(shapes, factored=factored, dtype="float32", rank=0) // (1 if factored else 2)
+    largest = max(math.prod(shape) for shape in shapes.values())
+    # F; then, for one matrix at a time, old and new S and R and the dense update.
+    return stored, measured + 4 * 5 * largest
+
+
+def plan_recipe(recipe: Recipe) -> Plan:
+    """Read the data and the headers of the base, build the model without weights, and count.
+
+    Raises:
+        UserError: Whatever in the recipe cannot work; the same checks as before training.
+    """
+    peft_config, stream = recipe_lora(recipe), recipe_stream(recipe)
+    base = BaseCheckpoint.resolve(recipe.model_name_or_path, recipe.model_revision)
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(base.folder)
+        config = transformers.AutoConfig.from_pretrained(base.folder)
+        with init_empty_weights():
+            model = ARCHITECTURES[recipe.task_type].from_config(config)
+    except (OSError, ValueError) as error:
+        raise cannot_load(recipe, error) from error
+    model = adapters.attach(model, peft_config, recipe.task_type)
+    shapes = {name: tuple(adapters.base_weight(layer).shape) for name, layer in adapters.lora_layers(model).items()}
+    encoder = Encoder(tokenizer, recipe.task_type, recipe.max_length, recipe.prompt)
+    rows = StreamRows(stream, encoder, recipe.resolved_method(), recipe)
+    return estimate(recipe, rows, shapes, base_bytes=_size(base), adapter_bytes=_trainable(model))
+
+
+def _size(base: BaseCheckpoint) -> int:
+    return sum((base.folder / file).stat().st_size for file in base.files)
+
+
+def _trainable(model: Any) -> int:
+    return sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+
+
+def estimate(
+    config: PMConfig, rows: StreamRows, shapes: Mapping[str, Sequence[int]], *, base_bytes: int, adapter_bytes: int
+) -> Plan:
+    """The plan from its parts.
+
+    Args:
+        config (`PMConfig`): The settings.
+        rows (`StreamRows`): What is learned and scored.
+        shapes (`Mapping`): Adapted matrix -> shape.
+        base_bytes (`int`): Weight files of the base.
+        adapter_bytes (`int`): Trainable parameters of one adapter.
+    """
+    stages = rows.stages
+    train_rows = [sum(len(rows.train[t]) for t in stage.learns) for stage in stages]
+    test_rows = [len(split) for split in rows.test]
+    batch = config.per_device_train_batch_size * config.gradient_accumulation_steps * config.world_size
+    epochs = [rows.epochs(stage) for stage in stages]
+    if config.max_steps > 0:
+        steps = config.max_steps * len(stages)
+    else:
+        steps = sum(math.ceil(math.ceil(n / batch) * e) for n, e in zip(train_rows, epochs, strict=True))
+    state, merge_memory = curvature_bytes(shapes, config)
+    state_files = len(stages) if config.curvature_history == "all" else 1
+    # An adapter release holds all adapters so far, stacked.
+    merged = base_bytes if config.release in ("merged", "both") else 0
+    stacked = adapter_bytes if config.release in ("adapter", "both") else 0
+    releases = len(stages) * merged + stacked * sum(range(1, len(stages) + 1))
+    path = Path(config.output_dir).absolute()
+    while not path.exists():
+        path = path.parent
+    return Plan(
+        tasks=rows.stream.names,
+        stages=len(stages),
+        train_rows=train_rows,
+        test_rows=test_rows,
+        steps=steps,
+        cells=len(test_rows) + sum(len(stage.scores) for stage in stages),
+        scored_rows=sum(test_rows) + sum(test_rows[t] for stage in stages for t in stage.scores),
+        matrices=len(shapes),
+        adapted_weights=sum(math.prod(shape) for shape in shapes.values()),
+        base=base_bytes,
+        adapter=adapter_bytes,
+        state=state,
+        state_files=state_files,
+        release=merged + stacked,
+        releases=releases,
+        disk=len(stages) * adapter_bytes + state_files * state + releases,
+        free=shutil.disk_usage(path).free,
+        merge_memory=merge_memory,
+    )
+
+
+def format_plan(plan: Plan) -> str:
+    """The plan as text, and whether the disk is large enough."""
+    lines = [
+        ("tasks", f"{len(plan.tasks)} ({', '.join(plan.tasks)}), {plan.stages} training runs, {plan.steps:,} steps"),
+        ("rows", f"{sum(plan.train_rows):,} to train on, {sum(plan.test_rows):,} to score"),
+        ("scores", f"{plan.cells} cells, {plan.scored_rows:,} rows in all"),
+        ("adapted", f"{plan.matrices} matrices, {plan.adapted_weights:,} weights; one adapter {_bytes(plan.adapter)}"),
+        ("base", _bytes(plan.base)),
+        ("curvature", f"{_bytes(plan.state)} a state file, {plan.state_files} kept; {_bytes(plan.merge_memory)} "
+         "of memory while merging"),
+        ("releases", f"{_bytes(plan.release)} the first, {_bytes(plan.releases)} all"),
+        ("run folder", f"{_bytes(plan.disk)} at the end; {_bytes(plan.free)} free"),
+    ]  # fmt: skip
+    text = "\n".join(f"{name:<11} {value}" for name, value in lines)
+    if plan.disk > plan.free:
+        text += (
+            "\nThe disk is too small. Set `release: adapter` or `none`, `curvature_history: last`, "
+            "`curvature_estimator: factored`, or another `output_dir`."
+        )
+    return text
+
+
+def _bytes(count: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"

@@ -1,0 +1,99 @@
+"""What the numerical engine costs: curvature against plain training, folding against `cp`, task 50 against task 2.
+
+    python scripts/benchmark_engine.py --output engine.json
+
+Ratios are taken pair by pair, A B A B ..., since a machine's speed drifts; medians and quartiles are printed.
+Curvature is timed on a random Llama of about 35 M parameters and 128-token rows, with one torch thread and with two,
+in process CPU seconds and in wall seconds; folding on a bf16 checkpoint of 1.5 GB in three shards (see benchmark_folding.py).
+"""
+
+import argparse
+import json
+import platform
+from pathlib import Path
+
+import torch
+from benchmark_folding import compare_folding
+from benchmark_many_tasks import flatness
+from benchmark_speed import build, paired, rows, with_answer_logits
+
+import hf_pm.curvature as engine
+
+
+def one_row_loop(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The diagonal as it is usually written: batch size one, `weight.grad` of every adapted matrix, squared."""
+    layers = engine.lora_layers(model)
+    weights = {name: layer.get_base_layer().weight for name, layer in layers.items()}
+    totals = {name: torch.zeros_like(weight) for name, weight in weights.items()}
+    for weight in weights.values():
+        weight.requires_grad_(True)
+    for row in range(len(batch["labels"])):
+        one = {key: value if key == "logits_to_keep" else value[row : row + 1] for key, value in batch.items()}
+        model(**one).loss.backward()
+        for name, weight in weights.items():
+            totals[name].addcmul_(weight.grad, weight.grad)
+        model.zero_grad()
+    for weight in weights.values():
+        weight.requires_grad_(False)
+    return totals
+
+
+def curvature_ratios(rounds: int, threads: int, hidden: int, layers: int, tokens: int) -> list[dict[str, object]]:
+    """Each estimator, and the one-row loop, over a plain forward and backward pass of the same rows."""
+    torch.set_num_threads(threads)
+    model = build(hidden, layers, rank=16).eval()
+    # Logits of the answers only, for both sides: otherwise the plain side pays for logits that nobody needs.
+    batch = with_answer_logits(rows(8, tokens, 4))
+    adapted = sum(layer.get_base_layer().weight.numel() for layer in engine.lora_layers(model).values())
+    total = sum(parameter.numel() for parameter in model.parameters())
+    print(f"\n{total / 1e6:.1f} M parameters, {adapted / 1e6:.1f} M adapted, 8 rows of {tokens} tokens, {threads=}")
+
+    def plain() -> None:
+        model(**batch).loss.backward()
+        model.zero_grad()
+
+    candidates = {
+        f"{name} / forward + backward": lambda name=name: engine.measure_curvature(model, [batch], estimator=name)
+        for name in engine.ESTIMATORS
+    } | {"one-row loop / forward + backward": lambda: one_row_loop(model, batch)}
+    return [
+        paired(name, candidate, plain, rounds) | {"threads": threads, "parameters": total, "adapted": adapted}
+        for name, candidate in candidates.items()
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--fold_rounds", type=int, default=5)
+    parser.add_argument("--tasks", type=int, default=50)
+    parser.add_argument("--hidden", type=int, default=512)
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--only", nargs="+", choices=["curvature", "folding", "tasks"])
+    parser.add_argument("--mergekit", help="path of the `mergekit-yaml` of another environment, to be timed too")
+    parser.add_argument("--output", type=Path)
+    options = parser.parse_args()
+    wanted = options.only or ["curvature", "folding", "tasks"]
+    results: dict[str, object] = {
+        "torch": torch.__version__,
+        "machine": platform.processor(),
+        "cores": torch.get_num_threads(),
+    }
+    if "curvature" in wanted:
+        results["curvature"] = [
+            result
+            for threads in options.threads
+            for result in curvature_ratios(options.rounds, threads, options.hidden, options.layers, options.tokens)
+        ]
+    if "folding" in wanted:
+        results["folding"] = compare_folding(options.fold_rounds, options.threads, mergekit=options.mergekit)
+    if "tasks" in wanted:
+        results["tasks"] = flatness(options.tasks)
+    if options.output:
+        options.output.write_text(json.dumps(results, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
