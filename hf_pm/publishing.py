@@ -1,257 +1,272 @@
-"""Releases of one task: the model card, the tag name and the push to the Hugging Face Hub."""
+"""Talking to the Hugging Face Hub: one release becomes one commit and one tag, however often the push is interrupted.
 
+Everything here may be called again after any failure: what is there already is recognised by its content.
+"""
+
+import hashlib
+import json
 import logging
 import os
-import re
-from collections.abc import Sequence
-from importlib.resources import files
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from email.utils import parsedate_to_datetime
+from itertools import takewhile
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-import yaml
-from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
-from huggingface_hub.errors import RevisionNotFoundError
-from huggingface_hub.utils import validate_repo_id
-from jinja2 import Environment, StrictUndefined
+import httpx2
+from huggingface_hub import (
+    CommitOperationAdd,
+    CommitOperationCopy,
+    CommitOperationDelete,
+    HfApi,
+    ModelCard,
+    get_token,
+)
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HfHubHTTPError,
+    OfflineModeIsEnabled,
+    RevisionNotFoundError,
+)
+from huggingface_hub.hf_api import RepoFile
+from huggingface_hub.utils import get_session, parse_ratelimit_headers
 
-from .metrics import FORMULAS
+from .cards import validate_card
+from .errors import UserError
 
 
 logger = logging.getLogger(__name__)
 
-METHOD_NAMES = {"pm": "Perturb-and-Merge"}
-LIBRARIES = {"merged": "transformers", "adapter": "peft"}
-RELATIONS = {"merged": "finetune", "adapter": "adapter"}
-AUTO_CLASSES = {"text-generation": "ForCausalLM", "text2text-generation": "ForSeq2SeqLM"}
+TRIES = 6
+# Seconds: before the second try (doubled each time), the longest wait of our own, and the longest the Hub may ask for.
+FIRST_WAIT, LONGEST_WAIT, LONGEST_ASKED = 0.5, 30.0, 600.0
+# Seconds that one read or write on a connection may take; the client itself would wait for ever.
+TIMEOUT = 120.0
+# 412: somebody else committed in between, so the head has to be looked at again.
+TRANSIENT = frozenset({408, 412, 425, 429, 500, 502, 503, 504})
+# What a repository may hold that is nobody's work: the Hub itself writes these.
+BARE_FILES = frozenset({".gitattributes", "README.md", "LICENSE"})
+LEDGER_FILE = "hf_pm/ledger.json"
+ROLLBACK = "Roll back to"
 
-# Metric of results.json -> its name on the card; the formulas are those of `metrics.FORMULAS`.
-METRIC_NAMES = {
-    "average_accuracy": "Average accuracy",
-    "average_anytime_accuracy": "Average anytime accuracy",
-    "backward_transfer": "Backward transfer",
-    "forgetting": "Forgetting",
-    "forward_transfer": "Forward transfer",
-    "intransigence": "Intransigence",
-}
-
-_SECRET_KEY = re.compile(r"token|secret|password|api_?key", re.IGNORECASE)
-_SECRET_VALUE = re.compile(r"\bhf_[A-Za-z0-9]{16,}")
-_LOCAL_PATH = re.compile(r"(/|~[\\/]|\.{1,2}[\\/]|[A-Za-z]:[\\/]|\\\\|file://)")
-_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
+Answer = TypeVar("Answer")
 
 
-def release_tag(task_number: int, name: str) -> str:
-    """
-    Name of the git tag, and of the folder, that holds the state after one task.
-
-    Args:
-        task_number (`int`):
-            Position of the task in the stream, counted from 1.
-        name (`str`):
-            Name of the task.
-
-    Returns:
-        `str`: `task-01-<slug>`; every character of the name but ASCII letters, digits, `.`, `_` and `-` became `-`.
-
-    Raises:
-        [`ValueError`]: if `task_number` is below 1 or `name` is empty.
-    """
-    if task_number < 1 or not name:
-        raise ValueError(
-            f"`task_number={task_number}`, `name={name!r}`: tasks are counted from 1 and need a name. "
-            "Give the position in the stream and the name of the task."
-        )
-    slug = re.sub(r"[^A-Za-z0-9._-]", "-", name)
-    # Git refuses a ref with two dots in a row, or one that ends with a dot or with ".lock".
-    slug = re.sub(r"\.lock$", "-lock", re.sub(r"\.{2,}|\.$", "-", slug))
-    return f"task-{task_number:02d}-{slug}"
+# ---------------------------------------------------------------------------------------------------------------------
+# Failures
 
 
-def render_card(
-    results: dict[str, Any],
-    *,
-    task_number: int,
-    base_model: str,
-    base_revision: str | None = None,
-    repo_id: str | None = None,
-    license: str | None = None,
-    datasets: Sequence[str] = (),
-    recipe: dict[str, Any] | None = None,
-    pipeline_tag: str = "text-generation",
-    kind: str = "merged",
-) -> str:
-    """
-    Write the model card (`README.md`) of the state after one task.
+def persistently(call: Callable[[], Answer], what: str, sleep: Callable[[float], object] = time.sleep) -> Answer:
+    """Make a call that may fail for reasons that pass: a busy or broken Hub, a dropped connection, a lost race.
 
-    Only the rows of the matrix up to `task_number` are read. Metrics other than the average accuracy come from
-    `results["metrics"]`, so they are shown only when `task_number` is the last row that `results` holds.
+    Waits as long as the Hub asks for (`Retry-After`, `RateLimit`), otherwise ever longer.
 
     Args:
-        results (`dict[str, Any]`):
-            Content of `results.json`; scores are in `[0, 1]` and a cell may be `None`.
-        task_number (`int`):
-            Task after which the release was written, counted from 1.
-        base_model (`str`):
-            Hub id or local path of the base. A local path is never printed, only its last part.
-        base_revision (`str`, *optional*):
-            Revision of the base.
-        repo_id (`str`, *optional*):
-            Repository the release is meant for; it is used in the loading example.
-        license (`str`, *optional*):
-            License identifier. There is no default: it is the base model's to give.
-        datasets (`Sequence[str]`, *optional*, defaults to `()`):
-            Datasets seen so far. Local paths are left out.
-        recipe (`dict[str, Any]`, *optional*):
-            Configuration to print. Secrets are dropped, local paths are cut to their last part.
-        pipeline_tag (`str`, *optional*, defaults to `"text-generation"`):
-            Task type of the Hub.
-        kind (`str`, *optional*, defaults to `"merged"`):
-            `"merged"` for a whole checkpoint, `"adapter"` for a PEFT adapter.
-
-    Returns:
-        `str`: the whole text, front matter included.
+        call (`Callable`): Must be safe to repeat, also when it had succeeded and only its answer was lost.
+        what (`str`): For the log.
+        sleep (`Callable`, *optional*): Waits that many seconds.
 
     Raises:
-        [`ValueError`]: if `kind` is unknown, `repo_id` is not a Hub id or `results` has no row for `task_number`.
+        Exception: What the last try raised, or the first error that no waiting can cure.
     """
-    if kind not in LIBRARIES:
-        raise ValueError(f"`kind={kind!r}` is not a kind of release. Choose one of {', '.join(LIBRARIES)}.")
-    if not 1 <= task_number <= len(results["matrix"]):
-        raise ValueError(
-            f"`task_number={task_number}` has no scores: `results` holds {len(results['matrix'])} evaluated task(s), "
-            "counted from 1. Evaluate the task before writing its card."
-        )
-    if repo_id is not None:
-        validate_repo_id(repo_id)
-
-    seen = results["tasks"][:task_number]
-    rows = results["matrix"][:task_number]
-    average = _mean(rows[-1])
-    base_row = (results["base_row"] or [])[:task_number]
-    metrics = {"average_accuracy": average}
-    if task_number == len(results["matrix"]):
-        metrics = {**results["metrics"], "average_accuracy": average}
-
-    hub_base = base_model if _is_hub_id(base_model) else None
-    hub_datasets = [dataset for dataset in datasets if _is_hub_id(dataset)]
-    method_tags = ["perturb-and-merge"] if results["method"] == "pm" else []
-    base_name = _last_part(base_model)
-    data = ModelCardData(
-        base_model=hub_base,
-        # A relation says nothing without the model it relates to.
-        base_model_relation=RELATIONS[kind] if hub_base else None,
-        library_name=LIBRARIES[kind],
-        pipeline_tag=pipeline_tag,
-        license=license,
-        datasets=hub_datasets or None,
-        tags=["continual-learning", *method_tags, "hf-pm", "merge"],
-        model_name=repo_id.split("/")[-1] if repo_id else f"{base_name}-hf-pm",
-        eval_results=[
-            EvalResult(
-                task_type=pipeline_tag,
-                # The Hub groups results by type: one type per task keeps the tasks apart.
-                dataset_type=release_tag(number, name),
-                dataset_name=name,
-                dataset_split="test",
-                metric_type=results["metric"],
-                metric_value=round(score, 6),
-            )
-            for number, (name, score) in enumerate(zip(seen, rows[-1], strict=True), start=1)
-            if score is not None
-        ]
-        or None,
-    )
-
-    recipe_text = None
-    if recipe:
-        recipe_text = yaml.safe_dump(_public(recipe), sort_keys=False, allow_unicode=True, width=100).rstrip()
-    longest_fence = max((len(run) for run in re.findall("`+", recipe_text or "")), default=0)
-    environment = Environment(
-        trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, undefined=StrictUndefined
-    )
-    environment.filters |= {"md": _markdown, "score": _score}
-    template = (files(__package__) / "templates" / "model_card.md.jinja").read_text(encoding="utf-8")
-    return environment.from_string(template).render(
-        front_matter=data.to_yaml(),
-        title=f"{repo_id.split('/')[-1] if repo_id else base_name}, after task {task_number}: {seen[-1]}",
-        kind=kind,
-        method=METHOD_NAMES.get(results["method"], results["method"]),
-        is_pm=results["method"] == "pm",
-        base=hub_base or f"a local checkpoint named {base_name}",
-        base_revision=base_revision,
-        task_number=task_number,
-        stream=results["tasks"],
-        seen=seen,
-        source=repo_id or "path/to/this/folder",
-        revision=release_tag(task_number, seen[-1]) if repo_id else None,
-        auto_class=AUTO_CLASSES.get(pipeline_tag, ""),
-        metric=results["metric"],
-        # A row of the triangle is shorter than the table: the tasks that were still to come stay blank.
-        rows=[(number, row + [""] * (task_number - number), _mean(row)) for number, row in enumerate(rows, start=1)],
-        base_row=base_row,
-        base_mean=_mean(base_row),
-        coefficients=results["coefficients"][:task_number],
-        eval_samples=results.get("eval_samples", [])[:task_number],
-        metrics=[
-            (name, FORMULAS[key], metrics.get(key))
-            for key, name in METRIC_NAMES.items()
-            if key == "average_accuracy" or metrics.get(key) is not None
-        ],
-        recipe=recipe_text,
-        fence="`" * max(3, longest_fence + 1),
-        seed=results["seed"],
-        versions=results["versions"],
-    )
+    for tried in range(1, TRIES + 1):
+        _limit_waiting()
+        try:
+            return call()
+        except Exception as error:
+            wait = seconds_to_wait(error, tried)
+            if wait is None or tried == TRIES:
+                raise
+            logger.info("%s: %s Trying again in %.1f s.", what, explain(error), wait)
+            sleep(wait)
+    raise AssertionError("unreachable")
 
 
-def validate_card(text: str) -> None:
-    """
-    Check a card offline, before a push: the Hub refuses a whole commit whose card has a broken front matter.
+def seconds_to_wait(error: BaseException, tried: int) -> float | None:
+    """How long to wait before the next try, `None` if another try cannot help.
 
     Args:
-        text (`str`):
-            Whole text of the `README.md`.
-
-    Raises:
-        [`ValueError`]: with one line that names the first wrong field.
+        error (`BaseException`): What the try raised.
+        tried (`int`): Number of tries so far.
     """
+    error = _cause(error)
+    wait = min(FIRST_WAIT * 2 ** (tried - 1), LONGEST_WAIT)
+    if isinstance(error, HfHubHTTPError):
+        status, headers = error.response.status_code, error.response.headers
+        return min(max(wait, _asked(headers)), LONGEST_ASKED) if status in TRANSIENT else None
+    if isinstance(error, OfflineModeIsEnabled) or "xet-write-token" in str(error):
+        return None
+    # A proxy's error page is no JSON.
+    return wait if isinstance(error, httpx2.TransportError | ConnectionError | json.JSONDecodeError) else None
+
+
+def _asked(headers: Mapping[str, str]) -> float:
+    """Seconds that an answer asks for, 0 if it asks for none."""
+    limit = parse_ratelimit_headers(headers)
+    if limit is not None and limit.remaining == 0:
+        return float(limit.reset_in_seconds)
+    value = headers.get("Retry-After", "")
+    if value.isdigit():
+        return float(value)
     try:
-        data = ModelCard(text).data
-    except yaml.YAMLError as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"The front matter of the card is not YAML: {reason}. Quote the value or fix it.") from error
-    except ValueError as error:
-        raise ValueError(f"The front matter of the card is wrong: {' '.join(str(error).split())}.") from error
-    rules = [
-        ("library_name", "one of " + ", ".join(LIBRARIES.values()), lambda value: value in LIBRARIES.values()),
-        ("pipeline_tag", "a non-empty string", lambda value: isinstance(value, str) and value != ""),
-        (
-            "tags",
-            "a list of strings with `hf-pm` among them",
-            lambda value: isinstance(value, list) and all(isinstance(tag, str) for tag in value) and "hf-pm" in value,
-        ),
-        (
-            "base_model",
-            "absent or a Hub id (`owner/name`)",
-            lambda value: value is None or (isinstance(value, str) and _is_hub_id(value)),
-        ),
-        (
-            "base_model_relation",
-            "one of " + ", ".join(RELATIONS.values()) + " where `base_model` is given",
-            lambda value: data.base_model is None or value in RELATIONS.values(),
-        ),
-        ("license", "absent or a string", lambda value: value is None or isinstance(value, str)),
-    ]
-    for field, rule, holds in rules:
-        value = data.get(field)
-        if not holds(value):
-            raise ValueError(f"`{field}: {value!r}` in the front matter of the card must be {rule}. Correct the card.")
-    for result in data.eval_results or []:
-        if isinstance(result.metric_value, bool) or not isinstance(result.metric_value, int | float):
-            raise ValueError(
-                f"`model-index` in the front matter of the card gives {result.metric_value!r} for "
-                f"{result.dataset_name!r}; a score must be a number. Correct the card."
-            )
+        return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
+    except ValueError:
+        return 0.0
+
+
+def _cause(error: BaseException) -> BaseException:
+    """The client wraps what went wrong with one file into a `RuntimeError`."""
+    while isinstance(error, RuntimeError) and error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
+def explain(error: BaseException) -> str:
+    """One line for a person: what the Hub said, and what can be done where something can."""
+    error = _cause(error)
+    text = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, OfflineModeIsEnabled):
+        return "The client is offline (`HF_HUB_OFFLINE=1`). Unset it to push."
+    if isinstance(error, HfHubHTTPError):
+        status = error.response.status_code
+        said = error.response.headers.get("X-Error-Message") or text
+        remedies = {
+            401: "The token is missing, wrong or expired: log in with `hf auth login`, or set `HF_TOKEN`.",
+            403: "The token may not write there: use one with write access, or another `hub_model_id`.",
+            404: "Correct `hub_model_id`, or use a token that may see the repo.",
+            429: "The Hub limits the rate of requests.",
+        }
+        return f"HTTP {status}: {said.rstrip('.')}. {remedies.get(status, '')}".rstrip()
+    if "xet-write-token" in text:
+        return (
+            "The endpoint does not speak Xet, the upload protocol of the Hub client. Set `HF_HUB_DISABLE_XET=1` "
+            "before Python starts."
+        )
+    if isinstance(error, UserError):
+        return text
+    return f"{type(error).__name__}: {text.rstrip('.')}."
+
+
+def _limit_waiting() -> None:
+    """Let a stalled connection fail after [`TIMEOUT`] seconds, unless the user's own client has a limit."""
+    session = get_session()
+    if session.timeout.read is None:
+        session.timeout = httpx2.Timeout(TIMEOUT)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Before training
+
+
+def check_repo(
+    repo_id: str, card: str, *, token: str | None, private: bool | None, revision: str | None, owned: "Owned"
+) -> str:
+    """Make sure that a stream can be pushed, before anything is trained for it.
+
+    Args:
+        repo_id (`str`): Where to; created if it does not exist.
+        card (`str`): A card with the metadata that the real ones will have.
+        token (`str`, *optional*): The client's stored one by default.
+        private (`bool`, *optional*): Visibility of a repository that is created.
+        revision (`str`, *optional*): Branch; `main` by default.
+        owned (`Owned`): What this run has pushed or may push.
+
+    Returns:
+        `str`: The full id, `owner/name`.
+
+    Raises:
+        UserError: No token, no write access, a bad name, metadata that the Hub refuses, or somebody else's repo.
+    """
+    if not (token or get_token()):
+        raise UserError(
+            "`push_to_hub` is on, but there is no token. Log in with `hf auth login`, set `HF_TOKEN`, or train with "
+            "`push_to_hub: false`."
+        )
+    validate_card(card)
+    api = HfApi(token=token)
+
+    def check() -> str:
+        api.whoami()
+        full = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        # The way an upload begins; a token that may only read is refused, and nothing is sent.
+        probe = CommitOperationAdd(path_in_repo="README.md", path_or_fileobj=card.encode())
+        api.preupload_lfs_files(full, [probe])
+        _check_owner(api, full, revision, owned)
+        ModelCard(card).validate(repo_type="model")
+        return full
+
+    try:
+        return persistently(check, f"Checking {repo_id}")
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(
+            f"`push_to_hub` is on, but the repo {repo_id!r} cannot be created or reached: {explain(error)} Or train "
+            "with `push_to_hub: false`."
+        ) from error
+
+
+def base_license(model_id: str, revision: str | None, token: str | None) -> dict[str, str]:
+    """License of a model on the Hub as its card names it; empty if it does not, or cannot be asked."""
+    try:
+        data = persistently(lambda: HfApi(token=token).model_info(model_id, revision=revision), model_id).card_data
+    except (httpx2.HTTPError, OSError, ValueError) as error:
+        logger.warning("The license of %s is not known: %s Set `license` to have one on the card.", model_id, error)
+        return {}
+    names = ("license", "license_name", "license_link")
+    return {name: data.get(name) for name in names if data is not None and isinstance(data.get(name), str)}
+
+
+class Owned:
+    """What of a repository's history is this run's own.
+
+    Args:
+        adapters (`Sequence[str]`): sha256 of the adapter of each committed task, oldest first.
+        dropped (`Collection[str]`, *optional*): Those of tasks that were rolled back but may still be on the Hub.
+    """
+
+    def __init__(self, adapters: Sequence[str], dropped: Collection[str] = ()) -> None:
+        self.adapters = list(adapters)
+        self.dropped = set(dropped)
+
+    def covers(self, ledger: Any) -> bool:
+        """Whether the ledger of a repository is a beginning of this run's."""
+        theirs = [entry["adapter_sha256"] for entry in ledger["entries"]]
+        while theirs and theirs[-1] in self.dropped and theirs != self.adapters[: len(theirs)]:
+            theirs.pop()
+        return theirs == self.adapters[: len(theirs)]
+
+
+def _check_owner(api: HfApi, repo_id: str, revision: str | None, owned: Owned) -> None:
+    """Refuse a repository whose files this run did not write: a push replaces all of them."""
+    branches = {branch.name: branch.target_commit for branch in api.list_repo_refs(repo_id).branches}
+    head = branches.get(revision or "main")
+    if head is None:
+        return
+    present = {item.path for item in _tree(api, repo_id, head)}
+    if present <= BARE_FILES:
+        return
+    remedy = "Use another `hub_model_id`"
+    if LEDGER_FILE not in present:
+        raise UserError(f"The repo {repo_id!r} holds another model ({sorted(present - BARE_FILES)[0]}). {remedy}.")
+    # By the commit: of a branch the client would rather show an old copy than none.
+    path = api.hf_hub_download(repo_id, LEDGER_FILE, revision=head)
+    if not owned.covers(json.loads(Path(path).read_text())):
+        raise UserError(
+            f"The repo {repo_id!r} holds the history of another stream: its ledger is not a beginning of this run's. "
+            f"{remedy}, or go on with that stream: `hf_pm.from_hub({repo_id!r}, output_dir=...)`."
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One release
+
+
+def release_files(folder: str | os.PathLike[str]) -> dict[str, Path]:
+    """The files of a release by their path in the repository, sorted."""
+    folder = Path(folder)
+    return {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def push_release(
@@ -263,12 +278,14 @@ def push_release(
     token: str | None = None,
     private: bool | None = None,
     revision: str | None = None,
+    owned: Owned | None = None,
 ) -> str:
     """
-    Upload one release folder to the Hub and tag the commit.
+    Make one try to upload one release folder to the Hub as one commit, and tag it.
 
-    The branch becomes the folder: files of an earlier release that are gone disappear. Pushing the same folder again
-    makes no commit, so a push that failed half-way is simply repeated. The endpoint is the client's (`HF_ENDPOINT`).
+    The branch becomes the folder: files of an earlier release that are gone disappear. Unchanged files are not sent
+    again. Whatever an earlier try has left behind, the commit without its tag included, is recognised by its content,
+    so that the same call may be repeated until it succeeds. The endpoint is the client's (`HF_ENDPOINT`).
 
     Args:
         folder (`str` or `os.PathLike`):
@@ -276,7 +293,7 @@ def push_release(
         repo_id (`str`):
             Repository, created when it does not exist.
         tag (`str`):
-            Annotated tag to put on the commit, see [`release_tag`].
+            Annotated tag to put on the commit, see [`cards.release_tag`].
         commit_message (`str`):
             Message of the commit and of the tag.
         token (`str`, *optional*):
@@ -285,56 +302,141 @@ def push_release(
             Visibility of a repository that is created.
         revision (`str`, *optional*):
             Branch to write, created when it does not exist; `main` by default.
+        owned (`Owned`, *optional*):
+            What of the repository may be replaced; anything by default.
 
     Returns:
         `str`: the oid of the tagged commit.
 
     Raises:
-        [`ValueError`]: if the folder has no file, its card is wrong, or the tag is on another commit.
-        [`ConnectionError`]: if the endpoint does not speak Xet.
-        [`~huggingface_hub.errors.HfHubHTTPError`]: if the Hub refuses a request. No tag is left behind.
+        UserError: if the folder has no file, its card is wrong, the tag is on another release or the repository is
+            another stream's.
+        [`~huggingface_hub.errors.HfHubHTTPError`]: if the Hub refuses a request.
     """
-    folder = Path(folder)
-    if not folder.is_dir() or not any(path.is_file() for path in folder.rglob("*")):
-        raise ValueError(
-            f"`folder={folder.name!r}` has no file to push: a release is a folder with a checkpoint. "
+    files = release_files(folder)
+    if not files:
+        raise UserError(
+            f"`folder={Path(folder).name!r}` has no file to push: a release is a folder with a checkpoint. "
             "Write the release first."
         )
-    card = folder / "README.md"
-    if card.is_file():
-        validate_card(card.read_text(encoding="utf-8"))
+    if "README.md" in files:
+        validate_card(files["README.md"].read_text(encoding="utf-8"))
 
     api = HfApi(token=token)
     api.create_repo(repo_id, private=private, exist_ok=True)
     if revision is not None and revision != "main":
         api.create_branch(repo_id, branch=revision, exist_ok=True)
     tagged = _tagged_commit(api, repo_id, tag)
-    head = api.model_info(repo_id, revision=revision).sha
-    # Asked before the upload: otherwise the branch would already show the refused release.
-    if tagged is not None and tagged != head:
+    if tagged is not None:
+        if _holds(api, repo_id, tagged, files):
+            return tagged
         raise _tag_conflict(repo_id, tag, tagged)
+    if owned is not None:
+        _check_owner(api, repo_id, revision, owned)
+    # Of a try whose answer was lost the commit is there already; one from before a rollback is another matter.
+    commits = api.list_repo_commits(repo_id, revision=revision)
+    recent = takewhile(lambda commit: not commit.title.startswith(ROLLBACK), commits)
+    same = (commit.commit_id for commit in recent if commit.title == commit_message)
+    oid = next((oid for oid in same if _holds(api, repo_id, oid, files)), None)
+    if oid is None:
+        head = api.model_info(repo_id, revision=revision).sha
+        gone = {item.path for item in _tree(api, repo_id, head)} - files.keys() - {".gitattributes"}
+        # `upload_folder` may split a big folder into several commits; this is always one.
+        oid = api.create_commit(
+            repo_id,
+            operations=[
+                *(CommitOperationAdd(path_in_repo=name, path_or_fileobj=path) for name, path in files.items()),
+                *(CommitOperationDelete(path_in_repo=name) for name in sorted(gone)),
+            ],
+            commit_message=commit_message,
+            revision=revision,
+            parent_commit=head,
+        ).oid
 
-    try:
-        # The client keeps `.gitattributes` whatever the pattern is.
-        commit = api.upload_folder(
-            repo_id=repo_id, folder_path=folder, commit_message=commit_message, revision=revision, delete_patterns="*"
-        )
-    except ConnectionError as error:
-        if "xet-write-token" not in str(error):
-            raise
-        raise ConnectionError(
-            f"{api.endpoint} does not speak Xet, the upload protocol of the Hub client. "
-            "Set `HF_HUB_DISABLE_XET=1` before starting Python."
-        ) from error
-
-    # `upload_folder` may split a big folder into several commits and others may push meanwhile: only the returned oid
-    # is the release.
-    api.create_tag(repo_id, tag=tag, tag_message=commit_message, revision=commit.oid, exist_ok=True)
+    # Others may push meanwhile: only the returned oid is the release.
+    api.create_tag(repo_id, tag=tag, tag_message=commit_message, revision=oid, exist_ok=True)
     tagged = _tagged_commit(api, repo_id, tag)
-    if tagged != commit.oid:
+    if tagged != oid:
         raise _tag_conflict(repo_id, tag, tagged)
-    logger.info("%s: %s is commit %s", repo_id, tag, commit.oid)
-    return commit.oid
+    logger.info("%s: %s is commit %s", repo_id, tag, oid)
+    return oid
+
+
+def push_rollback(
+    repo_id: str, *, to: str | None, retired: Mapping[str, str], token: str | None = None, revision: str | None = None
+) -> None:
+    """
+    Make one try to bring a repository back to an earlier task; may be repeated like [`push_release`].
+
+    Nothing is lost: the tags of the dropped tasks get other names, and the branch gets a new commit with the files of
+    the earlier tag.
+
+    Args:
+        repo_id (`str`): The repository.
+        to (`str`, *optional*): Tag whose files the branch gets; none at all by default.
+        retired (`Mapping[str, str]`): Tag of each dropped task -> the name it gets instead.
+        token (`str`, *optional*): Access token; the client's stored one by default.
+        revision (`str`, *optional*): Branch; `main` by default.
+    """
+    api = HfApi(token=token)
+    for old, new in retired.items():
+        commit = _tagged_commit(api, repo_id, old)
+        if commit is not None:
+            api.create_tag(repo_id, tag=new, tag_message=f"Was {old}", revision=commit, exist_ok=True)
+            api.delete_tag(repo_id, tag=old)
+    head = api.model_info(repo_id, revision=revision).sha
+    present = {item.path: _content(item) for item in _tree(api, repo_id, head)}
+    wanted = {item.path: _content(item) for item in _tree(api, repo_id, to)} if to else {}
+    changed = [path for path, content in wanted.items() if present.get(path) != content]
+    gone = present.keys() - wanted.keys() - {".gitattributes"}
+    if changed or gone:
+        api.create_commit(
+            repo_id,
+            operations=[
+                *(CommitOperationCopy(path, path, src_revision=to) for path in changed),
+                *(CommitOperationDelete(path_in_repo=path) for path in sorted(gone)),
+            ],
+            commit_message=f"{ROLLBACK} {to or 'the base'}",
+            revision=revision,
+            parent_commit=head,
+        )
+
+
+def tree_hashes(repo_id: str, revision: str, token: str | None = None) -> dict[str, tuple[str, str]]:
+    """Content of every file of a revision without downloading it: path -> (`"sha256"` or `"git"`, hash)."""
+    return {item.path: _content(item) for item in _tree(HfApi(token=token), repo_id, revision)}
+
+
+def file_hash(path: Path, kind: str) -> str:
+    """Hash of a local file as [`tree_hashes`] gives it."""
+    with open(path, "rb") as handle:
+        if kind == "sha256":
+            return hashlib.file_digest(handle, "sha256").hexdigest()
+        digest = hashlib.sha1(b"blob %d\0" % path.stat().st_size)
+        for block in iter(lambda: handle.read(1 << 20), b""):
+            digest.update(block)
+        return digest.hexdigest()
+
+
+def _tree(api: HfApi, repo_id: str, revision: str | None) -> list[RepoFile]:
+    tree = api.list_repo_tree(repo_id, recursive=True, revision=revision)
+    return [item for item in tree if isinstance(item, RepoFile)]
+
+
+def _content(item: RepoFile) -> tuple[str, str]:
+    return ("git", item.blob_id) if item.lfs is None else ("sha256", item.lfs.sha256)
+
+
+def _holds(api: HfApi, repo_id: str, revision: str, files: Mapping[str, Path]) -> bool:
+    """Whether a commit's files are exactly `files`."""
+    try:
+        present = {item.path: _content(item) for item in _tree(api, repo_id, revision)}
+    except (RevisionNotFoundError, EntryNotFoundError):
+        return False
+    present.pop(".gitattributes", None)
+    return present.keys() == files.keys() and all(
+        file_hash(files[path], kind) == content for path, (kind, content) in present.items()
+    )
 
 
 def _tagged_commit(api: HfApi, repo_id: str, tag: str) -> str | None:
@@ -348,54 +450,8 @@ def _tagged_commit(api: HfApi, repo_id: str, tag: str) -> str | None:
         return None
 
 
-def _tag_conflict(repo_id: str, tag: str, tagged: str | None) -> ValueError:
-    return ValueError(
+def _tag_conflict(repo_id: str, tag: str, tagged: str | None) -> UserError:
+    return UserError(
         f"Tag `{tag}` of {repo_id} is already on commit {tagged}, which holds another release; a tag never moves. "
-        f'Push under another tag, or `huggingface_hub.delete_tag("{repo_id}", tag="{tag}")` and push again.'
+        f'Push to another repo, or `huggingface_hub.delete_tag("{repo_id}", tag="{tag}")` and push again.'
     )
-
-
-def _mean(scores: Sequence[float | None]) -> float | None:
-    """Macro mean; `None` where a score is missing, since a mean over fewer tasks would be another number."""
-    if not scores or None in scores:
-        return None
-    return sum(scores) / len(scores)
-
-
-def _is_hub_id(name: str) -> bool:
-    return _HUB_ID.fullmatch(name) is not None and not Path(name).exists()
-
-
-def _last_part(path: str) -> str:
-    part = re.split(r"[\\/]+", path.rstrip("\\/"))[-1]
-    return part.lstrip(".~") or "checkpoint"
-
-
-def _score(value: float | str | None) -> str:
-    if value is None:
-        return "n/a"
-    return value if isinstance(value, str) else f"{value:.4f}"
-
-
-def _markdown(value: object) -> str:
-    """One line of Markdown text that shows `value` as it is, inside a table too."""
-    text = " ".join(str(value).split()).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    return re.sub(r"([\\|`*\[\]])", r"\\\1", text)
-
-
-def _public(value: Any) -> Any:
-    """Copy of a recipe that can be shown to anybody: no secret, no local path, plain YAML types only."""
-    if isinstance(value, dict):
-        return {
-            str(key): _public(item)
-            for key, item in value.items()
-            # `max_new_tokens: 16` is no secret: only numbers may keep such a key.
-            if (not _SECRET_KEY.search(str(key)) or isinstance(item, int | float | None))
-            and not (isinstance(item, str) and _SECRET_VALUE.search(item))
-        }
-    if isinstance(value, list | tuple | set):
-        return [_public(item) for item in value if not (isinstance(item, str) and _SECRET_VALUE.search(item))]
-    if value is None or isinstance(value, bool | int | float):
-        return value
-    text = str(value)
-    return _last_part(text) if _LOCAL_PATH.match(text) else text

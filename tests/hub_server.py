@@ -1,13 +1,17 @@
 """A stand-in for the Hugging Face Hub on 127.0.0.1, for tests with the real client.
 
 It keeps model repositories in memory and speaks the plain LFS protocol: start the client with `HF_HUB_DISABLE_XET=1`.
+It can be made to fail the way a real one does: error answers, answers that get lost, slow connections, rival commits.
 """
 
 import base64
 import hashlib
 import json
+import os
 import re
+import signal
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
@@ -15,7 +19,9 @@ from dataclasses import dataclass, field
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
+
+import yaml
 
 
 LFS_SUFFIXES = (".safetensors", ".bin", ".pt")
@@ -43,6 +49,7 @@ class Commit:
     parent: str | None
     title: str
     files: dict[str, Blob]
+    message: str = ""
 
 
 @dataclass
@@ -56,11 +63,11 @@ class Repo:
     lfs: dict[str, bytes] = field(default_factory=dict)
     private: bool = False
 
-    def commit(self, branch: str, title: str, files: dict[str, Blob]) -> Commit:
+    def commit(self, branch: str, title: str, files: dict[str, Blob], message: str = "") -> Commit:
         parent = self.branches.get(branch)
         content = json.dumps([parent, title, len(self.commits), {path: blob.oid for path, blob in files.items()}])
         oid = hashlib.sha1(content.encode()).hexdigest()
-        self.commits[oid] = Commit(oid, parent, title, files)
+        self.commits[oid] = Commit(oid, parent, title, files, message)
         self.branches[branch] = oid
         return self.commits[oid]
 
@@ -74,11 +81,33 @@ class Repo:
 class HubError(Exception):
     """An answer other than 200."""
 
-    def __init__(self, status: int, code: str, message: str, more: dict[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        status: int,
+        code: str,
+        message: str,
+        more: dict[str, Any] | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> None:
         super().__init__(message)
         self.status = status
-        self.headers = {"X-Error-Code": code, "X-Error-Message": message}
+        self.headers = {"X-Error-Code": code, "X-Error-Message": message, **(headers or {})}
         self.body = json.dumps({"error": message, **(more or {})}).encode()
+
+
+@dataclass
+class Fault:
+    """What happens to the next `times` requests that match, beginning with the one after `skip`."""
+
+    method: str
+    path: str
+    status: int | None = None  # 0 drops the connection
+    times: int = 1
+    skip: int = 0
+    headers: dict[str, str] = field(default_factory=dict)
+    seconds: float = 0.0  # to wait before the answer, so that the client has to
+    after: bool = False  # do the work first: the answer is lost, not the request
+    kill: bool = False  # the client's process, `HubServer.victim`, dies at this instant
 
 
 class HubServer:
@@ -87,22 +116,32 @@ class HubServer:
 
     Args:
         token (`str`, *optional*):
-            When given, every write and `whoami` need `Authorization: Bearer <token>` and answer 401 without it.
+            When given, every write and `whoami` need `Authorization: Bearer <token>` and answer 401 without it, and
+            so does reading a private repository.
+        reader (`str`, *optional*):
+            A token that may read everything and write nothing.
 
-    `repos`, `requests` (a counter of `"METHOD path"`), `lfs_bytes` and `commits` (uploaded so far, the initial commit
-    of a repository not counted) may be read at any time. `after_commit`, when set, is called with the repository after
-    each commit: somebody else's push that comes right behind.
+    `repos`, `requests` (a counter of `"METHOD path"`), `received` (bytes of each LFS object, by its sha256),
+    `lfs_bytes` (their sum), `faults` (how many hit) and `commits` (the initial commit of a repository not counted) may
+    be read at any time. `before_commit` and `after_commit`, when set, are called with the repository around each
+    commit: somebody else's push that comes just before, or right behind. `foreign` names owners whose repositories
+    nobody here may create or write.
     """
 
-    def __init__(self, token: str | None = None) -> None:
+    def __init__(self, token: str | None = None, reader: str | None = None) -> None:
         self.token = token
+        self.reader = reader
         self.repos: dict[str, Repo] = {}
+        self.foreign: set[str] = set()
+        self.victim: int | None = None
         self.requests: Counter[str] = Counter()
-        self.lfs_bytes = 0
+        self.received: Counter[str] = Counter()
+        self.faults: Counter[str] = Counter()
         self.commits = 0
+        self.before_commit: Callable[[Repo], object] | None = None
         self.after_commit: Callable[[Repo], object] | None = None
         self.lock = threading.RLock()
-        self._faults: list[list[Any]] = []
+        self._faults: list[Fault] = []
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Handler, self))
         self._server.daemon_threads = True
         self.endpoint = f"http://127.0.0.1:{self._server.server_address[1]}"
@@ -117,15 +156,26 @@ class HubServer:
         self._server.server_close()
         self._thread.join()
 
-    def fail_next(self, method: str, path_substring: str, status: int, times: int = 1) -> None:
-        """Answer the next `times` matching requests with `status`, or drop their connection when it is 0."""
-        self._faults.append([method, path_substring, status, times])
+    @property
+    def lfs_bytes(self) -> int:
+        return sum(self.received.values())
 
-    def take_fault(self, method: str, path: str) -> int | None:
+    def fail_next(self, method: str, path_substring: str, status: int | None, times: int = 1, **more: Any) -> None:
+        """Answer the next `times` matching requests with `status`, or drop their connection when it is 0.
+
+        `more` are the other fields of [`Fault`]; with `status=None` the request is answered as usual, `seconds` late.
+        """
+        self._faults.append(Fault(method, path_substring, status, times, **more))
+
+    def take_fault(self, method: str, path: str) -> Fault | None:
         for fault in self._faults:
-            if fault[0] == method and fault[1] in path and fault[3] > 0:
-                fault[3] -= 1
-                return fault[2]
+            if fault.method == method and fault.path in path and fault.times > 0:
+                if fault.skip > 0:
+                    fault.skip -= 1
+                    continue
+                fault.times -= 1
+                self.faults[f"{method} {fault.path} {'slow' if fault.status is None else fault.status}"] += 1
+                return fault
         return None
 
     def repo(self, repo_id: str) -> Repo:
@@ -139,11 +189,19 @@ class HubServer:
         return {"type": "user", "name": "tester", "fullname": "tester", "orgs": [], "auth": {"type": "access_token"}}
 
     def validate_yaml(self, body: bytes) -> dict[str, Any]:
+        """The front matter must be a mapping, and its tags texts."""
+        data = front_matter(json.loads(body)["content"].encode())
+        tags = data.get("tags", []) if isinstance(data, dict) else [None]
+        if not all(isinstance(tag, str) for tag in tags):
+            errors = [{"message": '"tags" must be an array of strings'}]
+            raise HubError(400, "", "Invalid metadata in README.md", {"errors": errors, "warnings": []})
         return {"errors": [], "warnings": []}
 
     def create_repo(self, body: bytes) -> dict[str, Any]:
         query = json.loads(body)
         repo_id = f"{query.get('organization') or 'tester'}/{query['name']}"
+        if repo_id.split("/")[0] in self.foreign:
+            raise HubError(403, "", f"You don't have the rights to create a model under the namespace of {repo_id}")
         url = f"{self.endpoint}/{repo_id}"
         if repo_id in self.repos:
             # The client takes the address from the refusal too.
@@ -176,7 +234,7 @@ class HubServer:
         if hashlib.sha256(body).hexdigest() != oid:
             raise HubError(400, "", "the bytes do not have this sha256")
         self.repo(repo_id).lfs[oid] = body
-        self.lfs_bytes += len(body)
+        self.received[oid] += len(body)
         return {}
 
     def lfs_verify(self, repo_id: str, oid: str, body: bytes) -> dict[str, Any]:
@@ -186,13 +244,15 @@ class HubServer:
 
     def create_commit(self, repo_id: str, branch: str, body: bytes) -> dict[str, Any]:
         repo = self.repo(repo_id)
+        if self.before_commit:
+            self.before_commit(repo)
         head = repo.resolve(branch)
-        files, title = dict(head.files), ""
+        files, title, message = dict(head.files), "", ""
         for line in body.splitlines():
             operation = json.loads(line)
             value = operation["value"]
             if operation["key"] == "header":
-                title = value["summary"]
+                title, message = value["summary"], value.get("description", "")
                 if value.get("parentCommit") not in (None, head.oid):
                     raise HubError(412, "", "A commit has happened since. Please refresh and try again.")
             elif operation["key"] == "file":
@@ -203,7 +263,7 @@ class HubServer:
                 files[value["path"]] = Blob(repo.lfs[value["oid"]], lfs=True)
             elif operation["key"] == "deletedFile":
                 del files[value["path"]]
-        commit = repo.commit(branch, title, files)
+        commit = repo.commit(branch, title, files, message)
         self.commits += 1
         if self.after_commit:
             self.after_commit(repo)
@@ -243,7 +303,8 @@ class HubServer:
         answer = []
         while commit is not None:
             author = [{"user": "tester"}]
-            answer.append({"id": commit.oid, "title": commit.title, "message": "", "authors": author, "date": DATE})
+            what = {"id": commit.oid, "title": commit.title, "message": commit.message}
+            answer.append({**what, "authors": author, "date": DATE})
             commit = repo.commits[commit.parent] if commit.parent else None
         return answer
 
@@ -251,7 +312,10 @@ class HubServer:
         repo = self.repo(repo_id)
         commit = repo.resolve(revision or "main")
         siblings = [{"rfilename": path} for path in commit.files]
-        return {"id": repo_id, "sha": commit.oid, "siblings": siblings, "private": repo.private, "tags": []}
+        answer = {"id": repo_id, "sha": commit.oid, "siblings": siblings, "private": repo.private, "tags": []}
+        if "README.md" in commit.files:
+            answer["cardData"] = front_matter(commit.files["README.md"].data)
+        return answer
 
     def tree(self, repo_id: str, revision: str, folder: str | None, body: bytes) -> list[dict[str, Any]]:
         prefix = f"{folder}/" if folder else ""
@@ -259,13 +323,24 @@ class HubServer:
         files = {path: blob for path, blob in present.items() if path.startswith(prefix)}
         if folder and not files:
             raise HubError(404, "EntryNotFound", f"{folder} does not exist on {revision}")
-        answer = []
-        for path, blob in files.items():
-            entry = {"type": "file", "path": path, "size": len(blob.data), "oid": blob.oid}
-            if blob.lfs:
-                entry["lfs"] = {"oid": blob.oid, "size": len(blob.data), "pointerSize": 130}
-            answer.append(entry)
-        return answer
+        return [_entry(path, blob) for path, blob in files.items()]
+
+    def paths_info(self, repo_id: str, revision: str, body: bytes) -> list[dict[str, Any]]:
+        present = self.repo(repo_id).resolve(revision).files
+        return [_entry(path, present[path]) for path in parse_qs(body.decode())["paths"] if path in present]
+
+
+def front_matter(card: bytes) -> Any:
+    """What stands between the first two lines of dashes of a card."""
+    match = re.match(r"---\n(.*?)\n---\n", card.decode(), re.DOTALL)
+    return yaml.safe_load(match[1]) if match else {}
+
+
+def _entry(path: str, blob: Blob) -> dict[str, Any]:
+    entry = {"type": "file", "path": path, "size": len(blob.data), "oid": blob.oid}
+    if blob.lfs:
+        entry["lfs"] = {"oid": blob.oid, "size": len(blob.data), "pointerSize": 130}
+    return entry
 
 
 _REPO = r"([\w.-]+/[\w.-]+)"
@@ -285,6 +360,7 @@ ROUTES = [
     ("GET", rf"/api/models/{_REPO}/refs", HubServer.refs, False),
     ("GET", rf"/api/models/{_REPO}/commits/([^/]+)", HubServer.history, False),
     ("GET", rf"/api/models/{_REPO}/tree/([^/]+)(?:/(.+))?", HubServer.tree, False),
+    ("POST", rf"/api/models/{_REPO}/paths-info/([^/]+)", HubServer.paths_info, False),
     ("GET", rf"/api/models/{_REPO}(?:/revision/([^/]+))?", HubServer.info, False),
 ]
 RESOLVE = re.compile(rf"/{_REPO}/resolve/([^/]+)/(.+)")
@@ -313,19 +389,32 @@ class _Handler(BaseHTTPRequestHandler):
         with self.hub.lock:
             self.hub.requests[f"{self.command} {path}"] += 1
             fault = self.hub.take_fault(self.command, path)
-            if fault == 0:
-                self.close_connection = True
-                return
-            try:
-                if fault is not None:
-                    raise HubError(fault, "", "injected fault")
-                self.answer(path, body)
-            except HubError as error:
-                self.send(error.status, error.body, error.headers)
+        if fault is not None and fault.seconds:
+            time.sleep(fault.seconds)
+        try:
+            if fault is None or fault.status is None or fault.after:
+                with self.hub.lock:
+                    answer = self.answer(path, body)
+        except HubError as error:
+            answer = error.status, error.body, error.headers
+        if fault is not None and fault.kill:
+            os.kill(self.hub.victim, signal.SIGKILL)
+        if fault is not None and fault.status == 0:
+            self.close_connection = True
+        elif fault is not None and fault.status is not None:
+            error = HubError(fault.status, "", "injected fault", headers=fault.headers)
+            self.send(error.status, error.body, error.headers)
+        else:
+            self.send(*answer)
 
     do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = handle_request
 
-    def answer(self, path: str, body: bytes) -> None:
+    def answer(self, path: str, body: bytes) -> tuple[int, bytes, dict[str, str]]:
+        bearer = (self.headers["Authorization"] or "").removeprefix("Bearer ")
+        known = self.hub.token is None or bearer in (self.hub.token, self.hub.reader)
+        named = re.match(rf"(?:/api/models)?/{_REPO}", path)
+        if named and not known and (repo := self.hub.repos.get(named[1])) and repo.private:
+            raise HubError(401, "RepoNotFound", "Invalid username or password.")
         if (match := RESOLVE.fullmatch(path)) and self.command in ("GET", "HEAD"):
             repo_id, revision, name = map(unquote, match.groups())
             commit = self.hub.repo(repo_id).resolve(revision)
@@ -334,15 +423,18 @@ class _Handler(BaseHTTPRequestHandler):
             if name not in commit.files:
                 message = f"{name} does not exist"
                 headers |= {"X-Error-Code": "EntryNotFound", "X-Error-Message": message}
-                return self.send(404, message.encode(), headers)
-            return self.send(200, commit.files[name].data, {**headers, "ETag": f'"{commit.files[name].oid}"'})
+                return 404, message.encode(), headers
+            return 200, commit.files[name].data, {**headers, "ETag": f'"{commit.files[name].oid}"'}
         for method, pattern, route, is_write in ROUTES:
             if method == self.command and (match := re.fullmatch(pattern, path)):
-                if is_write and self.hub.token and self.headers["Authorization"] != f"Bearer {self.hub.token}":
+                if is_write and not known:
                     raise HubError(401, "", "Invalid credentials in Authorization header")
                 groups = [group and unquote(group) for group in match.groups()]
+                foreign = named is not None and named[1].split("/")[0] in self.hub.foreign
+                if is_write and route is not HubServer.whoami and (foreign or bearer == self.hub.reader):
+                    raise HubError(403, "", "Forbidden: you need write access to this repository")
                 answer = json.dumps(route(self.hub, *groups, body)).encode()
-                return self.send(200, answer, {"Content-Type": "application/json"})
+                return 200, answer, {"Content-Type": "application/json"}
         raise HubError(404, "", f"no such route: {self.command} {path}")
 
     def read_body(self) -> bytes:
@@ -363,3 +455,32 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(body)
+
+
+def connect(server: HubServer, monkeypatch: Any, cache: Any, token: str | None = "hf_right") -> None:
+    """Point the real client of this process to the stand-in; what it reads once, at import, is set anew.
+
+    Args:
+        server (`HubServer`): Running.
+        monkeypatch (`pytest.MonkeyPatch`): Undoes it.
+        cache (`Path`): Folder for what is downloaded.
+        token (`str`, *optional*): The user's; none at all with `None`.
+    """
+    from huggingface_hub import constants, hf_api
+
+    monkeypatch.setattr(hf_api.api, "endpoint", server.endpoint)
+    settings = {
+        "ENDPOINT": server.endpoint,
+        "HUGGINGFACE_CO_URL_TEMPLATE": server.endpoint + "/{repo_id}/resolve/{revision}/{filename}",
+        "HF_HUB_OFFLINE": False,
+        "HF_HUB_DISABLE_XET": True,
+        "HF_HUB_CACHE": str(cache),
+        "HF_TOKEN_PATH": str(cache) + "/no-token",
+    }
+    for name, value in settings.items():
+        monkeypatch.setattr(constants, name, value)
+    monkeypatch.delenv("HUGGING_FACE_HUB_TOKEN", raising=False)
+    if token is None:
+        monkeypatch.delenv("HF_TOKEN", raising=False)
+    else:
+        monkeypatch.setenv("HF_TOKEN", token)

@@ -15,11 +15,11 @@ README = (ROOT / "README.md").read_text()
 
 # Lowest first: a module may import those before it.
 LAYERS = [
-    *("errors", "methods", "metrics", "merging", "ledger", "config", "stream", "benchmarks", "adapters"),
-    *("perturbation", "evaluation", "curvature", "folding", "publishing", "report", "comparison", "progress"),
-    *("rows", "scoring", "runs", "trainer", "cli"),
+    *("errors", "methods", "task_metrics", "metrics", "tables", "results", "cards", "merging", "ledger", "tensorfiles", "states", "config", "formats", "leaks", "stream", "encoding", "benchmarks", "adapters"),
+    *("perturbation", "evaluation", "parity", "panel", "curvature", "coefficients", "bases", "folding", "figures", "publishing", "report", "groups", "comparison", "progress", "releases", "outbox"),
+    *("rows", "scoring", "runs", "trainer", "loading", "plan", "cli"),
 ]
-FREE_OF_TRANSFORMERS = {"errors", "methods", "metrics", "merging", "ledger", "publishing", "report", "comparison"}
+FREE_OF_TRANSFORMERS = {"errors", "methods", "task_metrics", "metrics", "merging", "ledger", "leaks", "tables", "results", "cards", "figures", "publishing", "report", "groups", "comparison"}
 
 
 def imports(path: Path) -> set[str]:

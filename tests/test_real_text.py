@@ -9,8 +9,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_pm import PMConfig, PMTrainer
 from hf_pm.benchmarks import load_stream
+from hf_pm.encoding import AnswerCollator, Encoder, render_prompt
 from hf_pm.evaluation import exact_matches
-from hf_pm.stream import AnswerCollator, Encoder, TaskStream, render_prompt, subset
+from hf_pm.stream import TaskStream, subset
 
 
 pytestmark = pytest.mark.slow
