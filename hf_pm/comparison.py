@@ -23,6 +23,7 @@ from .groups import (
     values_of,
 )
 from .ledger import write_bytes
+from .metrics import FORMULAS
 from .report import template_environment
 from .results import METRICS, read_run
 from .tables import DASH, Table, fixed_text, metric_text, plain_text, seconds_text, signed_text
@@ -31,6 +32,9 @@ from .tables import DASH, Table, fixed_text, metric_text, plain_text, seconds_te
 LEGEND = (
     "Scores are macro means over tasks, in [0, 1]. Several seeds: mean ± sample standard deviation. A difference is "
     "taken seed by seed on the same data; in brackets its 95 % interval, Student's t over these pairs."
+)
+REFERENCE_LEGEND = (
+    " FWT single and INT are measured against the runs of the methods single and joint with the same seed."
 )
 
 
@@ -131,7 +135,7 @@ def _csv(rows: Iterable[Mapping[str, Any]], tasks: Mapping[int, Sequence[str]]) 
             quantities += [(name, tasks[row["group"]][j], summary) for j, summary in enumerate(row[key])]
         for name, task, summary in quantities:
             if summary["n"]:
-                paired = (row["paired"] or {}).get(name, {}) if not task else {}
+                paired = (row["paired"] or {}).get(name, {})
                 lines.append(
                     [
                         *(row[key] for key in ("group", "label", "method")),
@@ -249,14 +253,22 @@ def compare(
 
     tasks = {number: group[0].results["tasks"] for number, group in enumerate(groups.values(), start=1)}
     quoted = "".join(f"> **Note:** {tables.markdown_text(note)}\n\n" for note in apart + notes)
+    shown = [name for name in COMPARED if any(row[name]["n"] for row in rows)]
+    legend = LEGEND + (REFERENCE_LEGEND if set(shown) - set(PAIRED) else "")
     template = template_environment().get_template("compare.html.jinja")
     return Comparison(
         rows,
         apart + notes,
-        markdown=f"{quoted}{tables.markdown(made)}\n{LEGEND}\n",
-        latex="".join(f"% {tables.latex_text(note)}\n" for note in [*apart, *notes, LEGEND]) + tables.latex(made),
+        markdown=f"{quoted}{tables.markdown(made)}\n{legend}\n",
+        latex="".join(f"% {tables.latex_text(note)}\n" for note in [*apart, *notes, legend]) + tables.latex(made),
         csv=_csv(rows, tasks),
-        html=template.render(sections=sections, notes=notes, legend=LEGEND, runs=len(runs)),
+        html=template.render(
+            sections=sections,
+            notes=notes,
+            legend=legend,
+            runs=len(runs),
+            formulas=[(METRICS[name], FORMULAS[name]) for name in shown],
+        ),
     )
 
 

@@ -220,7 +220,8 @@ def _stream(results: Mapping[str, Any]) -> list[dict[str, Any]]:
     rows = []
     for j, name in enumerate(results["tasks"]):
         task = record_of(results, "stream", j)
-        row = {key: plain_text(task.get(key)) for key in ("train", "test", "prompt", "train_rows", "num_train_epochs")}
+        keys = ("train", "test", "prompt", "train_rows", "validation_rows", "num_train_epochs")
+        row = {key: plain_text(task.get(key)) for key in keys}
         test_rows = task.get("test_rows")
         row["test_rows"] = plain_text(eval_rows_of(results, 0, j) if test_rows is None else test_rows)
         rows.append({"name": name, "metric": plain_text(metric_of(results, j)), **row})

@@ -197,6 +197,7 @@ def full_results() -> dict[str, Any]:
                 "metric": "exact_match",
                 "prompt": "plain",
                 "train_rows": 1000 + number,
+                "validation_rows": 50,
                 "test_rows": 100,
                 "num_train_epochs": 2,
             }

@@ -75,7 +75,7 @@ def test_every_format_shows_these_numbers(runs):
     assert "| pm | 0.850 ± 0.050 | -0.085 ± 0.005 | 3 | 0, 1, 2 | 20.0 s ± 0.0 s |" in text
     assert "| sequential | 3 | -0.140 [-0.271, -0.009] | +0.014 [+0.001, +0.027] |" in text
     assert "| pm | 0.850 ± 0.050 | 0.500 ± 0.000 |" in text  # per task at the end
-    assert "**Note:**" not in text
+    assert "**Note:**" not in text and "single" not in text
     assert r"pm & 0.850 $\pm$ 0.050 & $-$0.085 $\pm$ 0.005 & 3 & 0, 1, 2 & 20.0 s $\pm$ 0.0 s \\" in comparison.latex
     assert r"sequential & 3 & $-$0.140 [$-$0.271, $-$0.009] & +0.014 [+0.001, +0.027] \\" in comparison.latex
 
@@ -94,6 +94,10 @@ def test_every_format_shows_these_numbers(runs):
     ]
     # The first heat map is the average of the three pm runs.
     assert page.table("heat")[3] == ["after 2: b", "0.850", "0.500", "0.675"]
+    assert page.table("formulas")[0] == [
+        *("AA", "Average accuracy; higher is better", "AA = mean over j <= T of a[T][j]"),
+    ]
+    assert [row[0] for row in page.table("formulas")] == ["AA", "BWT"]
     captions = [caption.text for caption in page.root.all("caption")]
     assert captions == ["pm (mean of 3 runs)", "sequential (mean of 3 runs)"]
     assert_no_missing_value_text(page)
@@ -120,9 +124,7 @@ def test_csv_has_a_line_per_quantity_in_full_precision(runs):
     assert float(line["low"]) == pytest.approx(-0.2714494, abs=1e-6)
     tasks = [(x["task"], float(x["mean"])) for x in lines if x["label"] == "pm" and x["quantity"] == "score"]
     assert tasks == [("a", pytest.approx(0.85)), ("b", 0.5)]
-    # A task may be called like a metric: only the metric has a difference.
-    odd = [x for x in lines if x["task"]]
-    assert odd and all(x["difference"] == "" for x in odd)
+    assert {x["quantity"] for x in lines if x["difference"]} == {"average_accuracy", "backward_transfer"}
 
 
 def test_one_pair_has_no_interval_and_says_so(runs):
@@ -174,18 +176,15 @@ def test_references_give_transfer_and_intransigence(tmp_path):
     # ((0.8 - 0.9) + (0.7 - 0.75)) / 2 and ((0.85 - 0.8) + (0.9 - 0.7)) / 2, of seed 0 alone.
     assert pm["forward_transfer_single"] == pytest.approx({"mean": -0.075, "std": None, "n": 1})
     assert pm["intransigence"] == pytest.approx({"mean": 0.125, "std": None, "n": 1})
-    assert "-0.075 (n = 1) | +0.125 (n = 1)" in compare(folders).markdown
+    text = compare(folders).markdown
+    assert "-0.075 (n = 1) | +0.125 (n = 1)" in text and "measured against the runs of the methods single" in text
     # The references themselves have none, and neither has pm without them.
-    for method, name in (
-        ("joint", "intransigence"),
-        ("single", "intransigence"),
-        ("single", "forward_transfer_single"),
-    ):
-        assert values(compare(folders), method)[name]["n"] == 0
+    for method in ("joint", "single"):
+        row = values(compare(folders), method)
+        assert row["intransigence"]["n"] == row["forward_transfer_single"]["n"] == 0
     assert values(compare(folders[:3]), "pm")["intransigence"]["n"] == 0
-    # A joint run learns once, and has one coefficient for all tasks: it is in no table of coefficients per task.
-    (joint,) = [row for row in compare(folders).rows if row["label"] == "joint"]
-    assert joint["scores"][1]["mean"] == 0.9
+    # A joint run fills the last row of the matrix alone, and that is what it is compared by.
+    assert values(compare(folders), "joint")["scores"][1]["mean"] == 0.9
 
 
 def test_a_joint_runs_coefficient_is_no_tasks(tmp_path):
@@ -199,6 +198,9 @@ def test_general_text_is_compared(tmp_path):
     comparison = compare([write_run(tmp_path / "pm", aa(0.5, panel=panel))])
     assert comparison.rows[0]["panel_change"]["mean"] == 0.25
     assert "General text" in comparison.markdown and "| +0.250 |" in comparison.markdown
+    # Not measured after the last task: the change so far is not that of the whole run.
+    partial = compare([write_run(tmp_path / "partial", aa(0.5, panel=[panel[0], panel[1] | {"after": 1}]))])
+    assert partial.rows[0]["panel_change"]["n"] == 0 and "General text" not in partial.markdown
 
 
 def test_t_quantiles():

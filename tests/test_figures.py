@@ -95,7 +95,8 @@ def test_one_task_and_fifteen():
 
 def test_drawing_leaves_the_programs_matplotlib_alone():
     code = (
-        "import sys, matplotlib; matplotlib.rcParams['font.size'] = 31; matplotlib.rcParams['figure.facecolor'] = 'red'\n"
+        "import sys, matplotlib\n"
+        "matplotlib.rcParams.update({'font.size': 31, 'figure.facecolor': 'red'})\n"
         "from hf_pm.figures import matrix_png\n"
         "plain = matrix_png(['a'], [[0.5]])\n"
         "assert matplotlib.rcParams['font.size'] == 31 and matplotlib.rcParams['figure.facecolor'] == 'red'\n"

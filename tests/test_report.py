@@ -187,8 +187,8 @@ def test_parity_certificates_flat_and_by_kind(page):
 
 def test_stream_and_overlap(page):
     assert page.table("tasks")[1:3] == [
-        ["1: agnews", "1000", "100", "2", "exact_match", "plain", "org/agnews@abc:train", "org/agnews@abc:test"],
-        ["2: yelp", "1001", "100", "2", "exact_match", "plain", "org/yelp@abc:train", "org/yelp@abc:test"],
+        ["1: agnews", "1000", "50", "100", "2", "exact_match", "plain", "org/agnews@abc:train", "org/agnews@abc:test"],
+        ["2: yelp", "1001", "50", "100", "2", "exact_match", "plain", "org/yelp@abc:train", "org/yelp@abc:test"],
     ]
     assert page.table("overlap")[1:] == [["agnews/train", "yelp/test", "100", "2", "7"]]
 
