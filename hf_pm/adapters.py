@@ -354,8 +354,10 @@ def restore(model: PeftModel, stored: StoredAdapter) -> None:
     with torch.no_grad():
         for name, layer in lora_layers(model).items():
             update = stored.read(name)
-            layer.lora_A[ADAPTER].weight.copy_(update.A.reshape(layer.lora_A[ADAPTER].weight.shape))
-            layer.lora_B[ADAPTER].weight.copy_(update.B.reshape(layer.lora_B[ADAPTER].weight.shape))
+            # Experts: (experts, r, in) and (experts, out, r) back to PEFT's (experts * r, in) and (out, r * experts).
+            B = update.B if update.B.ndim == 2 else update.B.permute(1, 2, 0).flatten(1)
+            layer.lora_A[ADAPTER].weight.copy_(update.A.flatten(0, -2))
+            layer.lora_B[ADAPTER].weight.copy_(B)
     head = stored.head()
     if head:
         load_head(model, head)

@@ -16,6 +16,7 @@ from .benchmarks import load_stream
 from .config import Recipe
 from .errors import UserError
 from .folding import BaseCheckpoint
+from .publishing import explain
 from .stream import TaskStream
 from .trainer import PMTrainer
 
@@ -30,6 +31,7 @@ ARCHITECTURES = {
 def quiet() -> None:
     """Leave the terminal to the run's own progress and to what a user can act on."""
     transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()  # loading a checkpoint again to certify a release
     datasets.disable_progress_bars()  # one a file, gone in an instant; downloads have bars of their own
     # transformers deprecates names that PEFT and transformers itself still use; no user can act on that.
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
@@ -114,10 +116,9 @@ def build_trainer(recipe: Recipe, cls: type[PMTrainer] = PMTrainer) -> PMTrainer
     except UserError:
         raise
     except (HTTPError, HFValidationError, ConnectionError) as error:
-        reason = " ".join(str(error).split())
         raise UserError(
-            f"`push_to_hub` is on, but the repo {recipe.hub_model_id!r} cannot be created or reached: {reason} "
-            "Correct `hub_model_id` and the token, or train with `push_to_hub: false`."
+            f"`push_to_hub` is on, but the repo {recipe.hub_model_id!r} cannot be created or reached: "
+            f"{explain(error)} Or train with `push_to_hub: false`."
         ) from error
     except ValueError as error:
         # `Trainer` checks combinations of its own arguments this way, and names them.

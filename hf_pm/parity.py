@@ -101,7 +101,9 @@ def reload_logits(
     base: Path,
     task_type: str,
     batch: dict[str, Any],
+    *,
     dtype: torch.dtype,
+    attention: str | None = None,
     autocast: Callable[[], Any] = nullcontext,
 ) -> torch.Tensor:
     """Logits of a release on disk, loaded as a user would.
@@ -112,11 +114,12 @@ def reload_logits(
         task_type (`str`): `CAUSAL_LM`, `SEQ_2_SEQ_LM` or `SEQ_CLS`.
         batch (`dict`): As for `probe_logits`; its device is where the model is loaded to.
         dtype (`torch.dtype`): To load in: that of the live weights.
+        attention (`str`, *optional*): Implementation of attention: that of the live model, which rounds as it does.
         autocast (`Callable`, *optional*): As in training.
     """
     adapter = (release / "adapter_config.json").is_file() and not (release / "config.json").is_file()
     architecture = ARCHITECTURES[task_type]
-    model = architecture.from_pretrained(base if adapter else release, dtype=dtype)
+    model = architecture.from_pretrained(base if adapter else release, dtype=dtype, attn_implementation=attention)
     if adapter:
         model = PeftModel.from_pretrained(model, release)
     return probe_logits(model.to(batch["input_ids"].device), batch, autocast)

@@ -419,8 +419,9 @@ class PMTrainerMixin:
             self.run.folder.base.folder,
             self.task_type,
             self._probe(number),
-            self.model.get_base_model().dtype,
-            self.accelerator.autocast,
+            dtype=self.model.get_base_model().dtype,
+            attention=self.model.config._attn_implementation,
+            autocast=self.accelerator.autocast,
         )
         record = self.run.results["per_task"][number - 1]
         certify_release(record["parity"], folded, reloaded, self.stages[number - 1].name)

@@ -372,3 +372,15 @@ def test_a_linear_layer_may_be_named_as_a_parameter(tmp_path):
     before = live(**PROBE).logits
     folder.into_model(live)
     assert (live(**PROBE).logits - before).abs().max() < 1e-5 * before.abs().max()
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "gpt_oss"])
+def test_a_stored_adapter_goes_back_into_the_live_model_bit_for_bit(tmp_path, kind):
+    moe(kind).save_pretrained(tmp_path / "base")
+    live = attached(tmp_path / "base", target_modules=["q_proj"])
+    randomize(live, 1)
+    before = {name: parameter.clone() for name, parameter in live.named_parameters() if "lora_" in name}
+    adapters.save(live, tmp_path / "adapter", "base", None)
+    randomize(live, 2)
+    adapters.restore(live, adapters.StoredAdapter(tmp_path / "adapter"))
+    assert all(torch.equal(before[name], value) for name, value in live.named_parameters() if name in before)
