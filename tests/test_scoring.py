@@ -13,6 +13,7 @@ from hf_pm.task_metrics import rouge_l
 
 
 ROOT = Path(__file__).parent.parent
+COLOURS = ["red", "blue", "green"]
 PREFIXES = {"apple": "red", "fire": "red blue", "sky": "blue", "grass": "green"}
 
 
@@ -162,7 +163,9 @@ def test_options_that_a_tokenizer_joins_with_the_text_are_refused(make):
 def two_tasks():
     return TaskStream(
         [
-            Task("colour", rows(COLOUR, 4, 0), rows(COLOUR, 3, 1), options=["red", "blue", "green"]),
+            Task(
+                "colour", rows(COLOUR, 4, 0), rows(COLOUR, 3, 1), options=["red", "blue", "green"], metric="accuracy"
+            ),
             Task("mood", rows(MOOD, 4, 2), rows(MOOD, 3, 3), options=["happy", "sad", "calm"], metric="accuracy"),
         ]
     )
@@ -180,6 +183,7 @@ def test_nothing_is_scored_twice_across_restarts(make, tmp_path, monkeypatch):
     trainer, scorer = make(two_tasks(), path=path)
     scorer.state_key = "after-1"
     cells = [scorer.score_task(t) for t in (0, 1)]
+    assert cells[0].row_scores != cells[1].row_scores
     trainer, again = make(two_tasks(), path=path)
     again.state_key = "after-1"
     forbid_scoring(trainer, monkeypatch)
@@ -198,7 +202,7 @@ def test_another_state_or_data_or_metric_is_scored_anew(make, tmp_path, monkeypa
         stream[0].test = rows(COLOUR, 3, 9)
     trainer, again = make(stream, path=path)
     if change == "metric":
-        again.metrics[0] = "accuracy"
+        again.metrics[0] = "accuracy_normalized"
     again.state_key = {"state": "after-2", "no key": None}.get(change, "after-1")
     assert again.cached(0) is None
     before = path.read_bytes()
