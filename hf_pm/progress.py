@@ -6,7 +6,7 @@ from transformers import ProgressCallback
 
 
 class StreamProgress(ProgressCallback):
-    """One bar per task: which task of how many, the loss, and the time left for the training of the whole stream."""
+    """One bar per task: which task of how many, the loss, and the time left for the whole stream."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -14,23 +14,18 @@ class StreamProgress(ProgressCallback):
         self.finished = 0.0  # fraction of the stream's rows before this task
         self.share = 1.0  # fraction of the stream's rows in this task
         self.loss = "?"
-        self._seconds = 0.0  # spent training in this process, and
-        self._learned = 0.0  # the fraction of the stream's rows learned in that time
-        self._last: tuple[float, float] | None = None
+        self._begun: tuple[float, float] | None = None  # when this process began, and what was learned by then
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:  # noqa: ANN001, ANN003
         super().on_train_begin(args, state, control, **kwargs)
-        self._last = None
+        if self._begun is None:
+            self._begun = time.monotonic(), self.finished + self.share * state.global_step / max(state.max_steps, 1)
         if self.training_bar is not None:
             self.training_bar.set_description(self.label)
 
     def on_step_end(self, args, state, control, **kwargs) -> None:  # noqa: ANN001, ANN003
         super().on_step_end(args, state, control, **kwargs)
-        now, done = time.monotonic(), self.finished + self.share * state.global_step / max(state.max_steps, 1)
-        if self._last is not None:
-            self._seconds += now - self._last[0]
-            self._learned += done - self._last[1]
-        self._last = now, done
+        done = self.finished + self.share * state.global_step / max(state.max_steps, 1)
         if self.training_bar is not None:
             self.training_bar.set_postfix(loss=self.loss, stream_left=self._left(done), refresh=False)
 
@@ -39,9 +34,11 @@ class StreamProgress(ProgressCallback):
             self.loss = f"{logs['loss']:.3g}"
 
     def _left(self, done: float) -> str:
-        if self._learned <= 0:
+        """Time left for the whole stream, its measuring and scoring included, at the pace of this process so far."""
+        started, before = self._begun
+        if done <= before:
             return "?"
-        seconds = int(self._seconds * (1 - done) / self._learned)
+        seconds = int((time.monotonic() - started) * (1 - done) / (done - before))
         return (
             f"{seconds // 3600}h{seconds % 3600 // 60:02d}m"
             if seconds >= 3600

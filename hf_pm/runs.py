@@ -18,7 +18,7 @@ from .folding import Folder
 from .ledger import Entry, Ledger, read_json, sha256_file, write_json
 from .merging import State, update_state
 from .rows import StreamRows
-from .scoring import Cell
+from .scoring import Cell, metric_of
 from .states import StoredStates, write_states
 
 
@@ -89,7 +89,7 @@ class RunFolder:
             "schema": 1,
             "method": args.method,
             "base_model": folder.base.model_id,
-            "metric": "accuracy" if task_type == "SEQ_CLS" else "exact_match",
+            "metric": _common([metric_of(task, task_type) for task in rows.stream]),
             "tasks": rows.stream.names,
             "stream": rows.describe(),
             "matrix": [],
@@ -236,6 +236,11 @@ class RunFolder:
         if self.writes:
             write_json(self.path / "results.json", self.results)
             report.write_report(self.path)
+
+
+def _common(names: list[str]) -> str:
+    """The one metric of all tasks, or that there is none; each cell names its own."""
+    return names[0] if len(set(names)) == 1 else "mixed"
 
 
 def _check_same_run(run_dir: Path, recorded: dict[str, Any], described: dict[str, Any]) -> None:

@@ -40,7 +40,7 @@ from .progress import StreamProgress
 from .results import stream_logs
 from .rows import Stage, StreamRows
 from .runs import RunFolder
-from .scoring import Cell, Scorer
+from .scoring import Cell, Scorer, metric_of
 from .stream import TaskStream, subset
 
 
@@ -107,6 +107,8 @@ class PMTrainerMixin:
             data_collator = data_collator or self.stream_collator
             self.rows = StreamRows(stream, self.encoder, self.method, args)
             self.stages = self.rows.stages
+            for task in stream:
+                metric_of(task, self.task_type)
             self._check_search(args)
             if args.lm_eval_tasks:
                 panel.check_lm_eval(args.lm_eval_tasks)
@@ -454,8 +456,11 @@ class PMTrainerMixin:
         args = self.args
         share = rows.select(range(args.process_index, len(rows), args.world_size))
         loader = DataLoader(share, batch_size=batch_size, collate_fn=self.stream_collator)
-        shown = tqdm(loader, desc=label, leave=False, disable=args.disable_tqdm or not self.is_world_process_zero())
-        return (self._prepare_input(dict(batch)) for batch in shown)
+        hidden = args.disable_tqdm or not self.is_world_process_zero()
+        with tqdm(total=len(share), desc=label, unit="row", leave=False, disable=hidden) as bar:
+            for batch in loader:
+                yield self._prepare_input(dict(batch))
+                bar.update(len(batch["labels"]))
 
     def _score_base(self) -> None:
         """The row before any task and the general ability of the base, once."""

@@ -6,8 +6,8 @@
 One run a stream and seed. After each task every setting measures its curvature at the same adapter and keeps a state
 (S, R) of its own; the update is then merged with 1/t, so that no setting decides what the next task starts from. What
 a setting would have chosen is compared with the minimum of the true loss along the update: the sum over the tasks so
-far of their mean loss on held-out training rows, at eleven values of alpha. `regret` is how much larger that loss is at
-the setting's alpha (read off a parabola through the three nearest values), in nats.
+far of their mean loss on held-out training rows, at eleven values of alpha. `regret` is how much larger that loss is
+at the setting's alpha (read off a parabola through the three nearest values), in nats.
 """
 
 import argparse

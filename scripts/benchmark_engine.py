@@ -4,7 +4,8 @@
 
 Ratios are taken pair by pair, A B A B ..., since a machine's speed drifts; medians and quartiles are printed.
 Curvature is timed on a random Llama of about 35 M parameters and 128-token rows, with one torch thread and with two,
-in process CPU seconds and in wall seconds; folding on a bf16 checkpoint of 1.5 GB in three shards (see benchmark_folding.py).
+in process CPU seconds and in wall seconds; folding on a bf16 checkpoint of 1.5 GB in three shards (see
+benchmark_folding.py).
 """
 
 import argparse

@@ -38,7 +38,7 @@ def merge_into_dense(model: nn.Module, layers: dict, factor: float = 1.0) -> nn.
 
 
 def gradients_by_rows(model, batch_of_one, targets, layers) -> tuple[list[dict[str, torch.Tensor]], list[int]]:
-    """d(summed answer loss) / dW of each row, by one backward per row on dense float64 weights, and the answer lengths.
+    """d(summed answer loss) / dW of each row, by one backward a row on dense float64 weights, and the answer lengths.
 
     `batch_of_one` is a list of model inputs with one row each, unpadded; `targets` a list of (positions, answer ids):
     the loss of a row sums -log p(answer id) at those logit positions.

@@ -265,6 +265,24 @@ def test_experts_equal_the_row_loop(estimator):
 
 
 @pytest.mark.parametrize("estimator", ["diagonal", "factored", "directional"])
+def test_a_gradient_that_is_not_finite_names_the_task_and_the_row(estimator):
+    """The loss is finite; the backward pass of the second row of the second batch is not."""
+    model = adapted("llama", "CAUSAL_LM")
+    batch = 0
+
+    def spoil(module, args):
+        nonlocal batch
+        batch += 1
+        if batch == 2:
+            args[0].register_hook(lambda gradient: gradient.index_fill(0, torch.tensor([1]), float("inf")))
+
+    model.get_output_embeddings().register_forward_pre_hook(spoil)
+    with pytest.raises(UserError, match="gradient of row 3 in the curvature pass of task 'colour'"):
+        measure_curvature(model, causal_batches(2), estimator=estimator, task_name="colour")
+    assert not any(p.grad is not None for p in model.parameters())
+
+
+@pytest.mark.parametrize("estimator", ["diagonal", "factored", "directional"])
 def test_no_graph_is_left_behind(estimator):
     """A hook that holds a tensor of its own graph keeps all activations of every batch alive."""
     model = adapted("llama", "CAUSAL_LM")

@@ -298,6 +298,28 @@ def test_certificate_of_a_task_that_an_earlier_process_trained(model, stream, to
             assert task["parity"][pair]["relative_difference"] < 1e-5
 
 
+def test_stream_numbers_reach_the_trackers_and_the_bar_says_rows(model, stream, tokenizer, lora, config, capsys):
+    logged = []
+
+    class Tracker(TrainerCallback):
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            logged.append(dict(logs))
+
+    args = config(release="none", disable_tqdm=False)
+    trainer = PMTrainer(
+        model=model, args=args, stream=stream, processing_class=tokenizer, peft_config=lora, callbacks=[Tracker()]
+    )
+    results = trainer.train_stream()
+    final = [logs for logs in logged if "stream/average_accuracy" in logs][-1]
+    assert final["stream/average_accuracy"] == results["metrics"]["average_accuracy"]
+    assert final["task/mood/coefficient"] == results["coefficients"][1]
+    assert final["panel/cross_entropy"] == results["panel"][2]["cross_entropy"]
+    assert "task/colour/score" in final and "task/colour/score" in logged[0]
+    shown = capsys.readouterr().err
+    assert "task 2 of 2 (mood)" in shown and "stream_left=" in shown
+    assert "scoring mood test" in shown and "row/s" in shown
+
+
 METHODS = {
     "merge-only": ("none", lambda alphas: alphas[0] == 1 and 0 < alphas[1] < 1),
     "gaussian": ("gaussian", lambda alphas: alphas[0] == 1 and 0 < alphas[1] < 1),
