@@ -12,6 +12,7 @@ from .errors import UserError
 LOADERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 # Input and answer: this project's files, O-LoRA's CL_Benchmark, TRACE, Super-NaturalInstructions.
 COLUMN_PAIRS = (("text", "label"), ("sentence", "label"), ("prompt", "answer"), ("input", "output"))
+ROLES = ("system", "user", "assistant")
 # TRACE calls its validation split `eval`, CL_Benchmark `dev`.
 SPLIT_NAMES = {"train": ("train",), "validation": ("validation", "dev", "eval"), "test": ("test",)}
 
@@ -69,6 +70,23 @@ def local_files(name: str, data_dir: str, folders: tuple[str, ...] = ()) -> dict
             raise _missing(data_dir, f"{folder}/{missing}.jsonl")
     others = f", nor {' or '.join(f'{folder}/train.json' for folder in folders)}" if folders else ""
     raise _missing(data_dir, f"{name}/train.jsonl", others)
+
+
+def split_conversation(turns: Any) -> tuple[str, str, list[dict[str, str]]]:
+    """The last question of a conversation, the assistant's answer to it, and the turns before.
+
+    Raises:
+        ValueError: If it is no list of `{"role", "content"}` that ends with a user's turn and an assistant's.
+    """
+    turns = turns if isinstance(turns, list) else []
+    if any(not isinstance(turn, dict) or turn.get("role") not in ROLES for turn in turns):
+        raise ValueError(f"each of `messages` needs a role, one of {', '.join(ROLES)}")
+    if any(not isinstance(turn.get("content"), str) for turn in turns):
+        raise ValueError("the content of each of `messages` must be a text")
+    if [turn["role"] for turn in turns[-2:]] != ["user", "assistant"]:
+        raise ValueError("its last turns must be one of the user and one of the assistant, which is the answer")
+    *history, question, answer = ({"role": turn["role"], "content": turn["content"]} for turn in turns)
+    return question["content"], answer["content"], history
 
 
 def _missing(data_dir: str, file: str, others: str = "") -> UserError:

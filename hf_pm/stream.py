@@ -15,7 +15,7 @@ from datasets import Dataset, DatasetDict, load_dataset
 from datasets.exceptions import DatasetsError
 
 from .errors import UserError, choose
-from .formats import COLUMN_PAIRS, LOADERS, local_files, read_file
+from .formats import COLUMN_PAIRS, LOADERS, local_files, read_file, split_conversation
 from .task_metrics import TASK_METRICS
 
 
@@ -24,7 +24,6 @@ EVAL_SUBSET_SEED = 0
 # Of a label's rows, at most this share is held out for validation: some labels have no more than a dozen rows.
 LARGEST_HELD_OUT = 1 / 5
 CUTS = ("end", "middle")
-ROLES = ("system", "user", "assistant")
 
 Source = str | Path | Dataset | DatasetDict
 
@@ -91,7 +90,13 @@ class Task:
     cut: str = "end"
 
     def __post_init__(self) -> None:
-        name = str(self.name)
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if item.type in (str, str | None) and not isinstance(value, item.type):
+                raise UserError(
+                    f"`{item.name}` of task {self.name!r} must be text, but got {value!r}. Put quotes around it."
+                )
+        name = self.name
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name) or ".." in name or name.endswith((".", ".lock")):
             raise UserError(
                 f"Task name {self.name!r} may hold letters, digits, `.`, `_` and `-` only, must begin with a letter "
@@ -112,12 +117,13 @@ class Task:
             self.label_names = {str(index): answer for index, answer in enumerate(answers)}
         choose(f"`metric` of task {self.name!r}:", self.metric, TASK_METRICS)
         choose(f"`cut` of task {self.name!r}:", self.cut, CUTS)
-        for key in ("train_per_class", "test_samples", "num_train_epochs"):
+        numbers = {"train_per_class": int, "test_samples": int, "num_train_epochs": int | float}
+        for key, kind in numbers.items():
             value = getattr(self, key)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or value <= 0):
+            if value is not None and (isinstance(value, bool) or not isinstance(value, kind) or value <= 0):
                 raise UserError(
-                    f"`{key}` of task {self.name!r} must be a positive number, but got {value!r}. Leave it out for "
-                    "the default."
+                    f"`{key}` of task {self.name!r} must be a positive {'whole ' if kind is int else ''}number, but "
+                    f"got {value!r}. Leave it out for the default."
                 )
         if self.template is not None:
             parts = self._parts("template", self.template)
@@ -185,7 +191,8 @@ class Task:
         if split == "train":
             return self.load_train()[0]
         rows = self._rows(split)
-        return self._finish(subset(rows, self.test_samples if split == "test" else None, EVAL_SUBSET_SEED), split)
+        some = split == "test" and self.test_samples is not None and self.test_samples < len(rows)
+        return self._finish(rows, split, _shuffled(rows)[: self.test_samples] if some else range(len(rows)))
 
     def load_train(self, held_out: int | None = None) -> tuple[Dataset, Dataset | None]:
         """The training rows, and validation rows that are never among them.
@@ -201,21 +208,20 @@ class Task:
         rows = self._rows("train")
         if held_out is None:
             train, _ = self._divide(rows, 0)
-            return self._finish(rows.select(train), "train"), self.load("validation") if self.has_validation else None
+            return self._finish(rows, "train", train), self.load("validation") if self.has_validation else None
         train, validation = self._divide(rows, held_out)
         if not validation:
             raise UserError(
                 f"Task {self.name!r} has too few training rows ({len(rows)}) to hold out `validation_samples`. Give "
                 "it `validation` rows of its own, or leave `validation_samples` out."
             )
-        return self._finish(rows.select(train), "train"), self._finish(rows.select(validation), "train")
+        return self._finish(rows, "train", train), self._finish(rows, "train", validation)
 
     def _divide(self, rows: Dataset, held_out: int) -> tuple[list[int], list[int]]:
         """Indices to train on and to hold out; the first rows of each label in an order that is always the same."""
         labelled = self.train_per_class is not None or self.options is not None
         labels = rows[self._columns(rows)[1]][:] if labelled and not self._is_chat(rows) else [None] * len(rows)
-        # The order of `Dataset.shuffle`.
-        shuffled = [int(i) for i in np.random.default_rng(EVAL_SUBSET_SEED).permutation(len(rows))]
+        shuffled = _shuffled(rows)
         of_label: dict[Any, list[int]] = {}
         for index in shuffled:
             of_label.setdefault(labels[index], []).append(index)
@@ -293,51 +299,43 @@ class Task:
         text, _ = self._columns(rows)
         return text == "messages" or (text == "text" not in rows.column_names and "messages" in rows.column_names)
 
-    def _finish(self, rows: Dataset, split: str) -> Dataset:
-        """Rows with exactly the columns that the prompts are made of."""
+    def _finish(self, rows: Dataset, split: str, positions: Sequence[int]) -> Dataset:
+        """The rows at some positions, with exactly the columns that the prompts are made of."""
         if self._is_chat(rows):
-            return self._conversations(rows, split)
+            return self._conversations(rows, split, positions)
         text, label = self._columns(rows)
         parts = self._text_parts(text)
-        columns = {name: rows[name][:] for name in (*[part for _, part in parts if part is not None], label)}
+        chosen = rows.select(positions)
+        columns = {name: chosen[name][:] for name in (*[part for _, part in parts if part is not None], label)}
         for name, values in columns.items():
-            for index, value in enumerate(values):
-                if value is None:
-                    raise UserError(
-                        f"Row {index} of the {split} rows of task {self.name!r} has nothing in the column {name!r}. "
-                        "Fill it in or remove the row."
-                    )
+            if None in values:
+                raise UserError(
+                    f"Row {positions[values.index(None)]} of the {split} rows of task {self.name!r} has nothing in "
+                    f"the column {name!r}. Fill it in or remove the row."
+                )
         texts = [
             "".join(literal + ("" if part is None else str(columns[part][i])) for literal, part in parts)
-            for i in range(len(rows))
+            for i in range(len(positions))
         ]
         return Dataset.from_dict({"text": texts, "label": [self._answer(value, split) for value in columns[label]]})
 
-    def _conversations(self, rows: Dataset, split: str) -> Dataset:
+    def _conversations(self, rows: Dataset, split: str, positions: Sequence[int]) -> Dataset:
         """Text, answer and the turns before them."""
-        found: list[dict[str, Any]] = []
-        column = "messages"
-        if column not in rows.column_names:
+        if "messages" not in rows.column_names:
             raise UserError(
                 f"The {split} rows of task {self.name!r} have no column 'messages'; found {rows.column_names}. Set "
                 "`text` and `label` of the task."
             )
-        for index, turns in enumerate(rows[column][:]):
-            turns = turns if isinstance(turns, list) else []
-            known = all(isinstance(turn, dict) and turn.get("role") in ROLES for turn in turns)
-            if not known or any(not isinstance(turn.get("content"), str) for turn in turns):
+        found: list[dict[str, Any]] = []
+        for position, turns in zip(positions, rows.select(positions)["messages"][:], strict=True):
+            try:
+                text, answer, history = split_conversation(turns)
+            except ValueError as error:
                 raise UserError(
-                    f"Row {index} of the {split} rows of task {self.name!r} is no conversation: each of `messages` "
-                    f"has a role ({', '.join(ROLES)}) and a text as its content. Correct the row."
-                )
-            if [turn["role"] for turn in turns[-2:]] != ["user", "assistant"]:
-                raise UserError(
-                    f"Row {index} of the {split} rows of task {self.name!r} must end with a turn of the user and one "
-                    "of the assistant, which is the answer. Correct the row."
-                )
-            history = [{"role": turn["role"], "content": turn["content"]} for turn in turns[:-2]]
-            answer = self._answer(turns[-1]["content"], split)
-            found.append({"text": turns[-2]["content"], "label": answer, "history": history})
+                    f"Row {position} of the {split} rows of task {self.name!r} is no conversation with an answer: "
+                    f"{error}. Correct the row."
+                ) from error
+            found.append({"text": text, "label": self._answer(answer, split), "history": history})
         return Dataset.from_list(found)
 
     def _answer(self, value: Any, split: str) -> str:
@@ -467,6 +465,11 @@ def format_parts(text: str) -> list[tuple[str, str | None]]:
         if spec or conversion or (name is not None and not re.fullmatch(r"[^.\[\]{}]+", name)):
             raise ValueError(f"the placeholder {{{name}}} is more than a name")
     return [(literal, name) for literal, name, _, _ in parts]
+
+
+def _shuffled(rows: Dataset) -> list[int]:
+    """Positions of the rows in the order of `Dataset.shuffle`, always the same."""
+    return np.random.default_rng(EVAL_SUBSET_SEED).permutation(len(rows)).tolist()
 
 
 def subset(rows: Dataset, limit: int | None, seed: int) -> Dataset:

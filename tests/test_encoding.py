@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 from conftest import COLOUR, rows
 from datasets import Dataset
+from tokenizers import processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from hf_pm import Task, UserError
@@ -25,8 +26,10 @@ def colour(**changes):
 
 
 def chat_tokenizer(template=TEMPLATE):
-    """The demo's byte-level tokenizer with marks for turns and a chat template."""
+    """The demo's byte-level tokenizer with marks for turns and a chat template; `<s>` comes before other texts."""
     tokenizer = AutoTokenizer.from_pretrained(DEMO)
+    start = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)])
+    tokenizer.backend_tokenizer.post_processor = start
     tokenizer.add_special_tokens({"additional_special_tokens": MARKS})
     tokenizer.chat_template = template
     return tokenizer
@@ -156,7 +159,7 @@ def test_chat_in_a_seq2seq_model():
     row = Encoder(tokenizer, "SEQ_2_SEQ_LM", 256, "chat")._seq2seq(colour(), "the grass", "green")
     prompt = tokenizer.decode(row["input_ids"])
     assert prompt.endswith("Option: red, blue, green\nthe grass<|end|>\n<|assistant|>\n")
-    assert tokenizer.decode(row["labels"]) == "green"
+    assert tokenizer.decode(row["labels"]) == "<s>green"  # this tokenizer begins every text so
 
 
 REFUSED = [

@@ -203,6 +203,7 @@ def test_held_out_rows(limit, held_out, train, validation):
     assert nothing is None
     if limit is None:
         # In the order of the file, without those held out.
+        assert alone["text"] == rows["text"]
         assert kept["text"] == [row["text"] for row in alone if row["text"] not in set(held["text"])]
     elif limit == 10:
         assert [row for row in kept if row["label"] == "red"] == [row for row in alone if row["label"] == "red"]
@@ -262,8 +263,8 @@ def test_fingerprint_sees_everything_that_changes_a_run():
 # ---- Mistakes -------------------------------------------------------------------------------------------------------
 
 
-def talking(*turns):
-    rows = Dataset.from_list([{"messages": [{"role": role, "content": "x"} for role in turns]}])
+def talking(*turns, content="x"):
+    rows = Dataset.from_list([{"messages": [{"role": role, "content": content} for role in turns]}])
     return Task("chat", rows, rows)
 
 
@@ -302,7 +303,11 @@ MISTAKES = [
     (lambda t: colour(metric="rougel"), "Unknown `metric` of task 'colour': 'rougel'. Did you mean 'rougeL'"),
     (lambda t: colour(cut="start"), "Unknown `cut` of task 'colour': 'start'"),
     (lambda t: colour(num_train_epochs=0), "`num_train_epochs` of task 'colour' must be a positive number, but got 0"),
-    (lambda t: colour(train_per_class="5"), "`train_per_class` of task 'colour' must be a positive number"),
+    (lambda t: colour(train_per_class="5"), "`train_per_class` of task 'colour' must be a positive whole number"),
+    (lambda t: colour(test_samples=2.5), "`test_samples` of task 'colour' must be a positive whole number"),
+    (lambda t: colour(text=None), "`text` of task 'colour' must be text, but got None. Put quotes around it"),
+    (lambda t: colour(config=1.0), "`config` of task 'colour' must be text, but got 1.0"),
+    (lambda t: Task(3, "x", "y"), "`name` of task 3 must be text"),
     (lambda t: colour(template="Answer:"), "`template` of task 'colour' must hold {text} once"),
     (lambda t: colour(template="{text} {name}"), "besides only {instruction} and {options}"),
     (lambda t: colour(template="{text"), "no format of plain {names}: '{text' .*Write {{ and }} for braces"),
@@ -330,6 +335,7 @@ MISTAKES = [
     (lambda t: Task("a", file(t, "x.jsonl", '{"text": "a", "la'), "y.jsonl").load("train"), "Cannot load the train"),
     (lambda t: Task("a", file(t, "x.json", '{"text": "a", "la'), "y.jsonl").load("train"), "Cannot load the train"),
     (lambda t: Task("a", file(t, "x.csv", ""), "y.jsonl").load("train"), "Cannot load the train rows of task 'a'"),
+    (lambda t: Task("a", file(t, "x.jsonl", ""), "y.jsonl").load("train"), "Cannot load the train rows of task 'a'"),
     (
         lambda t: Task("a", DatasetDict({"train": data(["x"])})).load("test"),
         r"There is no split 'test' for the test rows of task 'a'; found \['train'\]. Set `test_split`",
@@ -350,14 +356,19 @@ MISTAKES = [
     (lambda t: Task("a", data([["x"]]), "y").load("train"), r"hold the label \['x'\], but a row has one answer"),
     (lambda t: Task("a", data([]), "y").load("train"), "train split of task 'a' is empty. Give it at least"),
     (lambda t: Task("a", data(["x", None]), "y").load("train"), "Row 1 of the train rows of task 'a' has nothing in"),
+    (
+        lambda t: Task("a", data(["x"] * 40 + [None]), "y", train_per_class=50).load("train"),
+        "Row 40 of the train rows",  # where the file has it, although the rows are shuffled
+    ),
     (lambda t: colour(metric="accuracy", options=None).load("train"), "`metric: accuracy` of task 'colour' compares"),
     (lambda t: Task("a", data(["x"] * 4), "y").load_train(3), r"too few training rows \(4\) to hold out"),
-    (lambda t: talking("user").load("train"), "Row 0 of the train rows of task 'chat' must end with a turn"),
-    (lambda t: talking("user", "assistant", "user").load("train"), "which is the answer. Correct the row"),
-    (lambda t: talking("user", "tool", "assistant").load("train"), "is no conversation: each of `messages` has"),
+    (lambda t: talking("user").load("train"), "Row 0 of the train rows of task 'chat' is no conversation with"),
+    (lambda t: talking("user", "assistant", "user").load("train"), "its last turns must be one of the user and one"),
+    (lambda t: talking("user", "assistant", content=None).load("train"), "content of each of `messages` must be a text"),
+    (lambda t: talking("user", "tool", "assistant").load("train"), "needs a role, one of system, user, assistant"),
     (
         lambda t: Task("a", Dataset.from_dict({"messages": ["hello"]}), "y").load("train"),
-        "must end with a turn of the user",
+        "its last turns must be",
     ),
 ]  # fmt: skip
 
