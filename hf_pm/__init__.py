@@ -16,6 +16,7 @@ _HOMES = {
     "Task": "stream",
     "TaskStream": "stream",
     "UserError": "errors",
+    "from_hub": "history",
 }
 __all__ = [*_HOMES]
 

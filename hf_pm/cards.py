@@ -36,6 +36,8 @@ ALPHA = {
     "fixed": "the constant `merge_coefficient` of the\nrecipe; the first task is kept whole.",
     "last": "1, every update is kept whole.",
 }
+# Part of a parity certificate -> what it compares.
+COMPARED = {"folded": "merged with adapter", "reloaded": "release with merged"}
 TERMS = ("q", "p", "l", "g")
 PICTURE = "matrix.png"
 
@@ -317,8 +319,8 @@ def check_tags(tags: Any) -> None:
 def missing_base_id(path: str) -> str:
     """What to say when a run on a local base is to be pushed."""
     return (
-        f"`push_to_hub` is on, but the base is a local folder ({last_part(path)!r}), which nobody else has: cards and "
-        "adapters have to name its Hub id. Set `base_model_id: owner/name`, or train with `push_to_hub: false`."
+        f"The base is a local folder ({last_part(path)!r}), which nobody else has: to be pushed, cards and adapters "
+        "have to name its Hub id. Set `base_model_id` to `owner/name`, or train with `push_to_hub: false`."
     )
 
 
@@ -413,18 +415,18 @@ def public(value: Any) -> Any:
     return last_part(text) if _LOCAL_PATH.match(text) else text
 
 
-def _parity(records: Sequence[Any], seen: Sequence[str]) -> tuple[list[str], list[tuple[str, list[str]]]]:
-    """The parity certificates as a table: the names of its columns, and a row for each task that has one."""
-    known = [
-        (name, record) for name, record in zip(seen, records, strict=True) if isinstance(record, Mapping) and record
-    ]
-    keys = [
-        key
-        for key in dict.fromkeys(key for _, record in known for key in record)
-        if all(isinstance(record.get(key), int | float | str | None) for _, record in known)
-    ]
+def _parity(records: Sequence[Any], seen: Sequence[str]) -> tuple[list[str], list[list[str]]]:
+    """The parity certificates as a table: the names of its columns, and a row for each comparison."""
+    rows: list[dict[str, Any]] = []
+    for name, record in zip(seen, records, strict=True):
+        record = record if isinstance(record, Mapping) else {}
+        common = {key: value for key, value in record.items() if isinstance(value, int | float | str)}
+        for what in ("folded", "reloaded"):
+            if isinstance(record.get(what), Mapping):
+                rows.append({"task": name, "compared": COMPARED[what], **record[what], **common})
+    keys = list(dict.fromkeys(key for row in rows for key in row))
     names = [_markdown(key.replace("_", " ")) for key in keys]
-    return names, [(name, [_markdown(_number(record.get(key))) for key in keys]) for name, record in known]
+    return names, [[_markdown(_number(row.get(key))) for key in keys] for row in rows]
 
 
 def _mean(scores: Sequence[float | None]) -> float | None:

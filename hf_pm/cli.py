@@ -1,8 +1,9 @@
-"""`hf-pm`: run a recipe, the demo, a report, a comparison. Heavy imports wait until a command needs them."""
+"""`hf-pm`: run a recipe, publish it, go back in time, report. Heavy imports wait until a command needs them."""
 
 import argparse
 import os
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +19,14 @@ def main(argv: list[str] | None = None) -> int:
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
     try:
-        options.handler(options, rest)
+        code = options.handler(options, rest)
     except UserError as error:
         print(f"hf-pm: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("hf-pm: interrupted. Start the same command again to continue the run.", file=sys.stderr)
         return 130
-    return 0
+    return code or 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -49,7 +50,36 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("run", help="a run folder")
     compare = add("compare", compare_command, "Compare runs: one table and one page.")
     compare.add_argument("runs", nargs="+", help="run folders; seeds of one method are averaged")
-    compare.add_argument("--output", default="compare.html", help="the page to write")
+    compare.add_argument("--output", default="compare.html", help="the page to write; tables go beside it")
+    compare.add_argument("--baseline", help="method that the others are compared with; the first by default")
+
+    base = "folder or Hub id of the base, if it is not where the run found it"
+    release = add("release", release_command, "Write the release of a task, from base and ledger.")
+    release.add_argument("run", help="a run folder")
+    release.add_argument("--task", type=int, required=True, metavar="N", help="counted from 1")
+    release.add_argument("--to", metavar="DIR", help="new folder; releases/ of the run by default")
+    release.add_argument("--kind", choices=("merged", "adapter", "both"), help="the run's own by default")
+    release.add_argument("--base", help=base)
+    push = add("push", push_command, "Push every task that is not on the Hub yet: one commit and one tag each.")
+    push.add_argument("run", help="a run folder")
+    push.add_argument("--dry-run", action="store_true", help="list files and bytes and show the cards, send nothing")
+    push.add_argument("--hub_model_id", metavar="REPO", help="where to; the run's own by default")
+    push.add_argument("--private", action="store_true", default=None, help="if the repo is created")
+    push.add_argument("--base_model_id", metavar="ID", help="Hub id of a base that the run read from a local folder")
+    push.add_argument("--base", help=base)
+    text = "Bring a run back to an earlier task, exactly; or write what it would be without one task, scored again."
+    usage = "hf-pm rollback RUN (--to N [--weights_only] | --drop TASK --to_dir DIR [--key value ...])"
+    back = add("rollback", rollback_command, text, usage)
+    back.add_argument("run", help="a run folder")
+    back.add_argument("--to", type=int, metavar="N", help="number of tasks to keep")
+    back.add_argument("--weights_only", action="store_true", help="also if the curvature state of then was not kept")
+    back.add_argument("--drop", metavar="TASK", help="leave this task's update out, as a counterfactual")
+    back.add_argument("--to_dir", metavar="DIR", help="new folder for the counterfactual")
+    back.add_argument("--base", help=base)
+    text = "Check every hash, and derive every release again; exit code 1 if a file is wrong."
+    doctor = add("doctor", doctor_command, text)
+    doctor.add_argument("run_or_repo", help="a run folder, or the Hub id of a pushed run")
+    doctor.add_argument("--base", help=base)
     return parser
 
 
@@ -128,8 +158,90 @@ def compare_command(options: argparse.Namespace, overrides: list[str]) -> None:
 
     _refuse(overrides)
     folders = [_run_folder(run) for run in options.runs]
-    print(compare(folders).markdown)
-    print(write_comparison(folders, Path(options.output)))
+    print(compare(folders, baseline=options.baseline).markdown)
+    print(write_comparison(folders, Path(options.output), baseline=options.baseline))
+
+
+def release_command(options: argparse.Namespace, overrides: list[str]) -> None:
+    from .loading import quiet
+    from .releases import Releases
+
+    _refuse(overrides)
+    quiet()
+    releases = Releases.open(options.run, options.base)
+    to = Path(options.to) if options.to else None
+    if to is not None and to.exists():
+        raise UserError(f"{options.to!r} exists. Give a new folder with `--to`.")
+    print(releases.write(options.task, to, options.kind, releases.facts.repo_id))
+
+
+def push_command(options: argparse.Namespace, overrides: list[str]) -> int:
+    from .loading import quiet
+    from .outbox import Outbox
+
+    _refuse(overrides)
+    quiet()
+    outbox = Outbox.open(
+        options.run,
+        repo_id=options.hub_model_id,
+        base=options.base,
+        base_model_id=options.base_model_id,
+        private=options.private,
+    )
+    if options.dry_run:
+        for tag, files, card in outbox.preview():
+            print(f"{outbox.repo_id}, tag {tag}: {len(files)} files, {sum(size for _, size in files):,} bytes")
+            print("\n".join(f"{size:>15,}  {name}" for name, size in files))
+            print(f"\n{card}")
+        return 0
+    left = outbox.push_all()
+    for tag, record in outbox.pushed().items():
+        print(f"{outbox.repo_id}, tag {tag}: commit {record['commit']}")
+    return 1 if left else 0
+
+
+def rollback_command(options: argparse.Namespace, words: list[str]) -> None:
+    from .history import counterfactual, rollback
+
+    if (options.to is None) == (options.drop is None) or (options.drop is None) != (options.to_dir is None):
+        raise UserError("Say where to: `--to N` rolls back, `--drop TASK --to_dir DIR` writes a counterfactual.")
+    if options.to is not None:
+        _refuse(words)
+        dropped = rollback(options.run, options.to, weights_only=options.weights_only)
+        print(f"{options.run} is at task {options.to}. What came later is in {dropped}.")
+        return
+    from .config import parse_recipe
+    from .ledger import write_json
+    from .loading import build_trainer, quiet
+
+    def load(settings: dict[str, Any]) -> Any:
+        with tempfile.TemporaryDirectory() as place:
+            recipe = Path(place) / "recipe.yaml"
+            write_json(recipe, settings)  # JSON is YAML
+            return build_trainer(parse_recipe(recipe, words))
+
+    quiet()
+    record = counterfactual(options.run, options.drop, options.to_dir, load, base=options.base)
+    print(f"Counterfactual, not a state of the run: without {options.drop}, scored again.")
+    for name, score in record["scores"].items():
+        print(f"{name:<24} {record['run_scores'].get(name, float('nan')):.4f} -> {score:.4f}")
+    print(options.to_dir)
+
+
+def doctor_command(options: argparse.Namespace, overrides: list[str]) -> int:
+    from .doctor import examine
+    from .loading import quiet
+
+    _refuse(overrides)
+    quiet()
+    checked = wrong = 0
+    for finding in examine(options.run_or_repo, options.base):
+        checked += 1
+        wrong += finding.problem is not None and not finding.harmless
+        if finding.problem is not None:
+            print(f"{'note' if finding.harmless else 'wrong'}: {finding.file} {finding.problem}")
+    print(f"{checked} files checked, {wrong} wrong.")
+    return 1 if wrong else 0
 
 
 def _run_folder(name: str) -> Path:

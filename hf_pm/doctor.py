@@ -92,7 +92,7 @@ def _base(path: Path, base: str | None, facts: Facts) -> tuple[BaseCheckpoint | 
     try:
         checkpoint = base_of(path, facts, base)
     except UserError as error:
-        return None, [Finding(f"base {recorded['model']}", str(error))]
+        return None, [Finding(f"base {base or recorded['model']}", str(error))]
     return checkpoint, [
         Finding(f"base {file}", _check(checkpoint.folder, file, sha256).problem and "is not the base of run.json")
         for file, sha256 in recorded["sha256"].items()
@@ -102,7 +102,7 @@ def _base(path: Path, base: str | None, facts: Facts) -> tuple[BaseCheckpoint | 
 def _examine_release(folder: Path, releases: Releases) -> Iterator[Finding]:
     """One release on disk against the same release made again."""
     name = folder.relative_to(releases.path).as_posix()
-    number = next((n for n in releases.scored() if releases.tag(n) == folder.name), None)
+    number = next((n for n in releases.scored() if releases.facts.tag(n) == folder.name), None)
     if number is None:
         yield Finding(name, "belongs to no committed and evaluated task")
         return
@@ -146,7 +146,7 @@ def examine_repo(repo_id: str, base: str | None = None, token: str | None = None
             kind = "adapter" if "adapter_config.json" in hashes else "merged"
             kind = "both" if "adapter/adapter_config.json" in hashes else kind
             releases = Releases(path, Folder(checkpoint, ledger, facts.names), replace(facts, kind=kind))
-            number = next((n for n in releases.scored() if releases.tag(n) == tag), None)
+            number = next((n for n in releases.scored() if releases.facts.tag(n) == tag), None)
             if number is None:
                 yield Finding(tag, "is a tag of no task of the newest ledger")
                 continue

@@ -15,7 +15,6 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from . import adapters, report
 from .cards import public
 from .errors import UserError
-from .folding import Folder
 from .ledger import Entry, Ledger, read_json, sha256_file, write_bytes, write_json
 from .outbox import PUSHED
 from .publishing import explain
@@ -77,13 +76,13 @@ def rollback(run_dir: str | Path, to: int, *, weights_only: bool = False) -> Pat
     for file in (ledger.path, results):
         if file.is_file():
             shutil.copyfile(file, dropped / file.name)
-    releases = Releases(path, Folder(None, ledger, facts.names), facts)
     # First what was made from the later tasks and can be made again, then the ledger, then the tasks themselves.
-    _retire(path, releases, to, dropped)
+    _retire(path, facts, ledger, to, dropped)
     for old in [*_later(path, ("releases",), to), *_later(path, ("tasks",), done)]:
         _move(old, path, dropped)
     if results.is_file():
-        write_json(results, cut_results(read_json(results), to, releases.rows(to)))
+        recorded = read_json(results)
+        write_json(results, cut_results(recorded, to, facts.rows(recorded, to)))
     write_ledger(ledger.path, ledger.entries[:to])
     for old in _later(path, ("tasks", "curvature"), to):
         _move(old, path, dropped)
@@ -113,23 +112,23 @@ def _check_file(path: Path, name: str, sha256: str | None, task: str) -> None:
         )
 
 
-def _retire(path: Path, releases: Releases, to: int, dropped: Path) -> None:
+def _retire(path: Path, facts: Facts, ledger: Ledger, to: int, dropped: Path) -> None:
     """Take what the later tasks have in the outbox or on the Hub out of the way of those that will come."""
     outbox, file = path / "outbox", path / PUSHED
     pushed = read_json(file) if file.is_file() else {}
-    entries = releases.ledger.entries
-    later = {releases.tag(number) for number in range(to + 1, len(entries) + 1)}
+    entries = ledger.entries
+    later = {facts.tag(number) for number in range(to + 1, len(entries) + 1)}
     waiting = {item: read_json(item) for item in sorted(outbox.glob("task-*.json")) if item.stem in later}
     for repo_id in sorted(pushed.keys() | {item["repo_id"] for item in waiting.values()}):
         there = pushed.get(repo_id, {})
         # A waiting push may have come as far as its commit; none can while the task before it is still waiting.
         begun = {item["tag"] for item in waiting.values() if item["repo_id"] == repo_id}
-        if later & there.keys() or (begun and (not to or releases.tag(to) in there)):
+        if later & there.keys() or (begun and (not to or facts.tag(to) in there)):
             write_json(
                 outbox / f"rollback-{dropped.name}-{repo_id.replace('/', '--')}.json",
                 {
                     "repo_id": repo_id,
-                    "to": releases.tag(to) if to else None,
+                    "to": facts.tag(to) if to else None,
                     "retired": {tag: f"dropped-{dropped.name}-{tag}" for tag in sorted(later)},
                     "adapters": [entry.adapter_sha256 for entry in entries[to:]],
                 },
@@ -220,11 +219,10 @@ def _arrange(tree: Path, path: Path, repo_id: str, weights_only: bool) -> None:
     for name in ("run.json", "ledger.json", "results.json", FACTS):
         write_bytes(path / name, (source / name).read_bytes())
     ledger = Ledger(path)
-    releases = Releases(path, Folder(None, ledger, facts.names), facts)
     for number, entry in enumerate(ledger.entries, start=1):
         _check_places(entry, number, repo_id)
         folder = path / entry.adapter
-        shutil.copytree(tree / "adapters" / releases.tag(number), folder)
+        shutil.copytree(tree / "adapters" / facts.tag(number), folder)
         (folder / "README.md").unlink(missing_ok=True)
         name_base(folder, run["base"]["model"], run["base"]["revision"])
         shutil.copyfile(source / "tasks" / f"{number:02d}.json", folder.parent / "task.json")
@@ -256,8 +254,7 @@ def _tagged(repo_id: str, token: str | None, facts: Facts, count: int, commit: s
     """The tags of the restored tasks, as `pushed.json` records them."""
     api = HfApi(token=token)
     known = {ref.name for ref in api.list_repo_refs(repo_id).tags}
-    releases = Releases(Path(), Folder(None, None, facts.names), facts)
-    tags = [tag for number in range(1, count + 1) if (tag := releases.tag(number)) in known]
+    tags = [tag for number in range(1, count + 1) if (tag := facts.tag(number)) in known]
     return {tag: {"commit": api.model_info(repo_id, revision=tag).sha, "tries": 0} for tag in tags}
 
 

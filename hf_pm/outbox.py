@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.trainer_utils import HubStrategy
 
 from . import publishing
-from .cards import Card, missing_base_id
+from .cards import Card, check_repo_id, missing_base_id
 from .config import PMConfig
 from .errors import UserError
 from .ledger import read_json, sync_folder, write_json
@@ -96,18 +96,77 @@ class Outbox:
             known = Facts.read(run.path)
             facts = replace(facts, license=facts.license or known.license, repo_id=repo_id or known.repo_id)
         releases = Releases(run.path, run.folder, facts)
-        folders = [run.path / "releases" / releases.tag(n) for n in range(1, len(run.stages) + 1)]
+        folders = [run.path / "releases" / releases.facts.tag(n) for n in range(1, len(run.stages) + 1)]
         missing = sum(not folder.is_dir() for folder in folders) if facts.kind != "none" else repo_id is not None
         kind = "merged" if facts.kind == "none" else facts.kind
         check_space(run.path, missing * releases.bytes_needed(kind), f"Writing {missing} release(s) of this run")
         at_end = args.hub_strategy == HubStrategy.END
         outbox = cls(releases, repo_id, args.hub_token, at_end)
         if repo_id is not None:
-            outbox._check_hub(args, run.results)
+            outbox._check_hub(run.results)
         outbox._record(tokenizer)
         return outbox
 
-    def _check_hub(self, args: PMConfig, results: dict[str, Any]) -> None:
+    @classmethod
+    def open(
+        cls,
+        path: str | Path,
+        *,
+        repo_id: str | None = None,
+        base: str | None = None,
+        base_model_id: str | None = None,
+        private: bool | None = None,
+        token: str | None = None,
+    ) -> "Outbox":
+        """The outbox of a run folder that no process is training in; what is given replaces what the run recorded.
+
+        Args:
+            path (`str` or `Path`): The run folder.
+            repo_id (`str`, *optional*): Where to push.
+            base (`str`, *optional*): Folder or Hub id of the base, if it is not where the run found it.
+            base_model_id (`str`, *optional*): Hub id of a base that the run read from a local folder.
+            private (`bool`, *optional*): Visibility of a repository that is created.
+            token (`str`, *optional*): Access token; the client's stored one by default.
+
+        Raises:
+            UserError: If the run says neither where to push nor what its base is called on the Hub, or a file of it
+                is missing or altered.
+        """
+        releases = Releases.open(path, base)
+        known = releases.facts
+        facts = replace(
+            known,
+            repo_id=repo_id or known.repo_id,
+            base_model=base_model_id or known.base_model,
+            private=known.private if private is None else private,
+        )
+        if facts.repo_id is None:
+            raise UserError(f"{str(path)!r} was not pushed anywhere yet. Say where to: `--hub_model_id owner/name`.")
+        check_repo_id(facts.repo_id)
+        if facts.base_model is None:
+            raise UserError(missing_base_id(facts.base_name))
+        releases.facts = facts
+        return cls(releases, facts.repo_id, token)
+
+    def push_all(self) -> list[str]:
+        """Push every task that is committed and evaluated, and not on the Hub yet.
+
+        Returns:
+            `list[str]`: As [`finish`].
+
+        Raises:
+            UserError: No token, no write access, or a repository that holds something else.
+        """
+        numbers = self.releases.scored()
+        if not numbers:
+            raise UserError(f"{str(self.releases.path)!r} has no task that is committed and scored. Train one first.")
+        self._check_hub(self.releases.results())
+        self.releases.facts.write(self.releases.path)
+        for number in numbers:
+            self.enqueue(number)
+        return self.finish()
+
+    def _check_hub(self, results: dict[str, Any]) -> None:
         facts = self.releases.facts
         if not facts.license:
             asked = publishing.base_license(facts.base_model, facts.base_revision, self.token)
@@ -127,8 +186,8 @@ class Outbox:
             self.repo_id,
             card.render(),
             token=self.token,
-            private=args.hub_private_repo,
-            revision=args.hub_revision,
+            private=facts.private,
+            revision=facts.revision,
             owned=self._owned(),
         )
         self.releases.facts = replace(facts, repo_id=self.repo_id)
@@ -157,7 +216,7 @@ class Outbox:
         """
         if self.releases is None:
             return
-        tag = self.releases.tag(number)
+        tag = self.releases.facts.tag(number)
         self.unwritten.pop(tag, None)
         try:
             if self.releases.facts.kind != "none" and not (self.releases.path / "releases" / tag).is_dir():
@@ -177,7 +236,7 @@ class Outbox:
         """
         if self.releases is None or self.repo_id is None:
             return
-        tag = self.releases.tag(number)
+        tag = self.releases.facts.tag(number)
         item, folder = self.path / f"{tag}.json", self.path / tag
         if tag in self.pushed():
             return
@@ -212,7 +271,10 @@ class Outbox:
         if self.waiting():
             with disable_progress_bars():
                 self.flush()
-        run, tags = self.releases.path, [self.releases.tag(n) for n in range(1, len(self.releases.facts.stages) + 1)]
+        run, tags = (
+            self.releases.path,
+            [self.releases.facts.tag(n) for n in range(1, len(self.releases.facts.stages) + 1)],
+        )
         left = [f"{tag} is not on {self.repo_id}: {reason}" for tag, reason in self.reasons.items()]
         left = [f"{line} Finish with: hf-pm push {run}" for line in left]
         for tag, reason in self.unwritten.items():
@@ -325,7 +387,7 @@ class Outbox:
         shown = []
         pushed = self.pushed()
         for number in self.releases.scored():
-            tag = self.releases.tag(number)
+            tag = self.releases.facts.tag(number)
             if tag in pushed:
                 continue
             with tempfile.TemporaryDirectory(prefix=".preview", dir=self.releases.path) as folder:

@@ -113,6 +113,15 @@ class Facts:
         """How the base may be called in public."""
         return self.base_model or self.base_name
 
+    def tag(self, number: int) -> str:
+        """Tag, and name of the release, of training run `number`."""
+        return release_tag(number, self.stages[number - 1])
+
+    def rows(self, results: Mapping[str, Any], number: int) -> int:
+        """Number of rows of the matrix after training run `number`: joint training scores all tasks at once."""
+        joint = len(self.stages) != len(results["tasks"])
+        return len(results["matrix"]) if joint and number else number
+
     def write(self, path: Path) -> None:
         write_json(path / FACTS, asdict(self))
 
@@ -159,7 +168,7 @@ def cut_results(results: Mapping[str, Any], stages: int, rows: int) -> dict[str,
     if "panel" in results:
         cut["panel"] = [record for record in results["panel"] if record["after"] <= rows]
     if rows < len(results["matrix"]):
-        cut["metrics"] = summarize(cut["matrix"], results["base_row"] or None)
+        cut["metrics"] = summarize(cut["matrix"], results["base_row"], counts=results.get("eval_samples"))
     return cut
 
 
@@ -214,19 +223,11 @@ class Releases:
         path = self.path / "results.json"
         return read_json(path) if path.is_file() else {"matrix": [], "tasks": self.facts.stages}
 
-    def rows(self, number: int) -> int:
-        """Number of rows of the matrix after training run `number`: joint training scores all tasks at once."""
-        results = self.results()
-        joint = len(self.facts.stages) != len(results["tasks"])
-        return len(results["matrix"]) if joint and number else number
-
-    def tag(self, number: int) -> str:
-        return release_tag(number, self.facts.stages[number - 1])
-
     def scored(self) -> list[int]:
         """Numbers of the tasks that are committed and evaluated, hence can be released."""
-        matrix = self.results()["matrix"]
-        return [n for n in range(1, len(self.ledger) + 1) if 0 < self.rows(n) <= len(matrix)]
+        results = self.results()
+        rows = {number: self.facts.rows(results, number) for number in range(1, len(self.ledger) + 1)}
+        return [number for number, count in rows.items() if 0 < count <= len(results["matrix"])]
 
     def check_number(self, number: int) -> None:
         """
@@ -241,15 +242,15 @@ class Releases:
 
     def card(self, number: int, kind: str, repo_id: str | None, restorable: bool = False) -> Card:
         """The card of the release of a task."""
-        run, facts = read_json(self.path / "run.json"), self.facts
-        rows = self.rows(number)
+        run, facts, results = read_json(self.path / "run.json"), self.facts, self.results()
+        rows = facts.rows(results, number)
         datasets = dict.fromkeys(name for names in facts.datasets[:number] for name in names)
         return Card(
-            results=cut_results(self.results(), number, rows),
+            results=cut_results(results, number, rows),
             task_number=rows,
             base_model=facts.base_model,
             base_name=facts.base_name,
-            tag=self.tag(number),
+            tag=facts.tag(number),
             base_revision=facts.base_revision,
             repo_id=repo_id,
             license=facts.license,
@@ -297,7 +298,7 @@ class Releases:
         self.check_number(number)
         kind = kind or self.facts.kind
         kind = "merged" if kind == "none" else kind
-        folder = to or self.path / "releases" / self.tag(number)
+        folder = to or self.path / "releases" / self.facts.tag(number)
         check_space(folder, self.bytes_needed(kind), f"The release of task {number}")
         with _whole(folder) as part:
             if kind != "adapter":
@@ -344,14 +345,14 @@ class Releases:
         """
         self.check_number(number)
         with _whole(to) as part:
-            release = self.path / "releases" / self.tag(number)
+            release = self.path / "releases" / self.facts.tag(number)
             if release.is_dir():
                 shutil.copytree(release, part, copy_function=_link, dirs_exist_ok=True)
             else:
                 self.write(number, part, repo_id=repo_id)
             kind = kind_of(part)
             for k, entry in enumerate(self.ledger.entries[:number], start=1):
-                self._stage_adapter(part / "adapters" / self.tag(k), k, entry, kind, repo_id)
+                self._stage_adapter(part / "adapters" / self.facts.tag(k), k, entry, kind, repo_id)
                 record = self.path / "tasks" / Path(entry.adapter).parent.name / "task.json"
                 _link(record, part / "hf_pm" / "tasks" / f"{k:02d}.json")
             newest = self.ledger.entries[number - 1]
@@ -362,7 +363,8 @@ class Releases:
             run, facts = read_json(self.path / "run.json"), replace(self.facts, repo_id=repo_id)
             run["recipe"] = public_recipe(run["recipe"], facts)
             run["base"] |= {"model": facts.base, "revision": facts.base_revision}
-            results = cut_results(self.results(), number, self.rows(number)) | {"base_model": facts.base}
+            results = self.results()
+            results = cut_results(results, number, facts.rows(results, number)) | {"base_model": facts.base}
             write_json(part / "hf_pm" / "run.json", public(run))
             write_json(part / "hf_pm" / "results.json", results)
             write_json(part / "hf_pm" / FACTS, asdict(facts))
@@ -377,13 +379,15 @@ class Releases:
         first = number == 1 or entry.start == "base"
         on = facts.base, facts.base_revision
         if not first and kind != "adapter":
-            on = repo_id, self.tag(number - 1)
+            on = repo_id, self.facts.tag(number - 1)
         name_base(folder, *on)
         named = f"{facts.base} (revision {facts.base_revision})" if facts.base_revision else facts.base
-        state = "it" if first else f"its state after the tasks before (`{repo_id}`, tag `{self.tag(number - 1)}`)"
+        state = (
+            "it" if first else f"its state after the tasks before (`{repo_id}`, tag `{self.facts.tag(number - 1)}`)"
+        )
         relation = f"base_model: {facts.base_model}\nbase_model_relation: adapter\n" if facts.base_model else ""
         (folder / "README.md").write_text(
-            f"---\n{relation}library_name: peft\ntags:\n- hf-pm\n---\n\n# {self.tag(number)}\n\nThe update that task "
+            f"---\n{relation}library_name: peft\ntags:\n- hf-pm\n---\n\n# {facts.tag(number)}\n\nThe update that task "
             f"{number} ({entry.name}) of a stream learned, as it was trained. Root base: {named}; it was trained on "
             f"{state}. Of this update the fraction {entry.coefficient:.6g} was kept.\n",
             encoding="utf-8",

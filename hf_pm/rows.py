@@ -60,8 +60,6 @@ class StreamRows:
         train_rows, validation_rows = zip(*(task.load_train(args.validation_samples) for task in tasks), strict=True)
         # Of all rows, not of those drawn with this run's seed: runs that differ in the seed alone must be comparable.
         limits = (args.max_train_samples, args.max_eval_samples)
-        if args.validation_samples is not None:
-            limits = (*limits, args.validation_samples)
         splits = list(zip(train_rows, test_rows, validation_rows, strict=True))
         self.fingerprint = fingerprint(tasks, splits, limits, encoder.described)
         same = self._equal_splits(splits, args)

@@ -81,7 +81,7 @@ def read_header(path: str | Path) -> Header:
             raise _refused(path, f"it ends after {size} bytes")
         (header_size,) = struct.unpack("<Q", start)
         if header_size > min(size - 8, MAX_HEADER):
-            if start[:2] == b"PK" or start[:1] == b"\x80":
+            if start[:2] == b"PK" or (start[0] == 0x80 and start[1] < 6):
                 raise _refused(path, "it is a zip archive or a pickle, which can run code when it is read")
             raise _refused(path, f"its header claims {header_size} bytes of a file of {size}")
         raw = handle.read(header_size)

@@ -1,18 +1,28 @@
-"""Writing a merged checkpoint against copying it: time and peak memory, in interleaved pairs of fresh processes.
+"""Writing a merged checkpoint against copying it: time and peak memory.
 
-OMP_NUM_THREADS=1 python scripts/benchmark_folding.py --output folding.json
+    python scripts/benchmark_folding.py --output folding.json
+
+Builds a Llama-shaped bf16 checkpoint in three shards and a ledger of adapters on all of its linear layers, in a
+temporary folder. Each measurement runs in a fresh process, in rounds that go through all of them, since a machine's
+speed drifts: `cp -r`, and the fold with each number of torch threads (one worker a thread). Ratios are throughput of
+the fold over that of `cp` in the same round, in wall seconds and in CPU seconds. A fold ends when its files are on the
+disk, `cp` when they are in memory; so its ratio to `cp` with `fsync` is given too. `--mergekit` times mergekit's
+linear merge of the base and the folded checkpoint beside them.
 """
 
 import argparse
 import json
 import os
+import platform
 import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -31,7 +41,7 @@ LINEAR = {
 
 
 def build_checkpoint(folder: Path, size: float) -> list[str]:
-    """Write a Llama of random bfloat16 weights, about `size` GB in three shards; returns the names of its linear layers."""
+    """Write a Llama of random bfloat16 weights, about `size` GB in three shards; returns its linear layers' names."""
     from transformers import LlamaConfig
 
     from hf_pm.ledger import write_json
@@ -97,8 +107,16 @@ def build_run(folder: Path, linear: list[str], tasks: int, rank: int) -> None:
         ledger.commit(Entry(f"task{number}", 1 / number, path, sha256_file(adapter / WEIGHTS)))
 
 
+def peak_memory() -> int:
+    """Highest resident memory of this process so far, mapped pages included."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM"):
+            return int(line.split()[1]) * 1024
+    raise OSError("/proc/self/status has no VmHWM")
+
+
 def fold(base: Path, run: Path, target: Path, threads: int) -> dict[str, float]:
-    """Fold in this process; seconds of the fold alone, and the process's peak memory, imports included."""
+    """Fold in this process; time of the fold alone, and the process's peak memory before it and after."""
     from hf_pm.adapters import StoredAdapter
     from hf_pm.folding import BaseCheckpoint, Folder
     from hf_pm.ledger import Ledger
@@ -113,25 +131,154 @@ def fold(base: Path, run: Path, target: Path, threads: int) -> dict[str, float]:
     return {
         "seconds": time.perf_counter() - started,
         "cpu_seconds": time.process_time() - cpu,
-        "peak_bytes": peak_memory(),
-        "before_bytes": before,
+        "memory_before": before,
+        "memory_peak": peak_memory(),
     }
 
 
-def peak_memory() -> int:
-    """Highest resident memory of this process so far, mapped pages included."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM"):
-            return int(line.split()[1]) * 1024
-    raise OSError("/proc/self/status has no VmHWM")
+def timed(command: Sequence[str], folder: Path | None = None) -> dict[str, float]:
+    """Wall and CPU seconds of a command; with `folder`, also wall seconds until that is on the disk."""
+    with tempfile.TemporaryFile("w+") as said:
+        started = time.perf_counter()
+        process = subprocess.Popen(command, stdout=said, stderr=said)
+        _, status, usage = os.wait4(process.pid, 0)
+        measured = {"seconds": time.perf_counter() - started, "cpu_seconds": usage.ru_utime + usage.ru_stime}
+        if status:
+            said.seek(0)
+            raise RuntimeError(f"{command[0]} failed: {said.read()[-2000:]}")
+    # A process inherits the mark of the one that started it; below that, nothing is known.
+    if usage.ru_maxrss * 1024 > peak_memory():
+        measured["memory_peak"] = usage.ru_maxrss * 1024
+    if folder is not None:
+        for path in folder.iterdir():
+            with open(path, "rb") as handle:
+                os.fsync(handle.fileno())
+        measured["durable_seconds"] = time.perf_counter() - started
+    return measured
 
 
-def copy(base: Path, target: Path) -> dict[str, float]:
-    """`cp -r`, and how long it takes until the copies are on the disk (which the fold waits for)."""
-    started = time.perf_counter()
-    subprocess.run(["cp", "-r", base, target], check=True)
-    copied = time.perf_counter() - started
-    for path in target.iterdir():
-        with open(path, "rb") as handle:
-            os.fsync(handle.fileno())
-    return {"seconds": copied, "durable_seconds": time.perf_counter() - started}
+def fold_elsewhere(base: Path, run: Path, target: Path, threads: int) -> dict[str, float]:
+    """`fold` in a fresh process."""
+    command = [sys.executable, __file__, "--fold", base, run, target, str(threads)]
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if done.returncode:
+        raise RuntimeError(f"The fold failed: {done.stderr[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+MERGEKIT = """merge_method: linear
+dtype: bfloat16
+models:
+  - {{model: {base}, parameters: {{weight: 0.5}}}}
+  - {{model: {folded}, parameters: {{weight: 0.5}}}}
+"""
+
+
+def mergekit_linear(executable: str, base: Path, folded: Path, target: Path) -> dict[str, float]:
+    """mergekit's linear merge of two checkpoints, start-up included."""
+    recipe = target.with_suffix(".yaml")
+    recipe.write_text(MERGEKIT.format(base=base, folded=folded))
+    return timed([executable, str(recipe), str(target), "--no-copy-tokenizer", "--lazy-unpickle"])
+
+
+def compare_folding(
+    rounds: int,
+    threads: Sequence[int],
+    *,
+    size: float = 1.5,
+    tasks: int = 2,
+    rank: int = 16,
+    mergekit: str | None = None,
+) -> dict[str, Any]:
+    """Build, measure and print; what `--output` writes.
+
+    Args:
+        rounds (`int`): Every measurement is made once a round.
+        threads (`Sequence[int]`): Numbers of torch threads to fold with.
+        size (`float`): Of the checkpoint in GB.
+        tasks (`int`): Adapters in the ledger.
+        rank (`int`): Of each.
+        mergekit (`str`, *optional*): The executable `mergekit-yaml`.
+    """
+    with tempfile.TemporaryDirectory(prefix="hf-pm-folding-") as temporary:
+        root = Path(temporary)
+        base, run, target = root / "base", root / "run", root / "target"
+        build_run(run, build_checkpoint(base, size), tasks, rank)
+        stored = sum(path.stat().st_size for path in base.iterdir())
+        measures = {"cp": lambda: timed(["cp", "-r", str(base), str(target)], target)}
+        for count in threads:
+            measures[f"fold, {count} thread{'s' * (count > 1)}"] = lambda count=count: fold_elsewhere(
+                base, run, target, count
+            )
+        if mergekit:
+            fold_elsewhere(base, run, root / "folded", 1)
+            measures["mergekit"] = lambda: mergekit_linear(mergekit, base, root / "folded", target)
+        samples: dict[str, list[dict[str, float]]] = {name: [] for name in measures}
+        names = list(measures)
+        for number in range(rounds):
+            for name in names if number % 2 == 0 else reversed(names):
+                shutil.rmtree(target, ignore_errors=True)
+                # What an earlier measurement still has to write would slow this one down.
+                os.sync()
+                samples[name].append(measures[name]())
+    results: dict[str, Any] = {"bytes": stored, "tasks": tasks, "rank": rank, "rounds": rounds, "machine": machine()}
+    print(f"{stored / 1e9:.2f} GB in {SHARDS} shards, {tasks} tasks of rank {rank}, {rounds} rounds; {machine()}")
+    print(f"{'':20s}{'wall s':>20s}{'CPU s':>20s}{'x cp':>8s}{'x cp+fsync':>12s}{'x cp CPU':>10s}{'peak MB':>9s}")
+    for name, made in samples.items():
+        ratios = {
+            "throughput_over_cp": paired(samples["cp"], made, "seconds", "seconds"),
+            "throughput_over_durable_cp": paired(samples["cp"], made, "durable_seconds", "seconds"),
+            "cpu_throughput_over_cp": paired(samples["cp"], made, "cpu_seconds", "cpu_seconds"),
+        }
+        memory = max((sample.get("memory_peak", 0) for sample in made), default=0)
+        spans = [spread([sample[key] for sample in made]) for key in ("seconds", "cpu_seconds")]
+        print(f"{name:20s}{spans[0]:>20s}{spans[1]:>20s}", end="")
+        print("".join(f"{ratio:{w}.2f}" for ratio, w in zip(ratios.values(), (8, 12, 10), strict=True)), end="")
+        print(f"{memory / 1e6:9.0f}" if memory else f"{'':9s}")
+        results[name] = {"samples": made, **ratios}
+    return results
+
+
+def paired(reference: list[dict[str, float]], made: list[dict[str, float]], key: str, own: str) -> float:
+    """Median over the rounds of the reference's seconds over ours: above 1 we are faster."""
+    return statistics.median(cp[key] / sample[own] for cp, sample in zip(reference, made, strict=True))
+
+
+def spread(values: list[float]) -> str:
+    return f"{statistics.median(values):.2f} ({min(values):.2f}-{max(values):.2f})"
+
+
+def machine() -> str:
+    return f"{os.cpu_count()} CPUs, load {os.getloadavg()[0]:.1f}, torch {torch.__version__}, {platform.system()}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", type=float, default=1.5, help="GB of the checkpoint")
+    parser.add_argument("--tasks", type=int, default=2)
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--mergekit", help="the executable mergekit-yaml of an environment of its own")
+    parser.add_argument("--output", type=Path, help="JSON file")
+    parser.add_argument("--fold", nargs=4, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.fold:
+        base, run, target, threads = options.fold
+        print(json.dumps(fold(Path(base), Path(run), Path(target), int(threads))))
+        return
+    results = compare_folding(
+        options.rounds,
+        options.threads,
+        size=options.size,
+        tasks=options.tasks,
+        rank=options.rank,
+        mergekit=options.mergekit,
+    )
+    if options.output:
+        options.output.write_text(json.dumps(results, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

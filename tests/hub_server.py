@@ -10,6 +10,7 @@ import json
 import os
 import re
 import signal
+import sys
 import threading
 import time
 from collections import Counter
@@ -124,8 +125,8 @@ class HubServer:
     `repos`, `requests` (a counter of `"METHOD path"`), `received` (bytes of each LFS object, by its sha256),
     `lfs_bytes` (their sum), `faults` (how many hit) and `commits` (the initial commit of a repository not counted) may
     be read at any time. `before_commit` and `after_commit`, when set, are called with the repository around each
-    commit: somebody else's push that comes just before, or right behind. `foreign` names owners whose repositories
-    nobody here may create or write.
+    commit: somebody else's push that comes just before, or right behind; `on_request` before each request. `foreign`
+    names owners whose repositories nobody here may create or write, `victim` the process that a fault with `kill` ends.
     """
 
     def __init__(self, token: str | None = None, reader: str | None = None) -> None:
@@ -138,6 +139,7 @@ class HubServer:
         self.received: Counter[str] = Counter()
         self.faults: Counter[str] = Counter()
         self.commits = 0
+        self.on_request: Callable[[], object] | None = None
         self.before_commit: Callable[[Repo], object] | None = None
         self.after_commit: Callable[[Repo], object] | None = None
         self.lock = threading.RLock()
@@ -387,6 +389,8 @@ class _Handler(BaseHTTPRequestHandler):
         body = self.read_body()
         path = urlsplit(self.path).path
         with self.hub.lock:
+            if self.hub.on_request:
+                self.hub.on_request()
             self.hub.requests[f"{self.command} {path}"] += 1
             fault = self.hub.take_fault(self.command, path)
         if fault is not None and fault.seconds:
@@ -469,6 +473,8 @@ def connect(server: HubServer, monkeypatch: Any, cache: Any, token: str | None =
     from huggingface_hub import constants, hf_api
 
     monkeypatch.setattr(hf_api.api, "endpoint", server.endpoint)
+    if "transformers.utils.hub" in sys.modules:
+        monkeypatch.setattr(sys.modules["transformers.utils.hub"], "_hf_api", None)
     settings = {
         "ENDPOINT": server.endpoint,
         "HUGGINGFACE_CO_URL_TEMPLATE": server.endpoint + "/{repo_id}/resolve/{revision}/{filename}",

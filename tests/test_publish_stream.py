@@ -1,18 +1,27 @@
-"""A whole stream pushed task by task to the stand-in Hub, then read back by a process that knows no hf_pm."""
+"""Whole streams, pushed task by task to the stand-in Hub, as a person at the command line meets it."""
 
 import json
+import logging
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import yaml
-from hub_server import HubServer
+from hub_server import Blob, HubServer, connect
 from test_cli import recipe  # noqa: F401 - a fixture
+
+from hf_pm import publishing
+from hf_pm.cli import main
+from hf_pm.ledger import read_json, sha256_file
+from hf_pm.publishing import release_files
 
 
 ROOT = Path(__file__).parent.parent
+TAGS = ["task-01-colour", "task-02-mood"]
 
 # Greedy generation with plain transformers; the prompt is written out here, not imported.
 SCORE = """
@@ -48,9 +57,26 @@ def server():
         yield hub
 
 
-def run(server, tmp_path, words, cwd=None):
+@pytest.fixture
+def here(server, monkeypatch, tmp_path):
+    """The stand-in as this process's own Hub."""
+    monkeypatch.setattr(publishing, "FIRST_WAIT", 0.01)
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
+    connect(server, monkeypatch, tmp_path / "cache")
+    yield server
+    logging.getLogger("hf_pm").setLevel(logging.NOTSET)
+
+
+def host_base(server: HubServer, folder: Path) -> None:
+    """Make the base model a repository of the stand-in, `me/base`, under the MIT license."""
+    server.create_repo(b'{"name": "base", "organization": "me"}')
+    files = {name: Blob(path.read_bytes(), name.endswith("s")) for name, path in release_files(folder).items()}
+    server.repos["me/base"].commit("main", "the base", files | {"README.md": Blob(b"---\nlicense: mit\n---\n")})
+
+
+def child_environment(server: HubServer, tmp_path: Path) -> dict[str, str]:
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "TRANSFORMERS_"))}
-    environment |= {
+    return environment | {
         "HF_ENDPOINT": server.endpoint,
         "HF_HOME": str(tmp_path / "hf_home"),
         "HF_TOKEN": "hf_right",
@@ -58,65 +84,203 @@ def run(server, tmp_path, words, cwd=None):
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": str(ROOT),
     }
+
+
+def run(server, tmp_path, words, cwd=None):
+    environment = child_environment(server, tmp_path)
     return subprocess.run(
-        [sys.executable, *words], env=environment, capture_output=True, text=True, timeout=120, cwd=cwd
+        [sys.executable, *words], env=environment, capture_output=True, text=True, timeout=300, cwd=cwd
     )
 
 
 def test_every_task_is_one_commit_one_tag_and_loads_with_plain_transformers(server, tmp_path, recipe):  # noqa: F811
     path, values = recipe
+    host_base(server, tmp_path / "model")
     values |= {"push_to_hub": True, "hub_model_id": "me/stream", "hub_private_repo": True, "num_train_epochs": 20}
-    path.write_text(yaml.safe_dump(values))
+    path.write_text(yaml.safe_dump(values | {"model_name_or_path": "me/base"}))
+    server.fail_next("POST", "/api/models/me/stream/commit/", 0, after=True)
     done = run(server, tmp_path, ["-m", "hf_pm.cli", "run", str(path)])
     assert done.returncode == 0, done.stderr
     repo = server.repos["me/stream"]
-    assert repo.private and list(repo.tags) == ["task-01-colour", "task-02-mood"]
-    assert repo.branches["main"] == repo.tags["task-02-mood"] != repo.tags["task-01-colour"]
-    assert server.commits == 2
-    assert not list((tmp_path / "run" / "outbox").glob("*"))
+    assert repo.private and list(repo.tags) == TAGS
+    assert repo.branches["main"] == repo.tags[TAGS[1]] != repo.tags[TAGS[0]]
+    assert server.commits == 2 and not list((tmp_path / "run" / "outbox").glob("*"))
+    files = repo.resolve(TAGS[1]).files
+    card = files["README.md"].data.decode()
+    head = server.repos["me/base"].branches["main"]
+    assert "base_model: me/base\n" in card and f"me/base (revision {head})" in card
+    assert "license: mit\n" in card and "matrix.png" in files
 
     tasks = [task | {"test": str(tmp_path / task["test"])} for task in values["tasks"]]
-    child = run(server, tmp_path, ["-c", SCORE, json.dumps(tasks), "task-01-colour", "task-02-mood", "main"], tmp_path)
+    child = run(server, tmp_path, ["-c", SCORE, json.dumps(tasks), *TAGS, "main"], tmp_path)
     assert child.returncode == 0, child.stderr
     answer = json.loads(child.stdout.splitlines()[-1])
-    matrix = json.loads((tmp_path / "run" / "results.json").read_text())["matrix"]
+    matrix = read_json(tmp_path / "run" / "results.json")["matrix"]
     assert max(max(row) for row in matrix) > 0.3
-    for revision, number in (("task-01-colour", 1), ("task-02-mood", 2), ("main", 2)):
+    for revision, number in ((TAGS[0], 1), (TAGS[1], 2), ("main", 2)):
         generated, on_card = answer[revision]
         assert generated[:number] == pytest.approx(matrix[number - 1])
         assert on_card == pytest.approx(matrix[number - 1], abs=5e-5)
     for file in (tmp_path / "run").rglob("*"):
         if file.is_file():
             assert b"hf_right" not in file.read_bytes(), file
+    for name, blob in {name: blob for tag in TAGS for name, blob in repo.resolve(tag).files.items()}.items():
+        assert str(tmp_path).encode() not in blob.data and b"hf_right" not in blob.data, name
 
 
-@pytest.mark.parametrize("fault", [500, 0])  # an error answer, a dropped connection
-def test_a_failed_push_costs_nothing_and_is_made_up_for(fault, server, tmp_path, recipe):  # noqa: F811
+def test_a_hub_that_is_down_costs_nothing_and_is_made_up_for(here, tmp_path, recipe, capsys, caplog):  # noqa: F811
     path, values = recipe
-    values |= {"push_to_hub": True, "hub_model_id": "me/stream"}
+    values |= {"push_to_hub": True, "hub_model_id": "me/stream", "base_model_id": "me/base"}
     path.write_text(yaml.safe_dump(values))
-    server.fail_next("POST", "/api/models/me/stream/commit/", fault, times=2)
-    done = run(server, tmp_path, ["-m", "hf_pm.cli", "run", str(path)])
-    assert done.returncode == 0, done.stderr
-    assert "Pushing task-01-colour to me/stream failed" in done.stderr
-    run_dir = tmp_path / "run"
-    assert len(json.loads((run_dir / "results.json").read_text())["matrix"]) == 2
+    here.fail_next("POST", "/api/models/me/stream/commit/", 500, times=100)
+    folder = tmp_path / "run"
+    with caplog.at_level(logging.WARNING):
+        assert main(["run", str(path)]) == 0
+    for tag in TAGS:
+        assert re.search(rf"{tag} is not on me/stream: HTTP 500: .* Finish with: hf-pm push {folder}", caplog.text)
+    assert len(read_json(folder / "results.json")["matrix"]) == 2 and here.commits == 0
+    assert main(["push", str(folder)]) == 1
+    here._faults.clear()
 
-    again = run(server, tmp_path, ["-m", "hf_pm.cli", "run", str(path)])
-    assert again.returncode == 0, again.stderr
-    assert list(server.repos["me/stream"].tags) == ["task-01-colour", "task-02-mood"]
-    assert server.commits == 2 and not list((run_dir / "outbox").glob("*"))
+    capsys.readouterr()
+    assert main(["push", str(folder), "--dry-run"]) == 0
+    shown = capsys.readouterr().out
+    assert here.commits == 0
+    for tag in TAGS:
+        size = (folder / "releases" / tag / "model.safetensors").stat().st_size
+        assert f"me/stream, tag {tag}: " in shown and f"{size:>15,}  model.safetensors\n" in shown
+        assert f'revision="{tag}"' in shown
+
+    # Either the same command again, or the one that the message names.
+    assert main(["push", str(folder)]) == 0
+    assert f"me/stream, tag {TAGS[1]}: commit {here.repos['me/stream'].tags[TAGS[1]]}" in capsys.readouterr().out
+    assert list(here.repos["me/stream"].tags) == TAGS and here.commits == 2
+    assert main(["run", str(path)]) == 0 and main(["push", str(folder)]) == 0
+    assert here.commits == 2 and not list((folder / "outbox").glob("*"))
 
 
-@pytest.mark.parametrize(
-    ("change", "status"), [({"hub_model_id": "a/b/c"}, None), ({"hub_model_id": "me/stream"}, 403), ({}, 0)]
-)
-def test_a_repo_that_cannot_be_had_stops_before_training(change, status, server, tmp_path, recipe):  # noqa: F811
+def test_a_run_that_was_not_meant_for_the_hub_can_be_pushed_later(here, tmp_path, recipe, capsys):  # noqa: F811
+    path, _ = recipe
+    folder = tmp_path / "run"
+    assert main(["run", str(path), "--release", "none"]) == 0
+    assert not (folder / "releases").exists()
+    for words, message in (
+        ([], "was not pushed anywhere yet. Say where to: `--hub_model_id owner/name`"),
+        (["--hub_model_id", "me/a stream"], "is no name for a repo"),
+        (["--hub_model_id", "me/stream"], "The base is a local folder ('model')"),
+    ):
+        assert main(["push", str(folder), *words]) == 2
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert error.startswith("hf-pm: ") and message in error
+    assert not here.repos
+    words = ["--hub_model_id", "me/stream", "--base_model_id", "me/base", "--private"]
+    assert main(["push", str(folder), *words]) == 0
+    repo = here.repos["me/stream"]
+    assert repo.private and list(repo.tags) == TAGS
+    assert "base_model: me/base" in repo.resolve("main").files["README.md"].data.decode()
+    assert main(["push", str(folder)]) == 0 and here.commits == 2  # where to is known by now
+
+
+# (change of the recipe, fault, words of the message)
+MISTAKES = [
+    ({"hub_model_id": "a/b/c"}, None, "`hub_model_id` 'a/b/c' is no name for a repo"),
+    ({"hub_model_id": "me/str eam"}, None, "is no name for a repo"),
+    ({"license": "apache2"}, None, "Did you mean 'apache-2.0'"),
+    ({"tags": ["a", 7]}, None, "`tags` must be a list of texts, but it holds 7"),
+    ({"base_model_id": None}, None, "The base is a local folder ('model'), which nobody else has"),
+    ({"base_model_id": "../base"}, None, "`base_model_id` must be a Hub id"),
+    ({"hub_model_id": "them/stream"}, None, "HTTP 403: You don't have the rights"),
+    ({}, ("GET", "/api/whoami-v2", 401), "HTTP 401: "),
+    ({}, ("POST", "/preupload/", 403), "HTTP 403: "),
+    ({}, ("POST", "/api/repos/create", 0), "the repo 'me/stream' cannot be created or reached"),
+    ({"hub_model_id": "me/base"}, None, "The repo 'me/base' holds another model"),
+    ({"hub_token": "hf_old"}, None, "HTTP 401: "),
+]
+
+
+@pytest.mark.parametrize(("change", "fault", "message"), MISTAKES)
+def test_what_cannot_be_pushed_stops_before_training(change, fault, message, here, tmp_path, recipe, capsys):  # noqa: F811
     path, values = recipe
-    path.write_text(yaml.safe_dump(values | {"push_to_hub": True, "hub_model_id": "me/stream"} | change))
-    if status is not None:
-        server.fail_next("POST", "/api/repos/create", status, times=5)
-    done = run(server, tmp_path, ["-m", "hf_pm.cli", "run", str(path)])
-    assert done.returncode == 2, done.stderr
-    assert "Traceback" not in done.stderr and "`push_to_hub` is on, but the repo" in done.stderr
-    assert not (tmp_path / "run" / "ledger.json").exists()
+    host_base(here, tmp_path / "model")
+    here.foreign.add("them")
+    values |= {"push_to_hub": True, "hub_model_id": "me/stream", "base_model_id": "me/base"} | change
+    path.write_text(yaml.safe_dump({key: value for key, value in values.items() if value is not None}))
+    if fault is not None:
+        here.fail_next(*fault, times=50)
+    assert main(["run", str(path)]) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("hf-pm: ")]
+    assert message in line
+    assert not (tmp_path / "run" / "ledger.json").exists() and here.commits == 0
+
+
+def test_without_a_token_nothing_begins(here, tmp_path, recipe, capsys, monkeypatch):  # noqa: F811
+    path, values = recipe
+    monkeypatch.delenv("HF_TOKEN")
+    values |= {"push_to_hub": True, "hub_model_id": "me/stream", "base_model_id": "me/base"}
+    path.write_text(yaml.safe_dump(values))
+    assert main(["run", str(path)]) == 2
+    assert "hf auth login" in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "run" / "ledger.json").exists() and not here.repos
+
+
+def test_release_rollback_and_doctor(tmp_path, recipe, capsys):  # noqa: F811
+    path, values = recipe
+    folder = tmp_path / "run"
+    assert main(["run", str(path)]) == 0
+    weights = [sha256_file(folder / "releases" / tag / "model.safetensors") for tag in TAGS]
+
+    assert main(["release", str(folder), "--task", "1", "--to", str(tmp_path / "one"), "--kind", "both"]) == 0
+    assert sha256_file(tmp_path / "one" / "model.safetensors") == weights[0]
+    assert (tmp_path / "one" / "adapter" / "adapter_model.safetensors").is_file()
+    capsys.readouterr()
+    for words, message in (
+        (["release", str(folder), "--task", "3"], "Task 3 of "),
+        (["release", str(folder), "--task", "1", "--to", str(tmp_path / "one")], "exists"),
+        (["release", str(tmp_path), "--task", "1"], "is not a run folder"),
+        (["rollback", str(folder)], "Say where to: `--to N` rolls back"),
+        (["rollback", str(folder), "--to", "1", "--drop", "mood"], "Say where to"),
+        (["rollback", str(folder), "--to", "5"], "cannot be rolled back to task 5"),
+        (["rollback", str(folder), "--drop", "taste", "--to_dir", str(tmp_path / "x")], "Task 'taste' cannot be left"),
+        (["rollback", str(folder), "--drop", "mood", "--to_dir", str(tmp_path / "x"), "--metod", "pm"], "'metod'"),
+        (["doctor", str(tmp_path)], "is not a run folder"),
+    ):
+        shutil.rmtree(tmp_path / "x", ignore_errors=True)
+        assert main(words) == 2, words
+        assert message in capsys.readouterr().err.splitlines()[-1]
+
+    shutil.rmtree(tmp_path / "x", ignore_errors=True)
+    assert main(["rollback", str(folder), "--drop", "colour", "--to_dir", str(tmp_path / "x")]) == 0
+    assert capsys.readouterr().out.startswith("Counterfactual, not a state of the run: without colour")
+    assert read_json(tmp_path / "x" / "counterfactual.json")["without"] == "colour"
+    assert main(["doctor", str(folder)]) == 0
+    assert re.search(r"^\d+ files checked, 0 wrong\.$", capsys.readouterr().out, re.MULTILINE)
+
+    assert main(["rollback", str(folder), "--to", "1"]) == 0
+    assert f"{folder} is at task 1. What came later is in {folder / 'dropped' / '01'}." in capsys.readouterr().out
+    assert main(["run", str(path)]) == 0
+    assert [sha256_file(folder / "releases" / tag / "model.safetensors") for tag in TAGS] == weights
+
+    (folder / "releases" / TAGS[1] / "model.safetensors").write_bytes(b"x")
+    (folder / "releases" / TAGS[1] / "README.md").write_text("mine")
+    capsys.readouterr()
+    assert main(["doctor", str(folder)]) == 1
+    said = capsys.readouterr().out
+    assert f"wrong: releases/{TAGS[1]}/model.safetensors differs from base + ledger" in said
+    assert f"note: releases/{TAGS[1]}/README.md" in said and ", 1 wrong." in said
+
+
+def test_the_hub_example_of_the_readme_runs(server, tmp_path):
+    readme = (ROOT / "README.md").read_text()
+    (code,) = [block for block in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "from_hub" in block]
+    code = code.replace("you/", "me/").replace("runs/", f"{tmp_path}/")
+    code = code.replace("num_train_epochs=1,", "num_train_epochs=1, max_train_samples=32,")  # to be done sooner
+    done = run(server, tmp_path, ["-c", code], cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    repo = server.repos["me/two-tasks"]
+    assert set(repo.tags) == {"task-01-mood", "task-02-question", "dropped-01-task-02-question"}
+    # Trained again, the second task is the same to the bit: nothing was sent twice.
+    old, new = (repo.resolve(f"{prefix}task-02-question").files for prefix in ("dropped-01-", ""))
+    assert old["model.safetensors"] == new["model.safetensors"]
+    assert {sha: len(data) for sha, data in repo.lfs.items()} == server.received
+    ledgers = [(tmp_path / name / "ledger.json").read_text() for name in ("hub", "elsewhere")]
+    assert ledgers[0] == ledgers[1]

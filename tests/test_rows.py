@@ -123,12 +123,23 @@ def test_rows_that_occur_twice_are_counted_and_told(load, caplog):
     test = Dataset.from_dict({"text": [*numbered(5, 8)["text"], "SKY, sky !", "funeral"], "label": ["red"] * 5})
     train = Dataset.from_dict({"text": [*numbered(0, 10)["text"], "sky sky"], "label": ["red"] * 11})
     other = Dataset.from_dict({"text": ["funeral", "nap nap"], "label": ["red"] * 2})
+    last = Dataset.from_dict({"text": [*numbered(20, 30)["text"], "sky sky"], "label": ["red"] * 11})
     with caplog.at_level(logging.WARNING, logger="hf_pm"):
-        found = load(Task("one", train, test), Task("two", other, numbered(20, 30)))
+        found = load(Task("one", train, test), Task("two", other, last))
     assert found.overlap == [
         {"first": ["one", "train"], "second": ["one", "test"], "exact": 3, "normalized": 4, "rows": 5, "equal": False},
+        {
+            "first": ["one", "train"],
+            "second": ["two", "test"],
+            "exact": 1,
+            "normalized": 1,
+            "rows": 11,
+            "equal": False,
+        },
         {"first": ["one", "test"], "second": ["two", "train"], "exact": 1, "normalized": 1, "rows": 2, "equal": False},
+        {"first": ["one", "test"], "second": ["two", "test"], "exact": 0, "normalized": 1, "rows": 11, "equal": False},
     ]
+    # Within a task it is a leak; between tasks it is only counted.
     assert [record.getMessage() for record in caplog.records] == [
         "4 of the 5 test rows of task 'one' also occur among its train rows (3 of them letter by letter)."
     ]

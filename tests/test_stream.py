@@ -364,7 +364,7 @@ MISTAKES = [
     (lambda t: Task("a", data(["x"] * 4), "y").load_train(3), r"too few training rows \(4\) to hold out"),
     (lambda t: talking("user").load("train"), "Row 0 of the train rows of task 'chat' is no conversation with"),
     (lambda t: talking("user", "assistant", "user").load("train"), "its last turns must be one of the user and one"),
-    (lambda t: talking("user", "assistant", content=None).load("train"), "content of each of `messages` must be a text"),
+    (lambda t: talking("user", "assistant", content=None).load("train"), "content of each of `messages` must"),
     (lambda t: talking("user", "tool", "assistant").load("train"), "needs a role, one of system, user, assistant"),
     (
         lambda t: Task("a", Dataset.from_dict({"messages": ["hello"]}), "y").load("train"),

@@ -249,3 +249,11 @@ def test_parts_of_a_tensor_are_read_and_written_alone(tmp_path):
     with open(path, "r+b", buffering=0) as handle:
         write_at(handle.fileno(), torch.tensor([[8, 9]], dtype=torch.int32), part.begin)
     assert load_file(path)["x"].tolist() == [[0, 1], [8, 9], [4, 5], [6, 7]]
+
+
+def test_a_header_beyond_the_formats_limit_is_not_read(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(struct.pack("<Q", 150_000_000))
+    os.truncate(path, 200_000_000)  # sparse: it takes no room
+    with pytest.raises(UserError, match="claims 150000000 bytes of a file of 200000000"):
+        read_header(path)
