@@ -31,6 +31,8 @@ BLOCK = 1 << 18
 # Bytes of untouched tensors that one job copies.
 COPY = 1 << 26
 MAX_WORKERS = 8
+# Finished jobs of a file after which it goes to the disk, which then works while the rest is computed.
+SYNC_EVERY = 16
 
 
 def fold_blocks(
@@ -231,9 +233,10 @@ class Folder:
                     written.append((target, [pool.submit(*job) for job in self._jobs(file, source, target, adapters)]))
                 syncs = []
                 for target, jobs in written:
-                    for job in jobs:
+                    for number, job in enumerate(jobs, start=1):
                         job.result()
-                    syncs.append(syncing.submit(os.fsync, target))
+                        if number % SYNC_EVERY == 0 or number == len(jobs):
+                            syncs.append(syncing.submit(os.fsync, target))
                 for sync in syncs:
                     sync.result()
             sync_folder(temporary)

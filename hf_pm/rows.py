@@ -167,6 +167,10 @@ class StreamRows:
         own = self.stream[stage.learns[0]].num_train_epochs if len(stage.learns) == 1 else None
         return self.num_train_epochs if own is None else own
 
+    def selection(self, stage: Stage) -> Dataset:
+        """The validation rows of a training run as token ids, for `eval_strategy` and `load_best_model_at_end`."""
+        return concatenate_datasets([self.held_out(t) for t in stage.learns])
+
     def held_out(self, task_index: int) -> Dataset:
         """The validation rows of a task as token ids.
 

@@ -23,7 +23,7 @@ from transformers import (
     Seq2SeqTrainer,
     Trainer,
 )
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_utils import IntervalStrategy, get_last_checkpoint
 
 from . import adapters, panel, report
 from .coefficients import Coefficient, Measured, find, measure, search
@@ -114,6 +114,9 @@ class PMTrainerMixin:
                 panel.check_lm_eval(args.lm_eval_tasks)
             if train_dataset is None:
                 train_dataset = self.rows.encoded_train(self.stages[0])
+            self._selects = args.eval_strategy != IntervalStrategy.NO and kwargs.get("eval_dataset") is None
+            if self._selects:
+                kwargs["eval_dataset"] = self.rows.selection(self.stages[0])
         self.perturbation = Perturbation(
             model, self.method.perturbation, args.perturbation_epsilon, args.perturbation_probability, args.seed
         )
@@ -254,6 +257,8 @@ class PMTrainerMixin:
         """HF's own `train`, from the last checkpoint inside this task if there is one."""
         started = time.monotonic()
         self.train_dataset = self.rows.encoded_train(stage)
+        if self._selects:
+            self.eval_dataset = self.rows.selection(stage)
         rows = [sum(len(self.rows.train[t]) for t in other.learns) for other in self.stages]
         self._progress.label = f"task {number} of {len(self.stages)} ({stage.name})"
         self._progress.finished = sum(rows[: number - 1]) / sum(rows)
@@ -287,15 +292,8 @@ class PMTrainerMixin:
         started = time.monotonic()
         args, name = self.args, self.stages[number - 1].name
         before = self.run.read_states()
-        coefficient = find(
-            self.method.merge,
-            measured,
-            before,
-            number,
-            name,
-            fixed=args.merge_coefficient,
-            scope=args.coefficient_scope,
-        )
+        how = {"fixed": args.merge_coefficient, "scope": args.coefficient_scope}
+        coefficient = find(self.method.merge, measured, before, number, name, **how)
         record = self._seconds
         if args.coefficient_search != "off" and number > 1:
             found = search(self, self._held_out(number))

@@ -126,18 +126,18 @@ def test_rows_that_occur_twice_are_counted_and_told(load, caplog):
     last = Dataset.from_dict({"text": [*numbered(20, 30)["text"], "sky sky"], "label": ["red"] * 11})
     with caplog.at_level(logging.WARNING, logger="hf_pm"):
         found = load(Task("one", train, test), Task("two", other, last))
-    assert found.overlap == [
-        {"first": ["one", "train"], "second": ["one", "test"], "exact": 3, "normalized": 4, "rows": 5, "equal": False},
-        {
-            "first": ["one", "train"],
-            "second": ["two", "test"],
-            "exact": 1,
-            "normalized": 1,
-            "rows": 11,
-            "equal": False,
-        },
-        {"first": ["one", "test"], "second": ["two", "train"], "exact": 1, "normalized": 1, "rows": 2, "equal": False},
-        {"first": ["one", "test"], "second": ["two", "test"], "exact": 0, "normalized": 1, "rows": 11, "equal": False},
+    assert found.overlap[0] == {
+        "first": ["one", "train"],
+        "second": ["one", "test"],
+        "exact": 3,
+        "normalized": 4,
+        "rows": 5,
+        "equal": False,
+    }
+    assert [(*pair["first"], *pair["second"], pair["exact"], pair["normalized"]) for pair in found.overlap[1:]] == [
+        ("one", "train", "two", "test", 1, 1),
+        ("one", "test", "two", "train", 1, 1),
+        ("one", "test", "two", "test", 0, 1),
     ]
     # Within a task it is a leak; between tasks it is only counted.
     assert [record.getMessage() for record in caplog.records] == [

@@ -320,6 +320,30 @@ def test_stream_numbers_reach_the_trackers_and_the_bar_says_rows(model, stream, 
     assert "scoring mood test" in shown and "row/s" in shown
 
 
+def test_a_checkpoint_is_selected_on_rows_held_out_of_training(model, stream, tokenizer, lora, config):
+    """The loss falls from the first checkpoint to the last: which one is merged follows from what is asked for."""
+
+    class Leaps(PMTrainer):
+        def create_scheduler(self, num_training_steps, optimizer=None):
+            steps = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: 0.02 if step < 2 else 50.0)
+            self.lr_scheduler = steps
+            return steps
+
+    kept = {"release": "none", "max_steps": 4, "perturbation": "none", "save_strategy": "steps", "save_steps": 2}
+    best = {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True, "validation_samples": 2}
+    largest = {}
+    for worst in (True, False):
+        args = config(**kept, **best, greater_is_better=worst, output_dir=config().output_dir + str(worst))
+        trainer, _ = trained(again(model), stream, tokenizer, lora, args, cls=Leaps)
+        assert len(trainer.eval_dataset) == len(trainer.rows.selection(trainer.stages[1]))
+        stored = StoredAdapter(Path(args.output_dir) / trainer.run.ledger.entries[0].adapter)
+        largest[worst] = max(float(stored.read(name).B.abs().max()) for name in stored.names)
+    # Two steps at a fiftieth of the rate hardly move the factors; two at fifty times the rate do.
+    assert largest[True] < 0.01 and largest[False] > 0.5
+    with pytest.raises(UserError, match="validation_samples"):
+        trained(again(model), stream, tokenizer, lora, config(**kept, **best | {"validation_samples": None}))
+
+
 METHODS = {
     "merge-only": ("none", lambda alphas: alphas[0] == 1 and 0 < alphas[1] < 1),
     "gaussian": ("gaussian", lambda alphas: alphas[0] == 1 and 0 < alphas[1] < 1),
