@@ -56,8 +56,8 @@ class StreamRows:
         self.num_train_epochs = args.num_train_epochs
         tasks = list(stream)
         data_seed = args.seed if args.data_seed is None else args.data_seed
-        test_rows = [task.load("test") for task in tasks]
         train_rows, validation_rows = zip(*(task.load_train(args.validation_samples) for task in tasks), strict=True)
+        test_rows = [task.load("test") for task in tasks]
         # Of all rows, not of those drawn with this run's seed: runs that differ in the seed alone must be comparable.
         limits = (args.max_train_samples, args.max_eval_samples)
         splits = list(zip(train_rows, test_rows, validation_rows, strict=True))

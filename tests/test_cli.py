@@ -149,7 +149,7 @@ MISTAKES = [
     ({"learning_rate": "fast"}, "`learning_rate` must be a number, but got 'fast'"),
     ({"num_train_epochs": [1]}, "`num_train_epochs` must be a number, but got [1]"),
     ({"save_strategy": "sometimes"}, "sometimes is not a valid SaveStrategy"),
-    ({"eval_strategy": "steps", "eval_steps": 2}, "eval_dataset"),
+    ({"eval_strategy": "steps", "eval_steps": 2}, "validation_samples"),
     ({"release": "all"}, "Unknown `release` 'all'"),
     ({"use_dora": True}, "`use_dora=True` is not supported: DoRA renormalises the sum"),
     ({"lora_bias": "all"}, "`bias='all'` is not supported: trained biases"),
