@@ -321,7 +321,6 @@ def counterfactual(
 
 
 def _scores(trainer: Any, releases: Releases, entries: list[Entry]) -> Iterator[tuple[str, float]]:
-    adapters.silence(trainer.model)
     scorer = Scorer(trainer, trainer.rows)
     for index, entry in enumerate(entries):
         if trainer.task_type == "SEQ_CLS":

@@ -88,7 +88,7 @@ class Facts:
     ) -> "Facts":
         """What the configuration of a run says."""
         learned = [[task] for task in stream] if len(stages) == len(list(stream)) else [list(stream)]
-        search = getattr(args, "coefficient_search", "off") == "use"
+        search = args.coefficient_search == "use"
         merge, base = args.resolved_method().merge, folder.base
         return cls(
             task_type=task_type,

@@ -126,7 +126,7 @@ class HubServer:
     `lfs_bytes` (their sum), `faults` (how many hit) and `commits` (the initial commit of a repository not counted) may
     be read at any time. `before_commit` and `after_commit`, when set, are called with the repository around each
     commit: somebody else's push that comes just before, or right behind; `on_request` before each request. `foreign`
-    names owners whose repositories nobody here may create or write, `victim` the process that a fault with `kill` ends.
+    names owners whose repositories nobody here may create or write, `victim` the process that a `kill` ends.
     """
 
     def __init__(self, token: str | None = None, reader: str | None = None) -> None:

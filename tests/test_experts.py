@@ -21,9 +21,11 @@ from transformers import (
 )
 
 from hf_pm import adapters
+from hf_pm.config import Recipe
 from hf_pm.errors import UserError
 from hf_pm.folding import BaseCheckpoint, Folder, Piece, snapshot_base, stored_names
 from hf_pm.ledger import Entry, Ledger, sha256_file
+from hf_pm.loading import recipe_lora
 from hf_pm.perturbation import scaled_update
 
 
@@ -384,3 +386,41 @@ def test_a_stored_adapter_goes_back_into_the_live_model_bit_for_bit(tmp_path, ki
     randomize(live, 2)
     adapters.restore(live, adapters.StoredAdapter(tmp_path / "adapter"))
     assert all(torch.equal(before[name], value) for name, value in live.named_parameters() if name in before)
+
+
+TASK = {"name": "a", "train": "x.jsonl", "test": "x.jsonl"}
+
+
+def recipe(**keys):
+    return Recipe(**{"model_name_or_path": "m", "output_dir": "o", "tasks": [TASK], "use_cpu": True} | keys)
+
+
+def test_a_recipe_names_parameters_ranks_and_scales():
+    config = recipe_lora(
+        recipe(
+            lora_target_modules=[],
+            lora_target_parameters=EXPERTS,
+            lora_rank_pattern={"down_proj": 4},
+            lora_alpha_pattern={"down_proj": 2.5},
+        )
+    )
+    assert list(config.target_parameters) == EXPERTS and not config.target_modules
+    assert (config.rank_pattern, config.alpha_pattern) == ({"down_proj": 4}, {"down_proj": 2.5})
+    assert recipe_lora(recipe()).target_parameters is None
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"lora_rank_pattern": {"q_proj": 0}}, "lora_rank_pattern` must map names to whole numbers"),
+        ({"lora_rank_pattern": {"q_proj": True}}, "lora_rank_pattern` must map"),
+        ({"lora_rank_pattern": {"q_proj": 2.5}}, "lora_rank_pattern` must map"),
+        ({"lora_rank_pattern": "q_proj"}, "lora_rank_pattern` must map"),
+        ({"lora_alpha_pattern": {"q_proj": "a"}}, "lora_alpha_pattern` must map names to positive numbers"),
+        ({"lora_target_parameters": "experts.down_proj"}, "lora_target_parameters` must be a list"),
+        ({"load_in_4bit": True, "load_in_8bit": True}, "load_in_8bit` cannot be combined"),
+    ],
+)
+def test_recipes_that_say_it_wrongly_are_refused(keys, message):
+    with pytest.raises(UserError, match=message):
+        recipe(**keys)

@@ -156,6 +156,7 @@ def test_a_rollback_that_dies_anywhere_leaves_a_valid_run_and_can_be_finished(fi
     monkeypatch.setattr(history.report, "write_report", lambda path: None)  # the last step, and a slow one
     for step in range(1000):
         run = Path(shutil.copytree(finished, tmp_path / str(step)))
+        (run / "tasks" / "04-more" / "checkpoints").mkdir(parents=True)  # of a task that was just being trained
         with monkeypatch.context() as patch:
             die_at(step, patch)
             try:
@@ -166,7 +167,8 @@ def test_a_rollback_that_dies_anywhere_leaves_a_valid_run_and_can_be_finished(fi
         ledger = Ledger(run)
         ledger.verify()
         assert [entry.adapter_sha256 for entry in ledger.entries] in (before, before[:1])
-        # Never a score of a task that is not committed, never a release of one.
+        # Never a score of a task that is not committed, never a release of one; nothing that continues lost weights.
+        assert len(ledger) == 3 or not (run / "tasks" / "04-more").exists()
         assert len(read_json(run / "results.json")["matrix"]) <= len(ledger)
         assert all(int(folder.name[5:7]) <= len(ledger) for folder in (run / "releases").glob("task-*"))
         Releases.open(run)
@@ -311,6 +313,8 @@ def test_a_restored_run_pushes_on_to_its_repository(run, base, tokenizer, server
 def test_a_restored_run_can_be_released_and_examined(run, server, tmp_path):
     push_all(run)
     restored = from_hub("me/stream", tmp_path / "elsewhere")
+    for config in restored.glob("tasks/*/adapter/adapter_config.json"):
+        assert read_json(config)["base_model_name_or_path"] == "org/base"
     for number, tag in enumerate(TAGS, start=1):
         again = Releases.open(restored).write(number, tmp_path / tag)
         assert sha256_file(again / "model.safetensors") == sha256_file(run / "releases" / tag / "model.safetensors")

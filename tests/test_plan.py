@@ -30,8 +30,8 @@ def recipe(tmp_path, tokenizer):
             tasks=tasks,
             output_dir=str(tmp_path / "run"),
             **{
-                "lora_r": 4, "num_train_epochs": 2, "per_device_train_batch_size": 8, "max_length": 64, "use_cpu": True,
-                "curvature_num_samples": 16, "disable_tqdm": True, "save_strategy": "no", **overrides,
+                "lora_r": 4, "num_train_epochs": 2, "per_device_train_batch_size": 8, "max_length": 64,
+                "use_cpu": True, "curvature_num_samples": 16, "disable_tqdm": True, "save_strategy": "no", **overrides,
             },
         )  # fmt: skip
 
@@ -58,7 +58,7 @@ def test_the_run_takes_what_the_plan_says(recipe, overrides):
     adapter = run / "tasks" / "01-colour" / "adapter" / "adapter_model.safetensors"
     header = int.from_bytes(adapter.read_bytes()[:8], "little")
     assert adapter.stat().st_size - 8 - header == plan.adapter
-    weights = [path for path in (run / "releases").rglob("*.safetensors")]
+    weights = list((run / "releases").rglob("*.safetensors"))
     assert sum(path.stat().st_size for path in weights) == pytest.approx(plan.releases, rel=0.1)
 
 

@@ -7,6 +7,7 @@ import logging
 import os
 import shutil
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -410,6 +411,16 @@ def test_a_push_that_fails_is_named_with_the_command_that_finishes_it(named, ser
     assert list(server.repos["me/stream"].tags) == TAGS and server.commits == 2
 
 
+def test_no_push_overtakes_one_that_was_refused(named, server):
+    outbox = outbox_of(named)
+    for number in (1, 2):
+        outbox.enqueue(number)
+    server.fail_next("POST", "/commit/", 403)
+    assert set(outbox.flush()) == set(TAGS)
+    assert server.commits == 0 and not server.repos["me/stream"].tags
+    assert outbox.flush() == {} and list(server.repos["me/stream"].tags) == TAGS
+
+
 def test_an_expired_token_is_not_tried_again_and_again(named, server):
     server.token = "hf_new"
     outbox = outbox_of(named)
@@ -428,15 +439,35 @@ def test_one_process_pushes_at_a_time(named, server):
     (left,) = outbox.finish()
     assert "another process" in left and not server.requests
     os.close(other)
-    assert outbox.finish() == []
+    # A worker forked in the middle, as a data loader forks them, does not keep the others out.
+    with outbox._alone() as alone:
+        assert alone
+        pid = os.fork()
+        if pid == 0:
+            time.sleep(60)
+            os._exit(0)
+    try:
+        assert outbox.finish() == []
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
 
 
-def test_a_new_repository_gets_everything(named, server):
+def _interrupted(*args):
+    raise KeyboardInterrupt
+
+
+def test_a_new_repository_gets_everything(named, server, monkeypatch):
     outbox = outbox_of(named)
     outbox.release(1)
     server.fail_next("POST", "/api/repos/create", 403)
     assert len(outbox.finish()) == 1
     other = Outbox(Releases.open(named), "me/other")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("hf_pm.outbox.write_json", _interrupted)
+        other.release(1)
+    # What was put together for the new one is not taken for the old one's.
+    assert outbox.waiting() == other.waiting() == []
     other.release(1)
     other.release(2)
     assert other.finish() == []
