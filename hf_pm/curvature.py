@@ -33,9 +33,8 @@ from .merging import Curvature, Factored
 
 
 ESTIMATORS = ("diagonal", "factored", "directional")
-# Elements of a per-row gradient that exist at a time: on an accelerator, and on a CPU (half a megabyte).
+# Elements of a per-row gradient that exist at a time.
 CHUNK = 1 << 22
-CACHED = 1 << 17
 # What tells that several examples share a row.
 PACKED_KEYS = ("cu_seq_lens_q", "cu_seqlens", "seq_idx", "seq_lengths")
 
@@ -270,13 +269,11 @@ def _add_squares(totals, name, x, d, weights, transposed) -> None:  # noqa: ANN0
     if name not in totals:
         totals[name] = torch.zeros(left.shape[-1], right.shape[-1], device=x.device, dtype=x.dtype)
     total = totals[name]
-    # Rows in the inner loop: a chunk of the sum then stays in a core's cache until every row was added to it.
-    step = max(1, (CHUNK if x.is_cuda else CACHED) // right.shape[-1])
-    for start in range(0, left.shape[-1], step):
-        chunk = total[start : start + step]
-        for row in range(len(weights)):
+    step = max(1, CHUNK // right.shape[-1])
+    for row in range(len(weights)):
+        for start in range(0, left.shape[-1], step):
             gradient = left[row, :, start : start + step].T @ right[row]
-            chunk.addcmul_(gradient, gradient)
+            total[start : start + step].addcmul_(gradient, gradient)
 
 
 def _add_sums(totals, name, x, d, weights, transposed) -> None:  # noqa: ANN001

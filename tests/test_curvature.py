@@ -149,7 +149,7 @@ def test_mean_gradient_equals_the_row_loop(kind):
 def test_small_chunks_change_nothing(monkeypatch):
     model = adapted("llama", "CAUSAL_LM")
     whole = measure_curvature(model, causal_batches(2)).curvature
-    monkeypatch.setattr(curvature, "CACHED", 40)
+    monkeypatch.setattr(curvature, "CHUNK", 40)
     parts = measure_curvature(model, causal_batches(2)).curvature
     assert all(torch.allclose(whole[name], parts[name], rtol=1e-5) for name in whole)
 

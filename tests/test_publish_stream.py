@@ -82,37 +82,31 @@ def child_environment(server: HubServer, tmp_path: Path) -> dict[str, str]:
         "HF_TOKEN": "hf_right",
         "HF_HUB_DISABLE_XET": "1",
         "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(ROOT),
     }
 
 
-def run(server, tmp_path, words, cwd=None):
-    environment = child_environment(server, tmp_path)
-    return subprocess.run(
-        [sys.executable, *words], env=environment, capture_output=True, text=True, timeout=300, cwd=cwd
-    )
-
-
-def test_every_task_is_one_commit_one_tag_and_loads_with_plain_transformers(server, tmp_path, recipe):  # noqa: F811
+def test_every_task_is_one_commit_one_tag_and_loads_with_plain_transformers(here, tmp_path, recipe):  # noqa: F811
     path, values = recipe
-    host_base(server, tmp_path / "model")
+    host_base(here, tmp_path / "model")
     values |= {"push_to_hub": True, "hub_model_id": "me/stream", "hub_private_repo": True, "num_train_epochs": 20}
     path.write_text(yaml.safe_dump(values | {"model_name_or_path": "me/base"}))
-    server.fail_next("POST", "/api/models/me/stream/commit/", 0, after=True)
-    done = run(server, tmp_path, ["-m", "hf_pm.cli", "run", str(path)])
-    assert done.returncode == 0, done.stderr
-    repo = server.repos["me/stream"]
+    here.fail_next("POST", "/api/models/me/stream/commit/", 0, after=True)
+    assert main(["run", str(path)]) == 0
+    repo = here.repos["me/stream"]
     assert repo.private and list(repo.tags) == TAGS
     assert repo.branches["main"] == repo.tags[TAGS[1]] != repo.tags[TAGS[0]]
-    assert server.commits == 2 and not list((tmp_path / "run" / "outbox").glob("*"))
+    assert here.commits == 2 and not list((tmp_path / "run" / "outbox").glob("*"))
     files = repo.resolve(TAGS[1]).files
     card = files["README.md"].data.decode()
-    head = server.repos["me/base"].branches["main"]
+    head = here.repos["me/base"].branches["main"]
     assert "base_model: me/base\n" in card and f"me/base (revision {head})" in card
     assert "license: mit\n" in card and "matrix.png" in files
 
     tasks = [task | {"test": str(tmp_path / task["test"])} for task in values["tasks"]]
-    child = run(server, tmp_path, ["-c", SCORE, json.dumps(tasks), *TAGS, "main"], tmp_path)
+    child = subprocess.run(
+        [sys.executable, "-c", SCORE, json.dumps(tasks), *TAGS, "main"],
+        env=child_environment(here, tmp_path), capture_output=True, text=True, timeout=300, cwd=tmp_path,
+    )  # fmt: skip
     assert child.returncode == 0, child.stderr
     answer = json.loads(child.stdout.splitlines()[-1])
     matrix = read_json(tmp_path / "run" / "results.json")["matrix"]
@@ -269,18 +263,19 @@ def test_release_rollback_and_doctor(tmp_path, recipe, capsys):  # noqa: F811
     assert f"note: releases/{TAGS[1]}/README.md" in said and ", 1 wrong." in said
 
 
-def test_the_hub_example_of_the_readme_runs(server, tmp_path):
+def test_the_hub_example_of_the_readme_runs(here, tmp_path, monkeypatch):
     readme = (ROOT / "README.md").read_text()
     (code,) = [block for block in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "from_hub" in block]
     code = code.replace("you/", "me/").replace("runs/", f"{tmp_path}/")
-    code = code.replace("num_train_epochs=1,", "num_train_epochs=1, max_train_samples=32,")  # to be done sooner
-    done = run(server, tmp_path, ["-c", code], cwd=ROOT)
-    assert done.returncode == 0, done.stderr
-    repo = server.repos["me/two-tasks"]
+    # The same in less time.
+    code = code.replace("max_eval_samples=50", "max_eval_samples=8, max_train_samples=32, curvature_num_samples=16")
+    monkeypatch.chdir(ROOT)
+    exec(compile(code, "README.md", "exec"), {})
+    repo = here.repos["me/two-tasks"]
     assert set(repo.tags) == {"task-01-mood", "task-02-question", "dropped-01-task-02-question"}
     # Trained again, the second task is the same to the bit: nothing was sent twice.
     old, new = (repo.resolve(f"{prefix}task-02-question").files for prefix in ("dropped-01-", ""))
     assert old["model.safetensors"] == new["model.safetensors"]
-    assert {sha: len(data) for sha, data in repo.lfs.items()} == server.received
+    assert {sha: len(data) for sha, data in repo.lfs.items()} == here.received
     ledgers = [(tmp_path / name / "ledger.json").read_text() for name in ("hub", "elsewhere")]
     assert ledgers[0] == ledgers[1]
