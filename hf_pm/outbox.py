@@ -243,7 +243,7 @@ class Outbox:
         if not (item.is_file() and folder.is_dir() and read_json(item)["repo_id"] == self.repo_id):
             item.unlink(missing_ok=True)
             self.releases.stage(number, folder, self.repo_id)
-            write_json(item, {"tag": tag, "number": number, "repo_id": self.repo_id})
+            write_json(item, {"tag": tag, "number": number, "repo_id": self.repo_id, "tries": 0})
 
     def start(self) -> None:
         """Begin to push in the background, if anything is waiting and nothing is being pushed."""
@@ -311,7 +311,7 @@ class Outbox:
             self.reasons = {}
             for item in self.waiting():
                 try:
-                    self._push(read_json(item))
+                    self._push(item)
                 # A push must not cost a run, whatever the client or a server may raise.
                 except Exception as error:
                     reason = publishing.explain(error)
@@ -329,20 +329,20 @@ class Outbox:
                 shutil.rmtree(self.path / item.stem, ignore_errors=True)
         return self.reasons
 
-    def _push(self, item: dict[str, Any]) -> None:
-        facts = self.releases.facts
+    def _push(self, path: Path) -> None:
+        facts, item = self.releases.facts, read_json(path)
         where = {"token": self.token, "revision": facts.revision}
         if "retired" in item:
             back = partial(publishing.push_rollback, self.repo_id, to=item["to"], retired=item["retired"], **where)
             publishing.persistently(back, "Rolling back")
             return
-        tag, folder, tries = item["tag"], self.path / item["tag"], 0
+        tag, folder = item["tag"], self.path / item["tag"]
         if not folder.is_dir():
             raise UserError(f"{str(folder)!r} is gone. Make it again with `hf-pm push`.")
 
         def push() -> str:
-            nonlocal tries
-            tries += 1
+            item["tries"] += 1
+            write_json(path, item)
             return publishing.push_release(
                 folder,
                 repo_id=self.repo_id,
@@ -354,10 +354,10 @@ class Outbox:
             )
 
         commit = publishing.persistently(push, f"Pushing {tag}")
-        path = self.releases.path / PUSHED
-        record = read_json(path) if path.is_file() else {}
-        record.setdefault(self.repo_id, {})[tag] = {"commit": commit, "tries": tries}
-        write_json(path, record)
+        done = self.releases.path / PUSHED
+        record = read_json(done) if done.is_file() else {}
+        record.setdefault(self.repo_id, {})[tag] = {"commit": commit, "tries": item["tries"]}
+        write_json(done, record)
 
     def _owned(self) -> Owned:
         dropped = [read_json(item).get("adapters", []) for item in self.waiting()]

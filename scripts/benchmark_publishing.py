@@ -227,7 +227,7 @@ def run(options: argparse.Namespace, place: Path, server: HubServer) -> dict:
         "stored": sum(large.values()), "sent": server.lfs_bytes,
         "sent_again_after_a_fault_in_the_upload": sum(again.values()),
         "unchanged_files": sum(large[sha] * times for sha, times in kept.items()),
-        "unchanged_files_sent_again": sum(again.get(sha, 0) for sha in kept if again.get(sha, 0) > large[sha]),
+        "unchanged_files_sent_again": sum(server.resent.values()),
         "unchanged_tensors_inside_changed_files": sum(same for same, _ in inside),
         "tensors_of_changed_files": sum(total for _, total in inside),
     }  # fmt: skip

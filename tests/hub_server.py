@@ -122,11 +122,13 @@ class HubServer:
         reader (`str`, *optional*):
             A token that may read everything and write nothing.
 
-    `repos`, `requests` (a counter of `"METHOD path"`), `received` (bytes of each LFS object, by its sha256),
-    `lfs_bytes` (their sum), `faults` (how many hit) and `commits` (the initial commit of a repository not counted) may
-    be read at any time. `before_commit` and `after_commit`, when set, are called with the repository around each
-    commit: somebody else's push that comes just before, or right behind; `on_request` before each request. `foreign`
-    names owners whose repositories nobody here may create or write, `victim` the process that a `kill` ends.
+    To be read at any time: `repos`; counters of `requests` (by `"METHOD path"`), of `faults` that hit, of bytes
+    `received` of each LFS object (by its sha256) and of those `resent` though a commit had the object already;
+    `lfs_bytes`, the sum of what was received; `commits` (the initial commit of a repository not counted).
+
+    To be set: `before_commit` and `after_commit` are called with the repository around each commit (somebody else's
+    push that comes just before, or right behind), `on_request` before each request; `foreign` names owners whose
+    repositories nobody here may create or write; `victim` is the process that a fault with `kill` ends.
     """
 
     def __init__(self, token: str | None = None, reader: str | None = None) -> None:
@@ -137,6 +139,7 @@ class HubServer:
         self.victim: int | None = None
         self.requests: Counter[str] = Counter()
         self.received: Counter[str] = Counter()
+        self.resent: Counter[str] = Counter()
         self.faults: Counter[str] = Counter()
         self.commits = 0
         self.on_request: Callable[[], object] | None = None
@@ -235,7 +238,10 @@ class HubServer:
     def lfs_put(self, repo_id: str, oid: str, body: bytes) -> dict[str, Any]:
         if hashlib.sha256(body).hexdigest() != oid:
             raise HubError(400, "", "the bytes do not have this sha256")
-        self.repo(repo_id).lfs[oid] = body
+        repo = self.repo(repo_id)
+        if any(blob.lfs and blob.oid == oid for commit in repo.commits.values() for blob in commit.files.values()):
+            self.resent[oid] += len(body)
+        repo.lfs[oid] = body
         self.received[oid] += len(body)
         return {}
 
