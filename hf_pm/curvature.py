@@ -9,7 +9,8 @@ With G_n = d(sum of the answer's token losses) / dW of row n and w_n = 1 / n_tok
 | `factored` | the row sums and column sums of that | out + in numbers |
 | `directional` | w_n * <G_n, delta>^2: delta' F delta with the full matrix F, cross terms included | one number |
 
-G_n is the product of a layer's output gradient and its input, so no `weight.grad` is needed and quantised bases work.
+G_n is the product of a layer's output gradient and its input, so no `weight.grad` is needed and quantised bases work;
+those of the adapter's own factors are not computed either.
 <G_n, delta> comes from the adapter itself: delta enters the layer as scale * B (A x), and by the product rule the sum
 over tokens of (A x) * d loss / d(A x) is <G_n, delta>. Squaring the gradient of a batch mean instead would depend on
 the batch size: it is not done. Expert weights (`target_parameters`) have no input and output of their own; their
@@ -206,6 +207,8 @@ def _row_gradients(
             out.register_hook(on_gradient)
 
     def on_down_projection(name: str, module: nn.Module, args: tuple[torch.Tensor, ...], out: torch.Tensor) -> None:
+        if torch.is_grad_enabled():
+            out.requires_grad_()  # the factors are frozen, so the graph begins here
         low = out.detach()
 
         def on_gradient(gradient: torch.Tensor) -> None:
@@ -232,6 +235,13 @@ def _row_gradients(
             if is_experts(layer):
                 handles = [layer.get_base_layer().register_forward_pre_hook(partial(on_experts, name, layer))]
             else:
+                factors = [layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight]
+                trained = [factor for factor in factors if factor.requires_grad]
+                if not trained:  # a frozen adapter has no gradient and no curvature
+                    continue
+                for factor in trained:
+                    hooks.callback(factor.requires_grad_, True)
+                    factor.requires_grad_(False)
                 handles = [layer.lora_A[ADAPTER].register_forward_hook(partial(on_down_projection, name))]
                 if collect is not None:
                     transposed = bool(getattr(layer, "fan_in_fan_out", False))
@@ -249,7 +259,7 @@ def _row_gradients(
             weights = 1.0 / counts.clamp(min=1).to(losses.dtype) ** power
             norms = torch.zeros_like(losses.detach())
             slopes = {}
-            if losses.requires_grad:  # a frozen adapter has no gradient and no curvature
+            if losses.requires_grad:  # unless every adapter is frozen
                 losses.sum().backward()
             model.zero_grad(set_to_none=True)
             _require_finite(norms + sum(slopes.values()), "gradient", seen, task_name)

@@ -313,6 +313,19 @@ def test_a_frozen_adapter_has_zero_curvature():
     assert found.rows == 0 and all(not fisher.rows.any() for fisher in found.curvature.values())
 
 
+@pytest.mark.parametrize("factor", ["lora_A", "lora_B"])
+def test_a_factor_that_is_not_trained_changes_nothing(factor):
+    model = adapted("llama", "CAUSAL_LM")
+    expected = measure_curvature(model, causal_batches(2))
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(parameter.requires_grad and factor not in name)
+    before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    found = measure_curvature(model, causal_batches(2))
+    assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == before
+    assert found.slope == expected.slope > 0
+    assert all(torch.equal(found.curvature[name], fisher) for name, fisher in expected.curvature.items())
+
+
 def test_sampled_labels_have_the_models_frequencies():
     logits = torch.log(torch.tensor([0.7, 0.2, 0.1])).expand(4000, 1, 3)
     generator = torch.Generator().manual_seed(0)
