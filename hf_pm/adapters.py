@@ -3,7 +3,7 @@
 import json
 import math
 import os
-import shutil
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel, set_seed
 
+from .disk import whole
 from .errors import UserError
 from .tensorfiles import read_header, read_tensor
 
@@ -99,8 +100,8 @@ def attach(model: PreTrainedModel, config: LoraConfig, task_type: str) -> PeftMo
     output = model.get_output_embeddings()
     try:
         wrapped = get_peft_model(model, config, adapter_name=ADAPTER)
-    except ValueError as error:
-        raise _unmatched(model, config, str(error).splitlines()[0]) from error
+    except (ValueError, re.error) as error:
+        raise _unmatched(model, config, f"{str(error).splitlines()[0].rstrip('.')}.") from error
     layers = lora_layers(wrapped)
     for target in config.target_parameters or ():
         if not any(is_experts(layer) and f".{name}".endswith(f".{target}") for name, layer in layers.items()):
@@ -270,26 +271,20 @@ def save(model: PeftModel, folder: Path, base_model: str, revision: str | None) 
         base_model (`str`): Id recorded as `base_model_name_or_path`.
         revision (`str`, *optional*): Recorded as its revision.
     """
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    # "auto" would ask the Hub whether the vocabulary was resized.
-    model.save_pretrained(temporary, save_embedding_layers=False)
-    (temporary / "README.md").unlink(missing_ok=True)
     usual = None, bool(model.peft_config[ADAPTER].fan_in_fan_out)
     layouts = {name: (path, *_layout(layer)) for name, (path, layer) in _wrapped(model).items()}
     layouts = {name: layout for name, layout in layouts.items() if layout != (name, *usual)}
-    if layouts:
-        noted = {"format": "pt", PARAMETERS: json.dumps(layouts, sort_keys=True)}
-        save_file(load_file(temporary / WEIGHTS), temporary / "noted", metadata=noted)
-        os.replace(temporary / "noted", temporary / WEIGHTS)
-    path = temporary / "adapter_config.json"
-    config = json.loads(path.read_text()) | {"base_model_name_or_path": base_model, "revision": revision}
-    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    for file in temporary.iterdir():
-        with open(file, "rb") as handle:
-            os.fsync(handle.fileno())
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(temporary, folder)
+    with whole(folder) as part:
+        # "auto" would ask the Hub whether the vocabulary was resized.
+        model.save_pretrained(part, save_embedding_layers=False)
+        (part / "README.md").unlink(missing_ok=True)
+        if layouts:
+            noted = {"format": "pt", PARAMETERS: json.dumps(layouts, sort_keys=True)}
+            save_file(load_file(part / WEIGHTS), part / "noted", metadata=noted)
+            os.replace(part / "noted", part / WEIGHTS)
+        path = part / "adapter_config.json"
+        config = json.loads(path.read_text()) | {"base_model_name_or_path": base_model, "revision": revision}
+        path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def save_stacked(folder: Path, updates: Mapping[str, Sequence[tuple[float, Update]]], like: Path) -> None:

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 import shutil
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -16,6 +15,7 @@ from peft import PeftModel
 from torch import nn
 
 from .adapters import base_weight, is_experts, lora_layers
+from .disk import whole
 from .errors import UserError
 from .ledger import sha256_file
 from .tensorfiles import Stored, read_header, read_tensor
@@ -78,6 +78,9 @@ class BaseCheckpoint:
         self.model_id = model_id or str(folder)
         self.revision = revision
         listed: dict[str, str] = {}
+        if (self.folder / "adapter_config.json").is_file():
+            # transformers would load the base that this file names, whatever else is there.
+            raise UserError(f"{self.model_id!r} is an adapter, not a model. Name the base that it was trained on.")
         if (self.folder / INDEX).is_file():
             listed = self._read_index()
             self.files = sorted(set(listed.values()))
@@ -123,8 +126,13 @@ class BaseCheckpoint:
             ) from error
 
     @classmethod
-    def resolve(cls, model_name_or_path: str, revision: str | None = None) -> "BaseCheckpoint":
+    def resolve(cls, model_name_or_path: str, revision: str | None = None, code: bool = False) -> "BaseCheckpoint":
         """The checkpoint of a folder or of a Hub id (from the cache, or downloaded).
+
+        Args:
+            model_name_or_path (`str`): Folder or Hub id.
+            revision (`str`, *optional*): Branch, tag or commit on the Hub.
+            code (`bool`, *optional*, defaults to `False`): Download the Python files that come with it, too.
 
         Raises:
             UserError: If there is neither a folder nor a reachable repo of that name.
@@ -135,7 +143,7 @@ class BaseCheckpoint:
             folder = snapshot_download(
                 model_name_or_path,
                 revision=revision,
-                allow_patterns=["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"],
+                allow_patterns=["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", *(["*.py"] if code else [])],
                 # The same weights once more, in somebody else's format.
                 ignore_patterns=["consolidated*", "original/*"],
             )
@@ -304,11 +312,10 @@ def snapshot_base(model: PeftModel, folder: Path) -> None:
         if ".lora_" not in key and ".modules_to_save." not in key:
             parts = [part for part in key.split(".") if part not in ("base_layer", "original_module")]
             weights[".".join(parts)] = tensor
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    # The published layout; the live one where that mixes the entries of experts beyond recognition.
-    for published in (True, False):
-        shutil.rmtree(temporary, ignore_errors=True)
-        inner.save_pretrained(temporary, state_dict=dict(weights), save_original_format=published)
-        if stored_names(model, BaseCheckpoint(temporary)) is not None:
-            break
-    os.replace(temporary, folder)
+    with whole(folder) as part:
+        # The published layout; the live one where that mixes the entries of experts beyond recognition.
+        for published in (True, False):
+            shutil.rmtree(part, ignore_errors=True)
+            inner.save_pretrained(part, state_dict=dict(weights), save_original_format=published)
+            if stored_names(model, BaseCheckpoint(part)) is not None:
+                break

@@ -1,6 +1,7 @@
 """`hf-pm`: run a recipe, publish it, go back in time, report. Heavy imports wait until a command needs them."""
 
 import argparse
+import logging
 import os
 import sys
 import tempfile
@@ -18,14 +19,24 @@ def main(argv: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else argv
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
+    # Whenever PEFT is imported, it warns of a package that its own speed would profit from.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         code = options.handler(options, rest)
     except UserError as error:
         print(f"hf-pm: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("hf-pm: interrupted. Start the same command again to continue the run.", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        where = str(error) or "Interrupted."
+        print(f"hf-pm: {where} Start the same command again to continue the run.", file=sys.stderr)
         return 130
+    except Exception as error:
+        notes = getattr(error, "__notes__", [])
+        if not any("start the same command" in note for note in notes):
+            raise
+        said = " ".join(str(error).split()) or "nothing more is known"
+        print(f"hf-pm: {type(error).__name__}: {said} {' '.join(notes)}", file=sys.stderr)
+        return 1
     return code or 0
 
 

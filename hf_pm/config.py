@@ -3,22 +3,24 @@ tasks). A recipe file is flat YAML whose keys are the fields of `Recipe`.
 """
 
 import dataclasses
+import math
 import os
-import re
-import types
 import typing
 from dataclasses import dataclass, field
 from enum import Enum
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import yaml
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
+from transformers.integrations import get_available_reporting_integrations
 
 from .cards import check_license, check_repo_id, check_tags, is_hub_id, missing_base_id
+from .environment import check_environment, place_problem
 from .errors import UserError, choose
 from .merging import COEFFICIENTS
 from .methods import METHODS, PERTURBATIONS, Method
+from .recipefiles import coerce, parse_words, read_recipe
 
 
 CHOICES = {
@@ -33,6 +35,15 @@ CHOICES = {
     "prompt": ("plain", "published", "chat"),
     "release": ("merged", "adapter", "both", "none"),
 }
+# The smallest value that makes sense; `TrainingArguments` does not check its own fields.
+AT_LEAST = {
+    0: "learning_rate weight_decay max_grad_norm warmup_steps seed data_seed dataloader_num_workers eval_steps "
+    "logging_steps",
+    1: "per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps save_total_limit "
+    "curvature_num_samples curvature_batch_size max_length max_train_samples max_eval_samples validation_samples "
+    "lm_eval_limit",
+}
+POSITIVE = ("num_train_epochs", "save_steps")
 TASK_TYPES = ("CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -247,14 +258,29 @@ class PMConfig(TrainingArguments):
             _require(is_hub_id(self.base_model_id), "base_model_id", self.base_model_id, rule, "Name the base there.")
         if self.push_to_hub and self.hub_model_id is not None:
             check_repo_id(self.hub_model_id)
-        for name in ("curvature_num_samples", "curvature_batch_size", "max_length"):
-            _require(
-                getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1", "Use a positive number."
-            )
-        for name in ("max_train_samples", "max_eval_samples", "validation_samples"):
+        for name, value in self.given.items():
+            finite = not isinstance(value, float) or math.isfinite(value)
+            _require(finite, name, value, "must be a finite number", "Correct it.")
+        for least, names in AT_LEAST.items():
+            for name in names.split():
+                value = getattr(self, name)
+                rule, remedy = f"must be at least {least}", "Leave it out for the default."
+                _require(value is None or value >= least, name, value, rule, remedy)
+        for name in POSITIVE:
             value = getattr(self, name)
-            _require(value is None or value >= 1, name, value, "must be at least 1", "Leave it out to use every row.")
+            _require(value > 0, name, value, "must be more than 0", "Leave it out for the default.")
+        problem = place_problem(self.output_dir or ".")
+        rule = f"must be a folder to write to ({problem})"
+        _require(problem is None, "output_dir", self.output_dir, rule, "Name another one.")
+        check_environment(os.environ)
         super().__post_init__()
+        missing = sorted(set(self.report_to) - set(get_available_reporting_integrations()))
+        rule = "must name trackers that are installed"
+        _require(not missing, "report_to", missing, rule, "Install them, or use `report_to: none`.")
+
+    def __getstate__(self) -> dict[str, Any]:
+        # `Trainer` pickles its arguments into every checkpoint.
+        return {name: None if name.endswith("token") else value for name, value in self.__dict__.items()}
 
     def resolved_method(self) -> Method:
         """The row of the method table with this config's overrides."""
@@ -281,6 +307,8 @@ class Recipe(PMConfig):
         attn_implementation (`str`, *optional*): As in `from_pretrained` (`sdpa`, `eager`, `flash_attention_2`).
         load_in_4bit (`bool`, *optional*, defaults to `False`): Train on an nf4 base (needs `hf_pm[quantization]`).
         load_in_8bit (`bool`, *optional*, defaults to `False`): Train on an int8 base, likewise.
+        trust_remote_code (`bool`, *optional*, defaults to `False`):
+            Run code that comes with the model. Read that code first: it can do anything that you can.
         stream (`str`, *optional*): Id of a published task order, such as `olora/order1`.
         tasks (`list[dict]`, *optional*): The stream written out; exactly one of `stream` and `tasks` is given.
         data_dir (`str`, *optional*): Local copy of a stream's data, `<data_dir>/<task>/{train,test}.jsonl`.
@@ -305,6 +333,7 @@ class Recipe(PMConfig):
     attn_implementation: str | None = _knob(None, "As in `from_pretrained`.")
     load_in_4bit: bool = _knob(False, "Train on an nf4 base.")
     load_in_8bit: bool = _knob(False, "Train on an int8 base.")
+    trust_remote_code: bool = _knob(False, "Run code that comes with the model.")
     stream: str | None = _knob(None, "Id of a published task order.")
     tasks: list[dict[str, Any]] | None = _knob(None, "The stream written out.")
     data_dir: str | None = _knob(None, "Local copy of the stream's data.")
@@ -333,6 +362,9 @@ class Recipe(PMConfig):
         if self.push_to_hub and self.base_model_id is None and os.path.isdir(self.model_name_or_path):
             raise UserError(missing_base_id(self.model_name_or_path))
         _require(self.lora_r >= 1, "lora_r", self.lora_r, "must be at least 1", "8 is a common choice.")
+        _require(self.lora_alpha > 0, "lora_alpha", self.lora_alpha, "must be more than 0", "16 is a common choice.")
+        rule = "must lie in [0, 1)"
+        _require(0 <= self.lora_dropout < 1, "lora_dropout", self.lora_dropout, rule, "0 switches it off.")
         for name, kinds, rule in (
             ("lora_rank_pattern", int, "must map names to whole numbers from 1 on"),
             ("lora_alpha_pattern", (int, float), "must map names to positive numbers"),
@@ -359,6 +391,9 @@ class Recipe(PMConfig):
             "cannot be combined with `load_in_4bit`",
             "Choose one.",
         )
+        for name in ("load_in_4bit", "load_in_8bit"):
+            rule, remedy = "needs bitsandbytes, which is not installed", "Install `hf_pm[quantization]`."
+            _require(not getattr(self, name) or find_spec("bitsandbytes") is not None, name, True, rule, remedy)
         super().__post_init__()
 
 
@@ -370,6 +405,11 @@ RUN_INVARIANT_FIELDS = frozenset(
     "save_only_model dataloader_num_workers dataloader_pin_memory release base_model_id license tags hub_curvature "
     "local_rank ddp_timeout "
     "torch_empty_cache_steps skip_memory_metrics data_dir curvature_batch_size per_device_eval_batch_size".split()
+)
+# What may change for the tasks to come, and is then noted in run.json; `num_train_epochs` of single tasks likewise.
+LATER_TASKS_FIELDS = frozenset(
+    "num_train_epochs max_steps learning_rate lr_scheduler_type warmup_steps weight_decay max_grad_norm "
+    "per_device_train_batch_size gradient_accumulation_steps gradient_checkpointing".split()
 )
 
 
@@ -393,16 +433,17 @@ def parse_recipe(path: str | Path | None, overrides: list[str]) -> Recipe:
     if path is not None:
         path = Path(path)
         if not path.is_file():
-            raise UserError(f"There is no recipe file {str(path)!r}. Give the path of a YAML file.")
+            what = "is a folder" if path.is_dir() else "does not exist"
+            raise UserError(f"There is no recipe file {str(path)!r}: it {what}. Give the path of a YAML file.")
         folder = path.resolve().parent
-        values = _load_yaml(path)
-    values.update(_parse_overrides(overrides))
+        values = read_recipe(path)
+    values |= parse_words(overrides)
 
     hints = typing.get_type_hints(Recipe)
     known = {item.name for item in dataclasses.fields(Recipe) if item.init}
     for key in values:
         choose("recipe key", key, known)
-    values = {key: _coerce(key, value, hints[key]) for key, value in values.items()}
+    values = {key: coerce(key, value, hints[key]) for key, value in values.items()}
     values.setdefault("output_dir", "outputs")
     for key in ("model_name_or_path", "data_dir"):
         if isinstance(values.get(key), str):
@@ -426,54 +467,3 @@ def resolve_path(value: str, folder: Path) -> str:
     beside = folder / value
     # Without `..`: the same folder has the same name through every door.
     return os.path.normpath(beside) if not Path(value).is_absolute() and beside.exists() else value
-
-
-def _load_yaml(path: Path) -> dict[str, Any]:
-    try:
-        values = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{str(path)!r} is not valid YAML: {reason}. Correct the file.") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{str(path)!r} must hold `key: value` lines, but it holds {type(values).__name__}.")
-    return values
-
-
-def _parse_overrides(words: list[str]) -> dict[str, Any]:
-    values: dict[str, Any] = {}
-    position = 0
-    while position < len(words):
-        word = words[position]
-        if not word.startswith("--") or len(word) == 2:
-            raise UserError(f"Unexpected argument {word!r}: overrides are written `--key value`.")
-        key, separator, text = word[2:].partition("=")
-        if not separator:
-            if position + 1 == len(words):
-                raise UserError(f"`--{key}` has no value: overrides are written `--key value`.")
-            position += 1
-            text = words[position]
-        try:
-            values[key.replace("-", "_")] = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise UserError(f"`--{key}` has a value that is not YAML: {text!r}. Quote it.") from error
-        position += 1
-    return values
-
-
-def _coerce(key: str, value: Any, hint: Any) -> Any:
-    """Numbers as the field wants them; YAML reads `2e-3` as text and `3` as an integer."""
-    union = isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union
-    options = typing.get_args(hint) if union else (hint,)
-    if isinstance(value, bool) and str in options and bool not in options:
-        value = "yes" if value else "no"  # YAML 1.1 reads the words yes and no as booleans
-    if float in options and isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value):
-        value = float(value)
-    if float in options and isinstance(value, int) and not isinstance(value, bool) and int not in options:
-        value = float(value)
-    plain = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
-    wanted = [option for option in options if option in plain]
-    if len(wanted) == len([option for option in options if option is not type(None)]) and value is not None:
-        if type(value) not in wanted:
-            rule = " or ".join(plain[option] for option in wanted)
-            raise UserError(f"`{key}` must be {rule}, but got {value!r}. Correct the recipe or the command line.")
-    return value

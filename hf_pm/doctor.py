@@ -128,12 +128,15 @@ def examine_repo(repo_id: str, base: str | None = None, token: str | None = None
     api = HfApi(token=token)
     try:
         tags = sorted(ref.name for ref in api.list_repo_refs(repo_id).tags if TAG.match(ref.name))
+        on_main = f"hf_pm/{FACTS}" in tree_hashes(repo_id, "main", token)
     except (HfHubHTTPError, OSError, ValueError) as error:
         raise UserError(
             f"{repo_id!r} is neither a run folder nor a repo that can be read: {explain(error)} Correct it."
         ) from error
+    # With `hub_revision` the newest task is on another branch.
+    newest = "main" if on_main or not tags else max(tags, key=lambda tag: int(TAG.match(tag)[1]))
     with tempfile.TemporaryDirectory(prefix="hf_pm-doctor-") as place:
-        path = from_hub(repo_id, Path(place) / "run", token=token, weights_only=True)
+        path = from_hub(repo_id, Path(place) / "run", revision=newest, token=token, weights_only=True)
         facts, ledger = Facts.read(path), Ledger(path)
         checkpoint, findings = _base(path, base, facts)
         yield from findings

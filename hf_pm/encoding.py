@@ -11,7 +11,8 @@ from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase
 
 from .config import CHOICES
 from .errors import UserError, choose
-from .stream import Task, format_parts
+from .formats import format_parts
+from .stream import Task
 
 
 IGNORE_INDEX = -100

@@ -8,6 +8,13 @@ class UserError(ValueError):
     """The input is wrong: the message names the value, the rule and the remedy. The command line exits with 2."""
 
 
+def cause_of(error: BaseException) -> str:
+    """The first line of what went wrong at the bottom of it, as a sentence."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{(str(error).splitlines() or [''])[0].rstrip(' .:!') or type(error).__name__}."
+
+
 def choose(kind: str, value: str, known: Iterable[str]) -> str:
     """Return `value` if it is one of `known`.
 

@@ -20,9 +20,10 @@ from peft import PeftModel
 from torch import nn
 
 from .adapters import WEIGHTS, StoredAdapter, base_weight, lora_layers, save_stacked, silence
-from .bases import BaseCheckpoint, Names, Piece, snapshot_base, stored_names  # noqa: F401
+from .bases import BaseCheckpoint, Names, Piece
+from .disk import whole
 from .errors import UserError
-from .ledger import Entry, Ledger, sha256_file, sync_folder
+from .ledger import Entry, Ledger, sha256_file
 from .tensorfiles import Stored, allocate, copy_range, overwrite, read_into, write_at
 
 
@@ -216,19 +217,17 @@ class Folder:
             workers (`int`, *optional*): Jobs done at a time; torch's number of threads by default.
         """
         adapters = self._adapters(task_number)
-        temporary = folder.with_name(f".{folder.name}.tmp")
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        try:
+        with whole(folder) as part:
+            part.mkdir()
             for file in self.base.folder.iterdir():
                 if file.suffix in (".json", ".model", ".txt", ".jinja"):
-                    shutil.copyfile(file, temporary / file.name)
+                    shutil.copyfile(file, part / file.name)
             # Files are closed after the last job: the workers know them by their numbers.
             with ExitStack() as files, single_threaded_workers(workers) as pool, ThreadPoolExecutor(1) as syncing:
                 written = []
                 for file in self.base.files:
                     source = files.enter_context(open(self.base.folder / file, "rb", buffering=0)).fileno()
-                    target = files.enter_context(open(temporary / file, "wb", buffering=0)).fileno()
+                    target = files.enter_context(open(part / file, "wb", buffering=0)).fileno()
                     allocate(target, os.fstat(source).st_size)
                     written.append((target, [pool.submit(*job) for job in self._jobs(file, source, target, adapters)]))
                 syncs = []
@@ -239,13 +238,6 @@ class Folder:
                             syncs.append(syncing.submit(os.fsync, target))
                 for sync in syncs:
                     sync.result()
-            sync_folder(temporary)
-            shutil.rmtree(folder, ignore_errors=True)
-            os.replace(temporary, folder)
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
-        sync_folder(folder.parent)
 
     def _jobs(
         self, file: str, source: int, target: int, adapters: Sequence[tuple[StoredAdapter, Entry]]

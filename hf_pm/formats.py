@@ -1,7 +1,9 @@
 """Rows in files, as users and the authors of benchmarks save them."""
 
 import json
+import re
 from pathlib import Path
+from string import Formatter
 from typing import Any
 
 from datasets import Dataset, load_dataset
@@ -26,6 +28,8 @@ def read_file(path: str) -> Dataset:
     Raises:
         OSError, ValueError, DatasetsError: What `datasets` raises for a file that cannot be read.
     """
+    if Path(path).suffix != ".parquet":
+        _check_text(path)
     task = _instructions_task(path)
     if task is not None:
         rows = [{"input": row["input"], "output": _first(row["output"])} for row in task["Instances"]]
@@ -89,6 +93,31 @@ def split_conversation(turns: Any) -> tuple[str, str, list[dict[str, str]]]:
     return question["content"], answer["content"], history
 
 
+def format_parts(text: str) -> list[tuple[str, str | None]]:
+    """The literal texts of a format and the name after each; only plain names, never an attribute or an index.
+
+    Raises:
+        ValueError: If a brace has no partner or a placeholder is more than a name.
+    """
+    parts = list(Formatter().parse(text))
+    for _, name, spec, conversion in parts:
+        if spec or conversion or (name is not None and not re.fullmatch(r"[^.\[\]{}]+", name)):
+            raise ValueError(f"the placeholder {{{name}}} is more than a name")
+    return [(literal, name) for literal, name, _, _ in parts]
+
+
+def _check_text(path: str) -> None:
+    # `datasets` would notice when the first row is asked for, and not say where.
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                line.decode()
+            except UnicodeDecodeError:
+                raise ValueError(f"Line {number} is not UTF-8 text.") from None
+        if file.tell() == 0:
+            raise ValueError("The file is empty.")
+
+
 def _missing(data_dir: str, file: str, others: str = "") -> UserError:
     return UserError(
         f"`data_dir` {data_dir!r} has no {file} (nor .json, .parquet or .csv{others}). Each task of the stream needs "
@@ -99,7 +128,7 @@ def _missing(data_dir: str, file: str, others: str = "") -> UserError:
 def _labels(path: Path) -> list[str]:
     try:
         labels = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{str(path)!r} is not JSON: {error}. It lists the answers of its task.") from error
     if not isinstance(labels, list):
         raise UserError(f"{str(path)!r} must hold a list of answers, but it holds {type(labels).__name__}.")

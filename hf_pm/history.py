@@ -14,11 +14,12 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
 from . import adapters, report
 from .cards import public
+from .disk import check_space, whole
 from .errors import UserError
 from .ledger import Entry, Ledger, read_json, sha256_file, write_bytes, write_json
 from .outbox import PUSHED
 from .publishing import explain
-from .releases import FACTS, Facts, Releases, check_space, cut_results, name_base, write_ledger
+from .releases import FACTS, Facts, Releases, cut_results, name_base, write_ledger
 from .scoring import Scorer
 
 
@@ -177,10 +178,8 @@ def from_hub(
     path = Path(output_dir)
     if path.is_dir() and any(path.iterdir()):
         raise UserError(f"{str(path)!r} is not empty. Give a new `output_dir`: a restored run is written whole.")
-    part = path.with_name(f".{path.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    try:
+    with whole(path) as part:
+        part.mkdir()
         tree = part / "from_hub"
         commit = _download(repo_id, revision, token, tree)
         _arrange(tree, part, repo_id, weights_only)
@@ -188,10 +187,7 @@ def from_hub(
         shutil.rmtree(tree)
         report.write_report(part)
         if path.is_dir():
-            path.rmdir()
-        part.replace(path)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+            path.rmdir()  # not what somebody may have put there meanwhile
     return path
 
 
@@ -294,29 +290,30 @@ def counterfactual(
     if target.exists():
         raise UserError(f"{str(target)!r} exists. Give a new folder for the counterfactual.")
     results = releases.results()
-    model = target / "model"
     check_space(target, releases.bytes_needed("merged"), "The counterfactual")
     releases.ledger.entries = [entry for entry in entries if entry.name != task]  # in memory only
-    releases.folder.into_checkpoint(model)
-    for name in releases.facts.tokenizer:
-        shutil.copyfile(releases.path / "tokenizer" / name, model / name)
     recipe = read_json(releases.path / "run.json")["recipe"]
-    settings = {"model_name_or_path": str(model), "model_revision": None, "output_dir": str(target / "scoring")}
-    trainer = load(recipe | settings | {"push_to_hub": False, "base_model_id": None, "release": "none"})
-    scores = dict(_scores(trainer, releases, entries))
-    shutil.rmtree(target / "scoring", ignore_errors=True)
-    learned = results["matrix"][-1] if results["matrix"] else []
-    record = {
-        "counterfactual": True,
-        "without": task,
-        "kept": [name for name in names if name != task],
-        "scores": scores,
-        "run_scores": dict(zip(results["tasks"], learned, strict=False)),
-        "base_model": releases.facts.base,
-        "settings": public(recipe),
-    }
-    write_json(target / "counterfactual.json", record)
-    write_bytes(target / "README.md", _label(record).encode())
+    with whole(target) as part:
+        model, place = part / "model", part / "scoring"
+        releases.folder.into_checkpoint(model)
+        for name in releases.facts.tokenizer:
+            shutil.copyfile(releases.path / "tokenizer" / name, model / name)
+        settings = {"model_name_or_path": str(model), "model_revision": None, "output_dir": str(place)}
+        trainer = load(recipe | settings | {"push_to_hub": False, "base_model_id": None, "release": "none"})
+        scores = dict(_scores(trainer, releases, entries))
+        shutil.rmtree(place, ignore_errors=True)
+        learned = results["matrix"][-1] if results["matrix"] else []
+        record = {
+            "counterfactual": True,
+            "without": task,
+            "kept": [name for name in names if name != task],
+            "scores": scores,
+            "run_scores": dict(zip(results["tasks"], learned, strict=False)),
+            "base_model": releases.facts.base,
+            "settings": public(recipe),
+        }
+        write_json(part / "counterfactual.json", record)
+        write_bytes(part / "README.md", _label(record).encode())
     return record
 
 

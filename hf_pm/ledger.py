@@ -9,7 +9,7 @@ import json
 import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from .errors import UserError
@@ -51,8 +51,8 @@ def read_json(path: Path) -> Any:
         UserError: If the file is not valid JSON.
     """
     try:
-        return json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
         raise UserError(
             f"{str(path)!r} is not valid JSON ({error}). Files of a run folder are written whole; restore it from a "
             "copy or start with another `output_dir`."
@@ -97,9 +97,47 @@ class Entry:
         """The fraction of the update of the matrix `name` that is kept."""
         return self.coefficient if self.coefficients is None else self.coefficients[name]
 
+    def problem(self) -> str | None:
+        """What no run would have written, if anything; a ledger may come from elsewhere."""
+        texts = (self.name, self.adapter, self.adapter_sha256, self.start)
+        alphas = self.coefficients if self.coefficients is not None else {}
+        if not all(isinstance(text, str) for text in texts) or not isinstance(alphas, dict):
+            return "has values of other types"
+        if not all(isinstance(alpha, int | float) for alpha in (self.coefficient, *alphas.values())):
+            return "has a coefficient that is no number"
+        for place in (self.adapter, self.state):
+            if place is not None and (not isinstance(place, str) or not _inside(place)):
+                return f"names {place!r}, which is outside of the run folder"
+        return None
+
+
+def _inside(place: str) -> bool:
+    path = PurePosixPath(place)
+    return not path.is_absolute() and ".." not in path.parts and "\\" not in place and bool(path.parts)
+
+
+def check_links(run_dir: Path) -> None:
+    """Refuse a run folder with a link out of it: what is written, moved or deleted there would be somebody else's.
+
+    Raises:
+        UserError: Names the link.
+    """
+    root = run_dir.resolve()
+    for folder, folders, files in os.walk(run_dir):
+        for name in (*folders, *files):
+            path = Path(folder) / name
+            if path.is_symlink() and not path.resolve().is_relative_to(root):
+                raise UserError(
+                    f"{str(path)!r} is a link that leads out of the run folder. Put what it names in its place."
+                )
+
 
 class Ledger:
-    """Committed entries of a run folder, oldest first."""
+    """Committed entries of a run folder, oldest first.
+
+    Raises:
+        UserError: If `ledger.json` is broken or another version's, or it or a link names a file outside of the folder.
+    """
 
     def __init__(self, run_dir: str | Path) -> None:
         self.run_dir = Path(run_dir)
@@ -109,8 +147,27 @@ class Ledger:
 
     def reload(self) -> None:
         """Read what is committed; another process may have written it."""
+        check_links(self.run_dir)
         if self.path.exists():
-            self.entries = [Entry(**entry) for entry in read_json(self.path)["entries"]]
+            self.entries = self._parse(read_json(self.path))
+
+    def _parse(self, stored: Any) -> list[Entry]:
+        def refused(what: str) -> UserError:
+            return UserError(f"{str(self.path)!r} {what}. Restore it from a copy, or use another `output_dir`.")
+
+        stored = stored if isinstance(stored, dict) else {}
+        if stored.get("schema") != SCHEMA:
+            raise refused(f"has schema {stored.get('schema')!r}; this version of hf_pm reads schema {SCHEMA}")
+        entries = []
+        for number, values in enumerate(stored.get("entries") or (), start=1):
+            try:
+                entries.append(Entry(**values))
+            except TypeError as error:
+                raise refused(f"has an entry {number} that is none ({error})") from error
+            problem = entries[-1].problem()
+            if problem is not None:
+                raise refused(f"has an entry {number} that {problem}")
+        return entries
 
     def __len__(self) -> int:
         return len(self.entries)

@@ -2,6 +2,7 @@
 
 import logging
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import datasets
@@ -12,10 +13,10 @@ from huggingface_hub.errors import HFValidationError
 from peft import LoraConfig
 
 from .adapters import check_config
+from .bases import BaseCheckpoint
 from .benchmarks import load_stream
 from .config import Recipe
-from .errors import UserError
-from .folding import BaseCheckpoint
+from .errors import UserError, cause_of
 from .publishing import explain
 from .stream import TaskStream
 from .trainer import PMTrainer
@@ -67,13 +68,30 @@ def recipe_lora(recipe: Recipe) -> LoraConfig:
     return config
 
 
+# What transformers raises for a checkpoint that is broken, of another kind, or brings its own code.
+LOADING_ERRORS = (OSError, ValueError, TypeError, KeyError, AttributeError, ImportError, RuntimeError)
+
+
 def cannot_load(recipe: Recipe, error: Exception) -> UserError:
     """What went wrong with the model or its tokenizer, in one line."""
-    reason = (str(error).splitlines() or [type(error).__name__])[0]
-    return UserError(
-        f"Cannot load {recipe.model_name_or_path!r} as {recipe.task_type}: {reason} Correct `model_name_or_path` or "
-        "`task_type`."
-    )
+    reason = cause_of(error)
+    remedy = "Correct `model_name_or_path` or `task_type`."
+    if "custom code" in reason and not recipe.trust_remote_code:
+        remedy = "Use another model; or read that code, and set `trust_remote_code: true` if you trust it."
+    if "ignore_mismatched_sizes" in reason:
+        reason = "Its weights do not have the shapes that its config.json says."
+    return UserError(f"Cannot load {recipe.model_name_or_path!r} as {recipe.task_type}: {reason} {remedy}")
+
+
+def _check_complete(recipe: Recipe, loaded: Mapping[str, Any]) -> None:
+    """Refuse a checkpoint without some of its weights: transformers makes random ones, and only logs it."""
+    missing = sorted(loaded["missing_keys"])
+    # The head of a classifier is made here.
+    if missing and recipe.task_type != "SEQ_CLS":
+        raise UserError(
+            f"{recipe.model_name_or_path!r} lacks {len(missing)} of the weights that its config.json asks for, "
+            f"{missing[0]!r} among them. Get the whole checkpoint, or correct `task_type`."
+        )
 
 
 def build_trainer(recipe: Recipe, cls: type[PMTrainer] = PMTrainer) -> PMTrainer:
@@ -89,8 +107,11 @@ def build_trainer(recipe: Recipe, cls: type[PMTrainer] = PMTrainer) -> PMTrainer
     peft_config = recipe_lora(recipe)
     stream = recipe_stream(recipe)
     # Reads the index of the weights, and says what is wrong, before anything is loaded.
-    base = BaseCheckpoint.resolve(recipe.model_name_or_path, recipe.model_revision)
-    loading: dict[str, Any] = {"dtype": recipe.dtype, "revision": recipe.model_revision}
+    trusted = recipe.trust_remote_code
+    base = BaseCheckpoint.resolve(recipe.model_name_or_path, recipe.model_revision, code=trusted)
+    # `None` would make transformers ask at the terminal.
+    loading: dict[str, Any] = {"revision": recipe.model_revision, "trust_remote_code": trusted}
+    loading |= {"dtype": recipe.dtype, "use_safetensors": True}
     if recipe.attn_implementation is not None:
         loading["attn_implementation"] = recipe.attn_implementation
     if recipe.load_in_4bit:
@@ -102,15 +123,17 @@ def build_trainer(recipe: Recipe, cls: type[PMTrainer] = PMTrainer) -> PMTrainer
     if recipe.load_in_4bit or recipe.load_in_8bit:
         loading["device_map"] = {"": recipe.device}
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(base.folder)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(base.folder, trust_remote_code=trusted)
         if recipe.task_type == "SEQ_CLS":
             # One head wide enough for every task; each task keeps its own copy of the weights.
             loading["num_labels"] = max(len(task.options or ()) for task in stream)
             loading["pad_token_id"] = tokenizer.pad_token_id
         transformers.set_seed(recipe.seed)
-        model = ARCHITECTURES[recipe.task_type].from_pretrained(recipe.model_name_or_path, **loading)
-    except (OSError, ValueError) as error:
+        architecture = ARCHITECTURES[recipe.task_type]
+        model, loaded = architecture.from_pretrained(recipe.model_name_or_path, output_loading_info=True, **loading)
+    except LOADING_ERRORS as error:
         raise cannot_load(recipe, error) from error
+    _check_complete(recipe, loaded)
     try:
         return cls(model=model, args=recipe, stream=stream, processing_class=tokenizer, peft_config=peft_config)
     except UserError:

@@ -24,10 +24,11 @@ from transformers.trainer_utils import HubStrategy
 from . import publishing
 from .cards import Card, check_repo_id, missing_base_id
 from .config import PMConfig
+from .disk import check_space, disk_is_full
 from .errors import UserError
 from .ledger import read_json, sync_folder, write_json
 from .publishing import Owned
-from .releases import FACTS, PIPELINE_TAGS, Facts, Releases, check_space, disk_is_full
+from .releases import FACTS, PIPELINE_TAGS, Facts, Releases
 from .stream import TaskStream
 
 
@@ -292,11 +293,12 @@ class Outbox:
         return read_json(path).get(self.repo_id, {}) if path.is_file() else {}
 
     def waiting(self) -> list[Path]:
-        """The items of this repository, in the order in which they are pushed: a rollback before any release."""
+        """The items of this repository, in the order in which they are pushed: rollbacks, then releases by number."""
         if self.repo_id is None:
             return []
-        items = [path for path in sorted(self.path.glob("*.json")) if read_json(path)["repo_id"] == self.repo_id]
-        return sorted(items, key=lambda path: not path.name.startswith("rollback"))
+        found = {path: read_json(path) for path in sorted(self.path.glob("*.json"))}
+        items = [path for path, item in found.items() if item["repo_id"] == self.repo_id]
+        return sorted(items, key=lambda path: found[path].get("number", 0))  # a rollback has none
 
     def flush(self) -> dict[str, str]:
         """Push what is waiting, oldest first, until something cannot be pushed.

@@ -14,7 +14,9 @@ import torch
 import transformers
 from peft import PeftModel
 
+from .adapters import StoredAdapter, lora_layers, restore
 from .evaluation import probe_logits
+from .perturbation import scaled_update
 
 
 logger = logging.getLogger(__name__)
@@ -123,3 +125,71 @@ def reload_logits(
     if adapter:
         model = PeftModel.from_pretrained(model, release)
     return probe_logits(model.to(batch["input_ids"].device), batch, autocast)
+
+
+class Parity:
+    """Fills the certificate of each task while its stream trains.
+
+    Args:
+        trainer (`PMTrainerMixin`): With the run open.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+        self._adapter: torch.Tensor | None = None
+        self._folded: torch.Tensor | None = None
+
+    def expect(self, number: int, alpha: float, per_matrix: dict[str, float] | None) -> None:
+        """Keep what the fold has to reproduce: the logits of the live adapter model at the coefficient."""
+        self._adapter = self._logits_at(number, alpha, per_matrix)
+
+    def certify(self, number: int) -> dict[str, Any]:
+        """Make the merged weights live, and compare them with the adapter model they came from."""
+        trainer = self.trainer
+        expected, self._adapter = self._adapter, None
+        if expected is None:  # an earlier process trained it
+            entry = trainer.run.ledger.entries[number - 1]
+            trainer.rebuild(0 if trainer.method.start == "base" else number - 1)
+            restore(trainer.model, StoredAdapter(trainer.run.path / entry.adapter))
+            trainer.live = None
+            expected = self._logits_at(number, entry.coefficient, entry.coefficients)
+        trainer.rebuild(number)
+        self._folded = self._logits(number)
+        return certificate(
+            expected,
+            self._folded,
+            dtype=trainer.model.get_base_model().dtype,
+            policy=trainer.run.folder.policy(trainer.model),
+            exact=trainer.exact,
+            task_name=trainer.stages[number - 1].name,
+        )
+
+    def certify_release(self, number: int, release: Path) -> None:
+        """Compare a release with the live merged model, as a user would load it; before its card is written."""
+        trainer = self.trainer
+        folded, self._folded = self._folded, None
+        if folded is None:  # scored by an earlier process, which died before the release
+            trainer.rebuild(number)
+            folded = self._logits(number)
+        reloaded = reload_logits(
+            release,
+            trainer.run.folder.base.folder,
+            trainer.task_type,
+            trainer.probe(number),
+            dtype=trainer.model.get_base_model().dtype,
+            attention=trainer.model.config._attn_implementation,
+            autocast=trainer.accelerator.autocast,
+        )
+        record = trainer.run.results["per_task"][number - 1]
+        certify_release(record["parity"], folded, reloaded, trainer.stages[number - 1].name)
+        trainer.run.write_results()
+
+    def _logits_at(self, number: int, alpha: float, per_matrix: dict[str, float] | None) -> torch.Tensor:
+        names = lora_layers(self.trainer.model)
+        factors = alpha if per_matrix is None else [per_matrix[name] for name in names]
+        with scaled_update(self.trainer.perturbation.layers, factors):
+            return self._logits(number)
+
+    def _logits(self, number: int) -> torch.Tensor:
+        trainer = self.trainer
+        return probe_logits(trainer.model, trainer.probe(number), trainer.accelerator.autocast)

@@ -10,10 +10,10 @@ import transformers
 from accelerate import init_empty_weights
 
 from . import adapters
+from .bases import BaseCheckpoint
 from .config import PMConfig, Recipe
 from .encoding import Encoder
-from .folding import BaseCheckpoint
-from .loading import ARCHITECTURES, cannot_load, recipe_lora, recipe_stream
+from .loading import ARCHITECTURES, LOADING_ERRORS, cannot_load, recipe_lora, recipe_stream
 from .merging import MAX_RANK
 from .rows import StreamRows
 from .states import state_bytes
@@ -73,13 +73,14 @@ def plan_recipe(recipe: Recipe) -> Plan:
         UserError: Whatever in the recipe cannot work; the same checks as before training.
     """
     peft_config, stream = recipe_lora(recipe), recipe_stream(recipe)
-    base = BaseCheckpoint.resolve(recipe.model_name_or_path, recipe.model_revision)
+    trusted = recipe.trust_remote_code
+    base = BaseCheckpoint.resolve(recipe.model_name_or_path, recipe.model_revision, code=trusted)
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(base.folder)
-        config = transformers.AutoConfig.from_pretrained(base.folder)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(base.folder, trust_remote_code=trusted)
+        config = transformers.AutoConfig.from_pretrained(base.folder, trust_remote_code=trusted)
         with init_empty_weights():
-            model = ARCHITECTURES[recipe.task_type].from_config(config)
-    except (OSError, ValueError) as error:
+            model = ARCHITECTURES[recipe.task_type].from_config(config, trust_remote_code=trusted)
+    except LOADING_ERRORS as error:
         raise cannot_load(recipe, error) from error
     model = adapters.attach(model, peft_config, recipe.task_type)
     shapes = {name: tuple(adapters.base_weight(layer).shape) for name, layer in adapters.lora_layers(model).items()}

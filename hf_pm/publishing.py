@@ -134,7 +134,7 @@ def explain(error: BaseException) -> str:
         remedies = {
             401: "The token is missing, wrong or expired: log in with `hf auth login`, or set `HF_TOKEN`.",
             403: "The token may not write there: use one with write access, or another `hub_model_id`.",
-            404: "Correct `hub_model_id`, or use a token that may see the repo.",
+            404: "Correct the name of the repo, or use a token that may see it.",
             429: "The Hub limits the rate of requests.",
         }
         return f"HTTP {status}: {said.rstrip('.')}. {remedies.get(status, '')}".rstrip()
@@ -212,7 +212,8 @@ def base_license(model_id: str, revision: str | None, token: str | None) -> dict
     try:
         data = persistently(lambda: HfApi(token=token).model_info(model_id, revision=revision), model_id).card_data
     except (httpx2.HTTPError, OSError, ValueError) as error:
-        logger.warning("The license of %s is not known: %s Set `license` to have one on the card.", model_id, error)
+        reason = explain(error)
+        logger.warning("The license of %s is not known: %s Set `license` to have one on the card.", model_id, reason)
         return {}
     names = ("license", "license_name", "license_link")
     return {name: data.get(name) for name in names if data is not None and isinstance(data.get(name), str)}

@@ -4,13 +4,10 @@ The repository after a task: the release at its root, `adapters/task-01-<name>/`
 `hf_pm/` with the ledger, the results, the settings and the curvature state, so that the stream can go on elsewhere.
 """
 
-import errno
 import json
 import logging
-import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -22,10 +19,12 @@ from . import adapters, figures
 from .bases import BaseCheckpoint, Piece
 from .cards import PICTURE, Card, is_hub_id, last_part, public, release_tag
 from .config import PMConfig
+from .disk import check_space, link, whole
 from .errors import UserError
 from .folding import Folder
-from .ledger import SCHEMA, Entry, Ledger, read_json, sync_folder, write_bytes, write_json
+from .ledger import SCHEMA, Entry, Ledger, read_json, write_bytes, write_json
 from .metrics import summarize
+from .publishing import release_files
 from .stream import TaskStream
 
 
@@ -265,10 +264,12 @@ class Releases:
             restorable=restorable,
         )
 
-    def bytes_needed(self, kind: str) -> int:
-        """Size of one release of this kind, its adapters not counted."""
+    def bytes_needed(self, kind: str, number: int = 0) -> int:
+        """Size of the weights of one release of this kind, with the adapters of tasks 1 to `number` in it."""
         base = self.folder.base
-        return 0 if kind == "adapter" else sum((base.folder / file).stat().st_size for file in base.files)
+        merged = 0 if kind == "adapter" else sum((base.folder / file).stat().st_size for file in base.files)
+        files = [self.path / entry.adapter / adapters.WEIGHTS for entry in self.ledger.active(number)]
+        return merged + (0 if kind == "merged" else sum(file.stat().st_size for file in files))
 
     def write(
         self,
@@ -299,8 +300,8 @@ class Releases:
         kind = kind or self.facts.kind
         kind = "merged" if kind == "none" else kind
         folder = to or self.path / "releases" / self.facts.tag(number)
-        check_space(folder, self.bytes_needed(kind), f"The release of task {number}")
-        with _whole(folder) as part:
+        check_space(folder, self.bytes_needed(kind, number), f"The release of task {number}")
+        with whole(folder) as part:
             if kind != "adapter":
                 self.folder.into_checkpoint(part, number)
                 if self.facts.task_type == "SEQ_CLS":
@@ -344,21 +345,22 @@ class Releases:
             UserError: As in `write`.
         """
         self.check_number(number)
-        with _whole(to) as part:
+        with whole(to) as part:
             release = self.path / "releases" / self.facts.tag(number)
             if release.is_dir():
-                shutil.copytree(release, part, copy_function=_link, dirs_exist_ok=True)
+                for name, file in release_files(release).items():
+                    link(file, part / name)
             else:
                 self.write(number, part, repo_id=repo_id)
             kind = kind_of(part)
             for k, entry in enumerate(self.ledger.entries[:number], start=1):
                 self._stage_adapter(part / "adapters" / self.facts.tag(k), k, entry, kind, repo_id)
                 record = self.path / "tasks" / Path(entry.adapter).parent.name / "task.json"
-                _link(record, part / "hf_pm" / "tasks" / f"{k:02d}.json")
+                link(record, part / "hf_pm" / "tasks" / f"{k:02d}.json")
             newest = self.ledger.entries[number - 1]
             restorable = newest.state is None
             if newest.state is not None and self.facts.curvature and (self.path / newest.state).is_file():
-                _link(self.path / newest.state, part / "hf_pm" / newest.state)
+                link(self.path / newest.state, part / "hf_pm" / newest.state)
                 restorable = True
             run, facts = read_json(self.path / "run.json"), replace(self.facts, repo_id=repo_id)
             run["recipe"] = public_recipe(run["recipe"], facts)
@@ -374,7 +376,7 @@ class Releases:
     def _stage_adapter(self, folder: Path, number: int, entry: Entry, kind: str, repo_id: str) -> None:
         """What one task added, as an adapter for the state it was trained on."""
         own, facts = self.path / entry.adapter, self.facts
-        _link(own / adapters.WEIGHTS, folder / adapters.WEIGHTS)
+        link(own / adapters.WEIGHTS, folder / adapters.WEIGHTS)
         shutil.copyfile(own / "adapter_config.json", folder / "adapter_config.json")
         first = number == 1 or entry.start == "base"
         on = facts.base, facts.base_revision
@@ -443,60 +445,6 @@ def public_recipe(recipe: Mapping[str, Any], facts: Facts) -> dict[str, Any]:
 
 def _spread(entry: Entry) -> tuple[float, float] | None:
     return (min(entry.coefficients.values()), max(entry.coefficients.values())) if entry.coefficients else None
-
-
-def check_space(folder: Path, needed: int, what: str) -> None:
-    """Refuse to write what will not fit.
-
-    Args:
-        folder (`Path`): Where it would go; need not exist yet.
-        needed (`int`): Bytes.
-        what (`str`): Begins the message.
-
-    Raises:
-        UserError: Says how much is needed and how much there is.
-    """
-    place = next(parent for parent in (folder, *folder.absolute().parents) if parent.is_dir())
-    free = shutil.disk_usage(place).free
-    if needed > free:
-        raise UserError(
-            f"{what} needs {needed / 1e9:.2f} GB in {str(folder)!r}, but {free / 1e9:.2f} GB are free. Make room, set "
-            "`release: adapter` or `release: none`, or use an `output_dir` on another disk; nothing that is committed "
-            "is lost."
-        )
-
-
-def disk_is_full(error: BaseException) -> bool:
-    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-
-
-@contextmanager
-def _whole(folder: Path) -> Iterator[Path]:
-    """A folder to fill that becomes `folder` when everything is in it, and leaves nothing behind otherwise."""
-    part = folder.with_name(f".{folder.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        yield part
-        for path in part.rglob("*"):
-            if path.is_file():
-                with open(path, "rb") as handle:
-                    os.fsync(handle.fileno())
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(part, folder)
-        sync_folder(folder.parent)
-    except BaseException:
-        shutil.rmtree(part, ignore_errors=True)
-        raise
-
-
-def _link(source: str | Path, target: str | Path) -> None:
-    """A second name for a file; a copy where the disk cannot do that."""
-    Path(target).parent.mkdir(parents=True, exist_ok=True)
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
 
 
 def _replace_text(path: Path, text: str) -> None:

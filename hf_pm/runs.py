@@ -1,18 +1,21 @@
 """The run folder: what is recorded there, whether it is this run's, and what every task leaves there."""
 
 import json
+import logging
 import shutil
+from dataclasses import fields
 from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
 
 from . import adapters, metrics, report
+from .bases import BaseCheckpoint, Names, snapshot_base, stored_names
 from .coefficients import Coefficient, Measured
-from .config import RUN_INVARIANT_FIELDS, PMConfig, settings
+from .config import LATER_TASKS_FIELDS, RUN_INVARIANT_FIELDS, PMConfig, settings
 from .errors import UserError
 from .folding import Folder
 from .ledger import Entry, Ledger, read_json, sha256_file, write_json
@@ -21,6 +24,8 @@ from .rows import StreamRows
 from .scoring import Cell, metric_of
 from .states import StoredStates, write_states
 
+
+logger = logging.getLogger(__name__)
 
 LIBRARIES = ("torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "huggingface_hub")
 
@@ -48,6 +53,35 @@ class RunFolder:
         self.results: dict[str, Any] = {}
         self.folder: Folder | None = None
 
+    def resolve_base(self, model: PeftModel, task_type: str) -> tuple[BaseCheckpoint, Names]:
+        """The checkpoint the live model came from, or a copy of the live weights if there is none.
+
+        Raises:
+            UserError: If the model is not the one that the run started from.
+        """
+        own = self.path / "base"
+        inner = model.get_base_model()
+        differs = UserError(
+            f"The model differs from the base that {str(self.path)!r} started from. Load the same model, or use "
+            "another `output_dir`."
+        )
+        # The head of a classifier is not in its checkpoint, and without it the run could not be rebuilt.
+        if not own.is_dir() and task_type != "SEQ_CLS" and inner.name_or_path:
+            base = BaseCheckpoint.resolve(inner.name_or_path, getattr(inner.config, "_commit_hash", None))
+            names = stored_names(model, base)
+            if names is not None:
+                return base, names
+        with self.args.main_process_first():
+            if not own.is_dir():
+                if (self.path / "run.json").is_file():
+                    raise differs
+                snapshot_base(model, own)
+        base = BaseCheckpoint(own, inner.name_or_path or "a model built in Python")
+        names = stored_names(model, base)
+        if names is None:
+            raise differs
+        return base, names
+
     def open(self, folder: Folder, rows: StreamRows, adapter: LoraConfig, task_type: str) -> None:
         """Adopt the folder, or create it.
 
@@ -70,6 +104,7 @@ class RunFolder:
             "versions": {name: version(name) for name in LIBRARIES},
             "method": args.method,
             "tasks": rows.stream.names,
+            "epochs": [rows.epochs(stage) for stage in rows.stages],
             "adapter": {
                 "r": adapter.r,
                 "lora_alpha": adapter.lora_alpha,
@@ -79,8 +114,10 @@ class RunFolder:
             "data_fingerprint": rows.fingerprint,
         }
         path = self.path / "run.json"
+        recorded = None
         if path.is_file():
-            _check_same_run(self.path, read_json(path), described)
+            recorded = read_json(path)
+            changes = _changes(self, recorded, described)
         elif len(self.ledger):
             raise UserError(f"{str(self.path)!r} has a ledger but no run.json. Use another `output_dir`.")
         self.ledger.verify()
@@ -108,9 +145,17 @@ class RunFolder:
             "versions": described["versions"],
         }
         if (self.path / "results.json").is_file():
-            self.results = read_json(self.path / "results.json")
-        if self.writes and not path.is_file():
+            recorded = read_json(self.path / "results.json")
+            _check_kind(self.path / "results.json", recorded, self.results)
+            self.results = recorded
+        if self.writes and recorded is None:
             write_json(path, described)
+        elif self.writes and changes:
+            task = len(self.ledger) + 1
+            for key, (old, new) in changes.items():
+                logger.warning("From task %d on, %s is %r (%r before).", task, key, new, old)
+            noted = [{"from_task": task, "key": key, "old": old, "new": new} for key, (old, new) in changes.items()]
+            write_json(path, recorded | {"changes": [*recorded.get("changes", []), *noted]})
 
     def state_key(self, number: int) -> str:
         """Names the merged weights after `number` tasks: the same key, the same bits."""
@@ -243,23 +288,67 @@ def _common(names: list[str]) -> str:
     return names[0] if len(set(names)) == 1 else "mixed"
 
 
-def _check_same_run(run_dir: Path, recorded: dict[str, Any], described: dict[str, Any]) -> None:
-    """Refuse to go on with another recipe, other data or another base in a run's folder."""
+def _check_kind(path: Path, recorded: Any, expected: dict[str, Any]) -> None:
+    """Refuse a file without the keys that a run writes, or with other kinds of values."""
+    found = recorded if isinstance(recorded, dict) else {}
+    wrong = [key for key, value in expected.items() if type(found.get(key)) is not type(value)]
+    if wrong:
+        raise UserError(
+            f"{str(path)!r} is not what this version of hf_pm writes: {', '.join(wrong)} missing or of another kind. "
+            "Restore it from a copy, or use another `output_dir`."
+        )
+
+
+def _changes(run: RunFolder, recorded: dict[str, Any], described: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """What is different now and may be: key -> (value of the tasks before, value now).
+
+    Raises:
+        UserError: With another base, other data, or another value of a key that may not change; names every one.
+    """
     if recorded["base"]["sha256"] != described["base"]["sha256"]:
         raise UserError(
-            f"The weight files of the base {described['base']['model']!r} are not those that {str(run_dir)!r} started "
-            "from (sha256 differs). Restore the checkpoint, or use another `output_dir`."
+            f"The weight files of the base {described['base']['model']!r} are not those that {str(run.path)!r} "
+            "started from (sha256 differs). Restore the checkpoint, or use another `output_dir`."
         )
-    elsewhere = RUN_INVARIANT_FIELDS | {"tasks", "stream", "model_name_or_path"}
+    elsewhere = RUN_INVARIANT_FIELDS | {"tasks", "stream", "model_name_or_path", "num_train_epochs"}
     old, new = ({k: v for k, v in run["recipe"].items() if k not in elsewhere} for run in (recorded, described))
-    different = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
-    different += [key for key in ("tasks", "adapter", "data_fingerprint") if recorded[key] != described[key]]
-    if different:
-        first = different[0]
-        values = (
-            f" ({first}: {old.get(first)!r} there, {new.get(first)!r} now)" if first in old or first in new else ""
+    was, now = recorded.get("epochs", described["epochs"]), described["epochs"]
+    for change in recorded.get("changes", []):
+        if change["key"] == "epochs":
+            was = change["new"]
+        else:
+            old[change["key"]] = change["new"]
+    # What was not set had its default.
+    usual = {item.name: item.default for item in fields(run.args)}
+    pairs = {key: [values.get(key, usual.get(key)) for values in (old, new)] for key in old.keys() | new.keys()}
+    different = {key: (there, here) for key, (there, here) in pairs.items() if there != here}
+    for key in ("tasks", "adapter", "data_fingerprint"):
+        if recorded[key] != described[key]:
+            different[key] = recorded[key], described[key]
+    # A task that has begun goes on as it began.
+    done = len(run.ledger)
+    begun = done
+    if "tasks" not in different:
+        begun += done < len(run.stages) and any((run.task_dir(done + 1) / "checkpoints").glob("checkpoint-*"))
+        if was[:begun] != now[:begun]:
+            different["num_train_epochs"] = was[:begun], now[:begun]
+        elif was != now:
+            different["epochs"] = was, now
+    between_tasks = begun == done < len(run.stages)
+    allowed = {"epochs"} | (LATER_TASKS_FIELDS - {"num_train_epochs"} if between_tasks else set())
+    refused = sorted(different.keys() - allowed)
+    if refused:
+        told = "; ".join(
+            f"{key} is {_brief(different[key][0])} there, {_brief(different[key][1])} now" for key in refused
         )
         raise UserError(
-            f"{str(run_dir)!r} belongs to another recipe: {', '.join(different)} differ{values}. Use the same "
-            "settings to continue that run, or another `output_dir`."
+            f"{str(run.path)!r} belongs to another recipe: {told}. Use the same settings to continue that run, or "
+            "another `output_dir`. What may change between two tasks, for those to come: "
+            f"{', '.join(sorted(LATER_TASKS_FIELDS))}; and at any time what concerns logging, saving and the Hub."
         )
+    return different
+
+
+def _brief(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

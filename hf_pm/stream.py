@@ -6,16 +6,17 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from string import Formatter
 from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 from datasets import Dataset, DatasetDict, load_dataset
+from datasets.config import HF_DATASETS_CACHE
 from datasets.exceptions import DatasetsError
 
-from .errors import UserError, choose
-from .formats import COLUMN_PAIRS, LOADERS, local_files, read_file, split_conversation
+from .environment import place_problem
+from .errors import UserError, cause_of, choose
+from .formats import COLUMN_PAIRS, LOADERS, format_parts, local_files, read_file, split_conversation
 from .task_metrics import TASK_METRICS
 
 
@@ -97,10 +98,10 @@ class Task:
                     f"`{item.name}` of task {self.name!r} must be text, but got {value!r}. Put quotes around it."
                 )
         name = self.name
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name) or ".." in name or name.endswith((".", ".lock")):
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name) or ".." in name or name.endswith((".", ".lock")):
             raise UserError(
-                f"Task name {self.name!r} may hold letters, digits, `.`, `_` and `-` only, must begin with a letter "
-                "or digit and must not end with `.` or `.lock`, since it names folders and tags. Rename the task."
+                f"Task name {name!r} may hold letters, digits, `.`, `_` and `-` only, 100 at most, must begin with a "
+                "letter or digit and must not end with `.` or `.lock`: it names folders and tags. Rename the task."
             )
         if self.options is not None:
             self.options = self._answers("options", self.options)
@@ -221,6 +222,7 @@ class Task:
         """Indices to train on and to hold out; the first rows of each label in an order that is always the same."""
         labelled = self.train_per_class is not None or self.options is not None
         labels = rows[self._columns(rows)[1]][:] if labelled and not self._is_chat(rows) else [None] * len(rows)
+        labels = [self._single(label, "train") for label in labels]
         shuffled = _shuffled(rows)
         of_label: dict[Any, list[int]] = {}
         for index in shuffled:
@@ -282,11 +284,16 @@ class Task:
                 return read_file(source)
             return load_dataset(source, name=self.config, revision=self.revision, split=stored)
         # RuntimeError: `datasets` no longer runs the scripts that some Hub datasets still consist of.
-        except (OSError, ValueError, KeyError, RuntimeError, StopIteration, DatasetsError) as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
+        except (OSError, ValueError, TypeError, KeyError, RuntimeError, StopIteration, DatasetsError) as error:
+            cache = place_problem(HF_DATASETS_CACHE)
+            if cache is not None:
+                raise UserError(
+                    f"The cache of `datasets` cannot be used: {cache}. Set `HF_HOME` to a folder."
+                ) from error
+            remedy = "Correct the file" if is_file else "Check the id and the network"
             raise UserError(
-                f"Cannot load {where} from {source!r}: {reason} Check the id and the network, or point `data_dir` to "
-                f"a folder with {self.name}/{split}.jsonl (columns `text` and `label`)."
+                f"Cannot load {where} from {source!r}: {cause_of(error)} {remedy}, or point `data_dir` to a folder "
+                f"with {self.name}/{split}.jsonl (columns `text` and `label`)."
             ) from error
 
     def _columns(self, rows: Dataset) -> tuple[str, str]:
@@ -308,10 +315,12 @@ class Task:
         chosen = rows.select(positions)
         columns = {name: chosen[name][:] for name in (*[part for _, part in parts if part is not None], label)}
         for name, values in columns.items():
-            if None in values:
+            # A table says NaN where it has nothing.
+            empty = next((i for i, value in enumerate(values) if value is None or value != value), None)
+            if empty is not None:
                 raise UserError(
-                    f"Row {positions[values.index(None)]} of the {split} rows of task {self.name!r} has nothing in "
-                    f"the column {name!r}. Fill it in or remove the row."
+                    f"Row {positions[empty]} of the {split} rows of task {self.name!r} has nothing in the column "
+                    f"{name!r}. Fill it in or remove the row."
                 )
         texts = [
             "".join(literal + ("" if part is None else str(columns[part][i])) for literal, part in parts)
@@ -338,12 +347,16 @@ class Task:
             found.append({"text": text, "label": self._answer(answer, split), "history": history})
         return Dataset.from_list(found)
 
-    def _answer(self, value: Any, split: str) -> str:
+    def _single(self, value: Any, split: str) -> Any:
         if isinstance(value, list | dict):
             raise UserError(
                 f"The {split} rows of task {self.name!r} hold the label {value!r}, but a row has one answer, a text "
                 "or a number. Correct the data or the task's `label`."
             )
+        return value
+
+    def _answer(self, value: Any, split: str) -> str:
+        value = self._single(value, split)
         if self.label_names is not None:
             if str(value) not in self.label_names:
                 raise UserError(
@@ -396,7 +409,7 @@ class Task:
 
         A part that has its default is left out, so that a new one does not change old fingerprints.
         """
-        later = ("metric", "num_train_epochs", "cut", *(["template"] if prompt == "published" else []))
+        later = ("metric", "cut", *(["template"] if prompt == "published" else []))
         new = {item.name: getattr(self, item.name) for item in fields(self) if item.name in later}
         defaults = {item.name: item.default for item in fields(self)}
         changed = {key: value for key, value in new.items() if value != defaults[key]}
@@ -452,19 +465,6 @@ class TaskStream(Sequence[Task]):
                 for item in items
             ]
         return cls(items)
-
-
-def format_parts(text: str) -> list[tuple[str, str | None]]:
-    """The literal texts of a format and the name after each; only plain names, never an attribute or an index.
-
-    Raises:
-        ValueError: If a brace has no partner or a placeholder is more than a name.
-    """
-    parts = list(Formatter().parse(text))
-    for _, name, spec, conversion in parts:
-        if spec or conversion or (name is not None and not re.fullmatch(r"[^.\[\]{}]+", name)):
-            raise ValueError(f"the placeholder {{{name}}} is more than a name")
-    return [(literal, name) for literal, name, _, _ in parts]
 
 
 def _shuffled(rows: Dataset) -> list[int]:

@@ -5,6 +5,7 @@ import logging
 import resource
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -23,19 +24,20 @@ from transformers import (
     Seq2SeqTrainer,
     Trainer,
 )
-from transformers.trainer_utils import IntervalStrategy, get_last_checkpoint
+from transformers.trainer_utils import IntervalStrategy, rotate_checkpoints
 
-from . import adapters, panel, report
+from . import adapters, panel, recovery, report
 from .coefficients import Coefficient, Measured, find, measure, search
 from .config import PMConfig
+from .curvature import row_losses
 from .encoding import AnswerCollator, Encoder, by_length
 from .errors import UserError, choose
-from .evaluation import probe_logits
-from .folding import BaseCheckpoint, Folder, snapshot_base, stored_names
+from .evaluation import evaluating, predict
+from .folding import Folder
 from .merging import NEEDS_CURVATURE
 from .outbox import Outbox
-from .parity import PROBE_ROWS, certificate, certify_release, reload_logits
-from .perturbation import Perturbation, scaled_update
+from .parity import PROBE_ROWS, Parity
+from .perturbation import Perturbation
 from .progress import StreamProgress
 from .results import stream_logs
 from .rows import Stage, StreamRows
@@ -125,6 +127,9 @@ class PMTrainerMixin:
         self._micro_step = 0
         self._last_step = -1
         self._factors: list[float] = []
+        self._loss: torch.Tensor | None = None
+        self._resumed: tuple[Path, float] | None = None  # the checkpoint that is being loaded, and its loss
+        self.interruption = recovery.Interruption()
         super().__init__(
             model=model,
             args=args,
@@ -133,6 +138,7 @@ class PMTrainerMixin:
             train_dataset=train_dataset,
             **kwargs,
         )
+        self.add_callback(self.interruption)
 
     # ---- What differs from `Trainer` in one task ----------------------------------------------------------------
 
@@ -144,10 +150,18 @@ class PMTrainerMixin:
         micro_step = self._micro_step if self.args.perturbation_draw == "micro_step" else 0
         with self.perturbation.step(self.task_number, step, micro_step) as factor:
             self._factors.append(factor)
-            return super().training_step(*args, **kwargs)
+            self._loss = super().training_step(*args, **kwargs)
+            return self._loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """HF's `log` with the mean factor of the steps since the last one (the step's own at `logging_steps: 1`)."""
+        if self._loss is not None and not bool(torch.isfinite(self._loss)):
+            # `Trainer` leaves such losses out of its means, and would train to the end of the task.
+            raise UserError(
+                f"The loss of {self._label()} is {float(self._loss)} at step {self.state.global_step}. Nothing of "
+                "this task is kept, all tasks before it are; lower `learning_rate` or `max_grad_norm`, or train in a "
+                "wider `dtype`."
+            )
         if self._factors and "loss" in logs:
             logs["perturbation_factor"] = sum(self._factors) / len(self._factors)
             self._factors.clear()
@@ -155,6 +169,53 @@ class PMTrainerMixin:
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._checkpoint_dir) if self._checkpoint_dir is not None else super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        """HF's checkpoint; inside a stream it is sealed before an older one goes."""
+        if self._checkpoint_dir is None:
+            super()._save_checkpoint(model, trial)
+            return
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
+        loss = self._first_loss()
+        self.accelerator.wait_for_everyone()
+        if self.is_world_process_zero() and not self.args.save_only_model:
+            recovery.seal(self._checkpoint_dir / f"checkpoint-{self.state.global_step}", self._starts_from, loss)
+            rotate_checkpoints(self._checkpoint_dir, limit, self.state.best_model_checkpoint, use_mtime=False)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        """HF's, which is silent if the adapter's names do not fit: so the loss is compared before the first step."""
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self._resumed is not None:
+            checkpoint, expected = self._resumed
+            recovery.check_loss(checkpoint, expected, self._first_loss(), self.exact, self._label())
+
+    @torch.no_grad()
+    def _first_loss(self) -> float:
+        """Mean loss of the first training rows of the task, unperturbed and in evaluation mode."""
+        batch = self._first_rows(self.train_dataset)
+        with evaluating(self.model), self.accelerator.autocast():
+            losses, counts = row_losses(*predict(self.model, batch))
+        return float(losses.sum() / counts.sum())
+
+    def _first_rows(self, rows: Dataset) -> dict[str, Any]:
+        """A few rows, the same on every rank."""
+        return self._prepare_input(
+            dict(self.stream_collator(rows.select(range(min(PROBE_ROWS, len(rows)))).to_list()))
+        )
+
+    def _label(self) -> str:
+        """Of the task that is being trained, for messages."""
+        return "the training" if self._checkpoint_dir is None else f"task {self.stages[self.task_number - 1].name!r}"
+
+    @property
+    def exact(self) -> bool:
+        """Whether all that rounds is float32."""
+        plain = self.model.get_base_model().dtype == torch.float32 and not adapters.quantised(self.model)
+        return plain and self.accelerator.mixed_precision == "no"
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         # A stream publishes finished tasks; a half-trained adapter on `main` would be neither.
@@ -177,76 +238,56 @@ class PMTrainerMixin:
         """
         if self.stream is None:
             raise UserError("There is no stream to train on. Pass `stream=TaskStream([...])`.")
-        self._open_run()
-        self._score_base()
-        for number, stage in enumerate(self.stages, start=1):
-            if number > len(self.run.ledger):
-                self._begin(number)
-                self._train(number, stage)
-                self._merge(number, self._measure(stage))
-            self._evaluate_stage(number, stage)
-            self._publish(number)
-        self.outbox.finish()
+        with self.interruption.installed(self.accelerator), self._alone(), recovery.advising(self.args):
+            self._open_run()
+            self._score_base()
+            for number, stage in enumerate(self.stages, start=1):
+                if number > len(self.run.ledger):
+                    self._begin(number)
+                    self._train(number, stage)
+                    self._merge(number, self._measure(stage))
+                self._evaluate_stage(number, stage)
+                self._publish(number)
+            self.outbox.finish()
         return self.run.results
+
+    def _alone(self) -> AbstractContextManager[None]:
+        """No other process may work in the run folder; the ranks of this run count as one."""
+        main = self.is_world_process_zero()
+        return recovery.only_process(Path(self.args.output_dir)) if main else nullcontext()
 
     def _open_run(self) -> None:
         """Check or create the run folder; resolve the base; find out what is done already."""
         args = self.args
         self.run = RunFolder(args, [stage.name for stage in self.stages], self.is_world_process_zero())
-        base, names = self._resolve_base()
+        base, names = self.run.resolve_base(self.model, self.task_type)
         folder = Folder(base, self.run.ledger, names)
         self.run.open(folder, self.rows, self.model.peft_config[adapters.ADAPTER], self.task_type)
         repo_id = self.hub_model_id if args.push_to_hub else None
         self.outbox = Outbox.prepare(self.run, args, self.processing_class, self.stream, self.task_type, repo_id)
         self.accelerator.wait_for_everyone()
         self.scorer = Scorer(self, self.rows, self.run.path / "cells.json")
-        self._live: int | None = None  # number of tasks whose merged weights are live
-        self._adapter_logits: torch.Tensor | None = None
-        self._folded_logits: torch.Tensor | None = None
+        self.live: int | None = None  # number of tasks whose merged weights are live
+        self.parity = Parity(self)
         self._progress = StreamProgress()
         if not args.disable_tqdm:
             self.remove_callback(ProgressCallback)
             self.remove_callback(StreamProgress)
             self.add_callback(self._progress)
 
-    def _resolve_base(self) -> tuple[BaseCheckpoint, dict[str, str]]:
-        """The checkpoint the live model came from, or a copy of the live weights if there is none."""
-        own = self.run.path / "base"
-        inner = self.model.get_base_model()
-        differs = UserError(
-            f"The model differs from the base that {str(self.run.path)!r} started from. Load the same model, or use "
-            "another `output_dir`."
-        )
-        # The head of a classifier is not in its checkpoint, and without it the run could not be rebuilt.
-        if not own.is_dir() and self.task_type != "SEQ_CLS" and inner.name_or_path:
-            base = BaseCheckpoint.resolve(inner.name_or_path, getattr(inner.config, "_commit_hash", None))
-            names = stored_names(self.model, base)
-            if names is not None:
-                return base, names
-        with self.args.main_process_first():
-            if not own.is_dir():
-                if (self.run.path / "run.json").is_file():
-                    raise differs
-                snapshot_base(self.model, own)
-        base = BaseCheckpoint(own, inner.name_or_path or "a model built in Python")
-        names = stored_names(self.model, base)
-        if names is None:
-            raise differs
-        return base, names
-
     def _task_seed(self, number: int) -> int:
         return (self.args.seed * 1009 + number) % 2**32
 
-    def _rebuild(self, number: int) -> None:
+    def rebuild(self, number: int) -> None:
         """Make the merged weights after `number` tasks live."""
-        if self._live != number:
+        if self.live != number:
             self.run.folder.into_model(self.model, number)
-            self._live = number
+            self.live = number
         self.scorer.state_key = self.run.state_key(number)
 
     def _begin(self, number: int) -> None:
         """Merged weights live, fresh adapter, no optimizer, no schedule."""
-        self._rebuild(0 if self.method.start == "base" else number - 1)
+        self.rebuild(0 if self.method.start == "base" else number - 1)
         adapters.reset(self.model, self._task_seed(number))
         self.optimizer = self.lr_scheduler = None
         self.task_number = number
@@ -265,15 +306,29 @@ class PMTrainerMixin:
         self._progress.share = rows[number - 1] / sum(rows)
         self._checkpoint_dir = self.run.task_dir(number) / "checkpoints"
         self._checkpoint_dir.mkdir(parents=True, exist_ok=True)
-        self._live = None
+        self.live = None
         everyones = self.args.num_train_epochs
         self.args.num_train_epochs = self.rows.epochs(stage)
         try:
-            self.train(resume_from_checkpoint=get_last_checkpoint(str(self._checkpoint_dir)))
+            self._resumed = self._resume_point(number)
+            with self.interruption.held():
+                self.train(resume_from_checkpoint=str(self._resumed[0]) if self._resumed is not None else None)
+            if self.interruption.agreed:
+                raise recovery.Interrupted(f"Stopped at step {self.state.global_step} of {self._label()}.")
         finally:
-            self._checkpoint_dir = None
+            self._checkpoint_dir = self._resumed = self._loss = None
             self.args.num_train_epochs = everyones
         self._seconds = {"train_seconds": time.monotonic() - started, "curvature_seconds": 0.0}
+
+    def _resume_point(self, number: int) -> tuple[Path, float] | None:
+        """The newest checkpoint of this task that is whole; what is not is taken away."""
+        self._starts_from = self.run.state_key(0 if self.method.start == "base" else number - 1)
+        found = recovery.newest_checkpoint(self._checkpoint_dir, self._starts_from)
+        self.accelerator.wait_for_everyone()
+        if self.is_world_process_zero():
+            recovery.remove_newer(self._checkpoint_dir, found[0] if found is not None else None)
+        self.accelerator.wait_for_everyone()
+        return found
 
     def _measure(self, stage: Stage) -> Measured | None:
         """Curvature at the end of the task, if the merge needs it."""
@@ -300,7 +355,7 @@ class PMTrainerMixin:
             record["coefficient_search"] = found._asdict() | {"closed_form": coefficient.alpha}
             if args.coefficient_search == "use":
                 coefficient = Coefficient(found.best, None, coefficient.record)
-        self._adapter_logits = self._logits_at(coefficient.alpha, coefficient.per_matrix, number)
+        self.parity.expect(number, coefficient.alpha, coefficient.per_matrix)
         if self.is_world_process_zero():
             record |= {"merge_seconds": time.monotonic() - started, "peak_memory_bytes": _peak_memory()}
             self.run.commit(number, self.model, coefficient, measured, before, self.method.start, record)
@@ -337,7 +392,7 @@ class PMTrainerMixin:
         if len(results["per_task"]) >= number:
             return
         started = time.monotonic()
-        parity = self._certify(number)
+        parity = self.parity.certify(number)
         cells: list[Cell | None] = [None] * len(self.stream)
         for t in stage.scores:
             if self.task_type == "SEQ_CLS":
@@ -368,68 +423,13 @@ class PMTrainerMixin:
             scores = panel.lm_eval(self.model, self.processing_class, self.args.lm_eval_tasks, self.args.lm_eval_limit)
         return {"after": number, **found, "lm_eval": scores}
 
-    # ---- The parity certificate ---------------------------------------------------------------------------------
-
-    def _probe(self, number: int) -> Any:
-        """A few of the task's test rows, the same on every rank."""
-        rows = self.rows.test[self.stages[number - 1].learns[0]]
-        first = rows.select(range(min(PROBE_ROWS, len(rows)))).to_list()
-        return self._prepare_input(dict(self.stream_collator(first)))
-
-    def _logits_at(self, alpha: float, per_matrix: dict[str, float] | None, number: int) -> torch.Tensor:
-        """What the fold has to reproduce: the logits of the adapter model at the coefficient."""
-        layers = self.perturbation.layers
-        factors = alpha if per_matrix is None else [per_matrix[name] for name in adapters.lora_layers(self.model)]
-        with scaled_update(layers, factors):
-            return probe_logits(self.model, self._probe(number), self.accelerator.autocast)
-
-    def _certify(self, number: int) -> dict[str, Any]:
-        """Make the merged weights live, and compare them with the adapter model they came from."""
-        expected, self._adapter_logits = self._adapter_logits, None
-        if expected is None:  # an earlier process trained it
-            entry = self.run.ledger.entries[number - 1]
-            self._rebuild(0 if self.method.start == "base" else number - 1)
-            adapters.restore(self.model, adapters.StoredAdapter(self.run.path / entry.adapter))
-            self._live = None
-            expected = self._logits_at(entry.coefficient, entry.coefficients, number)
-        self._rebuild(number)
-        self._folded_logits = probe_logits(self.model, self._probe(number), self.accelerator.autocast)
-        dtype = self.model.get_base_model().dtype
-        exact = dtype == torch.float32 and self.accelerator.mixed_precision == "no"
-        exact = exact and not adapters.quantised(self.model)
-        return certificate(
-            expected,
-            self._folded_logits,
-            dtype=dtype,
-            policy=self.run.folder.policy(self.model),
-            exact=dtype == torch.float32
-            and self.accelerator.mixed_precision == "no"
-            and not adapters.quantised(self.model),
-            task_name=self.stages[number - 1].name,
-        )
-
-    def _certify_release(self, number: int, release: Path) -> None:
-        """Compare a release with the live merged model, as a user would load it; before its card is written."""
-        folded, self._folded_logits = self._folded_logits, None
-        if folded is None:  # scored by an earlier process, which died before the release
-            self._rebuild(number)
-            folded = probe_logits(self.model, self._probe(number), self.accelerator.autocast)
-        reloaded = reload_logits(
-            release,
-            self.run.folder.base.folder,
-            self.task_type,
-            self._probe(number),
-            dtype=self.model.get_base_model().dtype,
-            attention=self.model.config._attn_implementation,
-            autocast=self.accelerator.autocast,
-        )
-        record = self.run.results["per_task"][number - 1]
-        certify_release(record["parity"], folded, reloaded, self.stages[number - 1].name)
-        self.run.write_results()
+    def probe(self, number: int) -> dict[str, Any]:
+        """The first of the task's test rows."""
+        return self._first_rows(self.rows.test[self.stages[number - 1].learns[0]])
 
     def _publish(self, number: int) -> None:
         """Write the release of a task, and let the outbox push it while the next task trains."""
-        self.outbox.release(number, lambda folder: self._certify_release(number, folder))
+        self.outbox.release(number, lambda folder: self.parity.certify_release(number, folder))
         self.outbox.start()
 
     # ---- Rows and scores ----------------------------------------------------------------------------------------
@@ -464,7 +464,7 @@ class PMTrainerMixin:
         """The row before any task and the general ability of the base, once."""
         if self.run.results["base_row"]:
             return
-        self._rebuild(0)
+        self.rebuild(0)
         adapters.reset(self.model, self.args.seed)
         cells = [self.scorer.score_task(t) for t in range(len(self.stream))]
         self.run.record_base(cells, self._measure_general_ability(0))

@@ -118,7 +118,8 @@ def peak_memory() -> int:
 def fold(base: Path, run: Path, target: Path, threads: int) -> dict[str, float]:
     """Fold in this process; time of the fold alone, and the process's peak memory before it and after."""
     from hf_pm.adapters import StoredAdapter
-    from hf_pm.folding import BaseCheckpoint, Folder
+    from hf_pm.bases import BaseCheckpoint
+    from hf_pm.folding import Folder
     from hf_pm.ledger import Ledger
 
     torch.set_num_threads(threads)

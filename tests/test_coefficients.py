@@ -132,7 +132,7 @@ def test_line_search_is_the_true_loss_and_is_reported(train):
         and min(found["losses"]) == found["losses"][found["alphas"].index(found["best"])]
     )
     # alpha = 0 is the merged model after the first task: its loss, row by row, on the same held-out rows.
-    trainer._rebuild(1)
+    trainer.rebuild(1)
     held_out = trainer._held_out(2)
     expected = 0.0
     for rows in held_out:

@@ -21,9 +21,10 @@ from transformers import (
 )
 
 from hf_pm import adapters
+from hf_pm.bases import BaseCheckpoint, Piece, snapshot_base, stored_names
 from hf_pm.config import Recipe
 from hf_pm.errors import UserError
-from hf_pm.folding import BaseCheckpoint, Folder, Piece, snapshot_base, stored_names
+from hf_pm.folding import Folder
 from hf_pm.ledger import Entry, Ledger, sha256_file
 from hf_pm.loading import recipe_lora
 from hf_pm.perturbation import scaled_update

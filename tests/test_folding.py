@@ -14,8 +14,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from hf_pm import adapters
+from hf_pm.bases import BaseCheckpoint, snapshot_base, stored_names
 from hf_pm.errors import UserError
-from hf_pm.folding import BaseCheckpoint, Folder, snapshot_base, stored_names
+from hf_pm.folding import Folder
 from hf_pm.ledger import Entry, Ledger, sha256_file
 from hf_pm.tensorfiles import write_streaming
 

@@ -18,7 +18,16 @@ from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from hf_pm import publishing
 from hf_pm.cards import Card, check_license, check_repo_id, check_tags, public, release_tag, validate_card
 from hf_pm.errors import UserError
-from hf_pm.publishing import Owned, check_repo, explain, persistently, push_release, push_rollback, seconds_to_wait
+from hf_pm.publishing import (
+    Owned,
+    base_license,
+    check_repo,
+    explain,
+    persistently,
+    push_release,
+    push_rollback,
+    seconds_to_wait,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -743,6 +752,13 @@ def test_what_would_stop_a_push_stops_the_run_before(server, tmp_path, monkeypat
     # A Hub that is only busy is waited for.
     server.fail_next("GET", "/api/whoami-v2", 429, times=2)
     assert check_repo("me/stream", card(), **arguments | {"token": "hf_right"}) == "me/stream"
+
+
+def test_a_license_that_cannot_be_had_is_one_line_in_the_log(server, caplog):
+    assert base_license("me/nothing", None, None) == {}
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert said.startswith("The license of me/nothing is not known: HTTP 404: ") and said.endswith("on the card.")
+    assert "\n" not in said
 
 
 def test_the_cards_of_the_models_of_this_project_are_up_to_date():

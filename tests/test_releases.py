@@ -15,11 +15,13 @@ import torch
 from conftest import build
 from hub_server import HubServer, connect
 from peft import PeftConfig, PeftModel
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, pipeline
 
-from hf_pm import PMTrainer, publishing, releases
+from hf_pm import PMTrainer, disk, publishing, releases
 from hf_pm.cards import validate_card
+from hf_pm.cli import main
 from hf_pm.errors import UserError
 from hf_pm.ledger import read_json, sha256_file
 from hf_pm.outbox import Outbox
@@ -219,26 +221,66 @@ class Full:
 
 
 def test_too_little_disk_stops_the_run_before_it_trains(model, stream, tokenizer, lora, config, monkeypatch):
-    monkeypatch.setattr(releases.shutil, "disk_usage", lambda path: Full)
+    monkeypatch.setattr(disk.shutil, "disk_usage", lambda path: Full)
     trainer = PMTrainer(model=model, args=config(), stream=stream, processing_class=tokenizer, peft_config=lora)
-    with pytest.raises(UserError, match=r"Writing 2 release\(s\) .* needs .* 0.00 GB are free. Make room") as caught:
+    with pytest.raises(UserError, match=r"Writing 2 release\(s\) .* needs .* 0.0 MB are free. Make room") as caught:
         trainer.train_stream()
     assert "\n" not in str(caught.value)
     assert not (Path(config().output_dir) / "ledger.json").exists()
 
 
-@pytest.mark.parametrize("when", ["before", "while"])
+@pytest.mark.parametrize(("kind", "files"), [("merged", 0), ("adapter", 2), ("both", 2)])
+def test_what_a_release_needs_is_what_it_takes(kind, files, run, tmp_path, monkeypatch):
+    releases_of = Releases.open(run)
+    written = releases_of.write(2, tmp_path / "release", kind)
+    taken = sum(path.stat().st_size for path in written.rglob("*.safetensors"))
+    needed = releases_of.bytes_needed(kind, 2)
+    # One stacked adapter has one header where the adapters of the tasks have one each.
+    headers = max(path.stat().st_size for path in run.glob("tasks/*/adapter/*.safetensors")) // 2
+    assert taken <= needed <= taken + files * headers
+
+    class TooLittle:
+        free = needed - 1
+
+    monkeypatch.setattr(disk.shutil, "disk_usage", lambda path: TooLittle)
+    with pytest.raises(UserError, match=r"The release of task 2 needs 0\.\d MB in .* Make room") as caught:
+        releases_of.write(2, tmp_path / "other", kind)
+    assert "\n" not in str(caught.value) and not (tmp_path / "other").exists()
+
+
+ON_A_FULL_DISK = [
+    OSError(errno.ENOSPC, "No space left on device"),
+    OSError(errno.EDQUOT, "Disk quota exceeded"),
+    # safetensors has its own error for everything, whose text alone says what it was.
+    SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+]
+
+
+@pytest.mark.parametrize("error", ON_A_FULL_DISK, ids=["space", "quota", "safetensors"])
+def test_a_full_disk_is_one_line_at_the_command_line(error, run, monkeypatch, capsys):
+    def full(*args):
+        raise error
+
+    kept = contents(run)
+    monkeypatch.setattr(releases.figures, "matrix_png", full)
+    assert main(["release", str(run), "--task", "1", "--kind", "adapter", "--to", str(run / "new")]) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("hf-pm: ")]
+    assert line.startswith(f"hf-pm: The disk filled up while '{run / 'new'}' was written. Make room")
+    assert contents(run) == kept and not list(run.rglob(".*"))
+
+
+@pytest.mark.parametrize("when", ["before", *ON_A_FULL_DISK])
 def test_a_disk_that_fills_up_costs_the_release_and_nothing_else(when, run, monkeypatch, caplog):
     shutil.rmtree(run / "releases" / TAGS[1])
     kept = contents(run)
     outbox = Outbox(Releases.open(run))
     with monkeypatch.context() as patch:
         if when == "before":
-            patch.setattr(releases.shutil, "disk_usage", lambda path: Full)
+            patch.setattr(disk.shutil, "disk_usage", lambda path: Full)
         else:
 
             def full(*args):
-                raise OSError(errno.ENOSPC, "No space left on device")
+                raise when
 
             patch.setattr(releases.figures, "matrix_png", full)
         with caplog.at_level(logging.WARNING):
@@ -260,6 +302,15 @@ def test_other_errors_of_a_release_are_not_hidden(run, monkeypatch):
     with pytest.raises(OSError, match="Input/output"):
         Outbox(Releases.open(run)).release(2)
     assert not (run / "releases" / f".{TAGS[1]}.part").exists()
+
+
+def test_a_local_base_has_to_be_named_before_training(model, stream, tokenizer, lora, config, server):
+    args = config(push_to_hub=True, hub_model_id="me/stream")
+    trainer = PMTrainer(model=model, args=args, stream=stream, processing_class=tokenizer, peft_config=lora)
+    with pytest.raises(UserError, match=r"which nobody else has: .* Set `base_model_id` to `owner/name`") as caught:
+        trainer.train_stream()
+    assert "\n" not in str(caught.value)
+    assert server.commits == 0 and not (Path(args.output_dir) / "ledger.json").exists()
 
 
 # ---- As a repository ------------------------------------------------------------------------------------------------
@@ -473,6 +524,18 @@ def test_a_new_repository_gets_everything(named, server, monkeypatch):
     assert other.finish() == []
     assert list(server.repos["me/other"].tags) == TAGS and "me/stream" not in server.repos
     assert '"me/other"' in server.repos["me/other"].resolve("main").files["README.md"].data.decode()
+
+
+def test_releases_are_pushed_by_number_not_by_name(named, server):
+    outbox = outbox_of(named)
+    outbox.path.mkdir()
+    for number in (100, 11, 9):
+        item = {"tag": f"task-{number:02d}-x", "number": number, "repo_id": "me/stream", "tries": 0}
+        (outbox.path / f"{item['tag']}.json").write_text(json.dumps(item))
+    back = {"repo_id": "me/stream", "to": None, "retired": {}, "adapters": []}
+    (outbox.path / "rollback-01-me--stream.json").write_text(json.dumps(back))
+    order = [path.stem for path in outbox.waiting()]
+    assert order == ["rollback-01-me--stream", "task-09-x", "task-11-x", "task-100-x"]
 
 
 def test_preview_says_what_would_be_sent_and_leaves_nothing(named, server):
