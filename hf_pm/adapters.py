@@ -18,7 +18,7 @@ from torch import nn
 from transformers import PreTrainedModel, set_seed
 
 from .disk import whole
-from .errors import UserError
+from .errors import UserError, cause_of
 from .tensorfiles import read_header, read_tensor
 
 
@@ -212,6 +212,25 @@ def _by_expert(A: torch.Tensor, B: torch.Tensor, experts: int | None) -> tuple[t
     return A.reshape(experts, -1, A.shape[-1]), B.reshape(len(B), -1, experts).permute(2, 0, 1).contiguous()
 
 
+def _stored_config(folder: Path) -> LoraConfig:
+    path = folder / "adapter_config.json"
+    try:
+        if not path.is_file():  # PEFT would ask the Hub for a repo of that name
+            raise FileNotFoundError("it is missing")
+        config = LoraConfig.from_pretrained(folder)
+        numbers = [config.lora_alpha, *(config.alpha_pattern or {}).values()]
+        if not all(type(number) in (int, float) and math.isfinite(number) for number in numbers):
+            raise TypeError(f"`lora_alpha` is {numbers}")
+        for pattern in config.alpha_pattern or {}:
+            re.compile(pattern)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, re.error) as error:
+        raise UserError(
+            f"{str(path)!r} does not describe a LoRA adapter: {cause_of(error)} Restore the file from a copy."
+        ) from error
+    check_config(config, "SEQ_CLS")  # only these have a head, and what an adapter for them may have, any may
+    return config
+
+
 class StoredAdapter:
     """Updates of an adapter folder, read one matrix at a time.
 
@@ -220,12 +239,12 @@ class StoredAdapter:
 
     Raises:
         UserError: If the weights are not a whole safetensors file, or adapt bare parameters and were not written by
-            [`save`] or [`save_stacked`].
+            [`save`] or [`save_stacked`]; or if the settings are not those of an update scale * B @ A.
     """
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / WEIGHTS
-        self._config = LoraConfig.from_pretrained(folder)
+        self._config = _stored_config(folder)
         self._tensors, metadata = read_header(self.path)
         parameters = json.loads(metadata.get(PARAMETERS, "{}"))
         if self._config.target_parameters and not parameters:
@@ -312,7 +331,7 @@ def save_stacked(folder: Path, updates: Mapping[str, Sequence[tuple[float, Updat
             A, B = A.flatten(0, 1), B.permute(1, 2, 0).flatten(1)
         tensors[f"{PREFIX}{path}.lora_A.weight"] = A.contiguous()
         tensors[f"{PREFIX}{path}.lora_B.weight"] = B.contiguous()
-    config = LoraConfig.from_pretrained(like)
+    config = _stored_config(like)
     config.r = config.lora_alpha = rank
     config.rank_pattern, config.alpha_pattern, config.use_rslora = {}, {}, False
     config.inference_mode = True

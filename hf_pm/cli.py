@@ -5,10 +5,12 @@ import logging
 import os
 import sys
 import tempfile
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from .errors import UserError
+from .ledger import check_links
 
 
 EPILOG = "Exit code: 0 done, 2 the input is wrong (one line says how to repair it), 130 interrupted, 1 anything else."
@@ -23,20 +25,18 @@ def main(argv: list[str] | None = None) -> int:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         code = options.handler(options, rest)
-    except UserError as error:
-        print(f"hf-pm: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt as error:
         where = str(error) or "Interrupted."
         print(f"hf-pm: {where} Start the same command again to continue the run.", file=sys.stderr)
         return 130
     except Exception as error:
-        notes = getattr(error, "__notes__", [])
-        if not any("start the same command" in note for note in notes):
+        # What is no mistake in the input, but says what to do: a full disk, memory that is used up.
+        notes = [note for note in getattr(error, "__notes__", []) if "start the same command" in note]
+        if not notes and not isinstance(error, UserError):
             raise
-        said = " ".join(str(error).split()) or "nothing more is known"
-        print(f"hf-pm: {type(error).__name__}: {said} {' '.join(notes)}", file=sys.stderr)
-        return 1
+        kind = [] if isinstance(error, UserError) else [f"{type(error).__name__}:"]
+        print("hf-pm:", *kind, *str(error).split(), *notes, file=sys.stderr)
+        return 1 if notes else 2
     return code or 0
 
 
@@ -175,6 +175,7 @@ def compare_command(options: argparse.Namespace, overrides: list[str]) -> None:
 
 def release_command(options: argparse.Namespace, overrides: list[str]) -> None:
     from .loading import quiet
+    from .recovery import only_process
     from .releases import Releases
 
     _refuse(overrides)
@@ -183,7 +184,8 @@ def release_command(options: argparse.Namespace, overrides: list[str]) -> None:
     to = Path(options.to) if options.to else None
     if to is not None and to.exists():
         raise UserError(f"{options.to!r} exists. Give a new folder with `--to`.")
-    print(releases.write(options.task, to, options.kind, releases.facts.repo_id))
+    with only_process(Path(options.run)) if to is None else nullcontext():
+        print(releases.write(options.task, to, options.kind, releases.facts.repo_id))
 
 
 def push_command(options: argparse.Namespace, overrides: list[str]) -> int:
@@ -258,6 +260,7 @@ def doctor_command(options: argparse.Namespace, overrides: list[str]) -> int:
 def _run_folder(name: str) -> Path:
     if not (Path(name) / "results.json").is_file():
         raise UserError(f"{name!r} is not a run folder: it has no results.json. Give the `output_dir` of a run.")
+    check_links(Path(name))
     return Path(name)
 
 

@@ -9,7 +9,9 @@ import torch
 from datasets import Dataset
 
 from . import adapters
+from .config import PMConfig
 from .curvature import mean_gradient, measure_curvature, row_losses
+from .errors import UserError, choose
 from .evaluation import evaluating, predict
 from .merging import (
     COEFFICIENTS,
@@ -169,6 +171,37 @@ def find(
         return Coefficient(alpha, None, record)
     per_matrix = {name: solve(each, number, fixed) for name, each in terms.items()}
     return Coefficient(math.fsum(per_matrix.values()) / len(per_matrix), per_matrix, record | {"global": alpha})
+
+
+def check_search(rows: Any, task_type: str, args: PMConfig) -> None:
+    """Find out before training whether the rows that a line search needs are there.
+
+    Args:
+        rows (`StreamRows`): Of the stream.
+        task_type (`str`): `CAUSAL_LM`, `SEQ_2_SEQ_LM` or `SEQ_CLS`.
+        args (`PMConfig`): With `coefficient_search`.
+
+    Raises:
+        UserError: If the model is a classifier, a task is unknown, or a task has no validation rows.
+    """
+    if args.coefficient_search == "off":
+        return
+    if task_type == "SEQ_CLS":
+        raise UserError(
+            f"`coefficient_search: {args.coefficient_search}` needs a language model: the loss of an earlier task "
+            "would need its own head. Switch it off."
+        )
+    for name in args.coefficient_search_tasks or ():
+        choose("task in `coefficient_search_tasks`", name, rows.stream.names)
+    for t in range(len(rows.stream)):
+        rows.held_out(t)
+
+
+def held_out_rows(rows: Any, args: PMConfig, number: int) -> list[Dataset]:
+    """Validation rows of task `number`, and of those before it whose rows may be kept."""
+    allowed = args.coefficient_search_tasks
+    names = [stage.name for stage in rows.stages[:number]]
+    return [rows.held_out(t) for t, name in enumerate(names) if t == number - 1 or allowed is None or name in allowed]
 
 
 def search(trainer: Any, held_out: Sequence[Dataset], points: Sequence[float] = SEARCH_POINTS) -> LineSearch:

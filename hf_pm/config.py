@@ -12,11 +12,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import get_token
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 
 from .cards import check_license, check_repo_id, check_tags, is_hub_id, missing_base_id
-from .environment import check_environment, place_problem
+from .environment import check_environment, check_token, place_problem
 from .errors import UserError, choose
 from .merging import COEFFICIENTS
 from .methods import METHODS, PERTURBATIONS, Method
@@ -256,6 +257,8 @@ class PMConfig(TrainingArguments):
         if self.base_model_id is not None:
             rule = "must be a Hub id (`owner/name`)"
             _require(is_hub_id(self.base_model_id), "base_model_id", self.base_model_id, rule, "Name the base there.")
+        if self.push_to_hub:
+            check_token(self.hub_token or get_token())
         if self.push_to_hub and self.hub_model_id is not None:
             check_repo_id(self.hub_model_id)
         for name, value in self.given.items():

@@ -50,3 +50,16 @@ def check_environment(environment: Mapping[str, str]) -> None:
     deepspeed = "ACCELERATE_USE_DEEPSPEED"
     if environment.get(deepspeed, "").lower() == "true" and find_spec("deepspeed") is None:
         raise refused(deepspeed, "but deepspeed is not installed")
+
+
+def check_token(token: str | None) -> None:
+    """Refuse what no request can carry, and never print it.
+
+    Raises:
+        UserError: Says where a token may come from.
+    """
+    if token is not None and not (token.isascii() and token.isprintable()):
+        raise UserError(
+            "The access token (`hub_token`, `HF_TOKEN`, or what `hf auth login` stored) holds characters that no "
+            "token has. Correct it."
+        )

@@ -220,7 +220,8 @@ class Folder:
         with whole(folder) as part:
             part.mkdir()
             for file in self.base.folder.iterdir():
-                if file.suffix in (".json", ".model", ".txt", ".jinja"):
+                # `.py`: what a model brings that is loaded with `trust_remote_code`.
+                if file.suffix in (".json", ".model", ".txt", ".jinja", ".py"):
                     shutil.copyfile(file, part / file.name)
             # Files are closed after the last job: the workers know them by their numbers.
             with ExitStack() as files, single_threaded_workers(workers) as pool, ThreadPoolExecutor(1) as syncing:

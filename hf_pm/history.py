@@ -19,6 +19,7 @@ from .errors import UserError
 from .ledger import Entry, Ledger, read_json, sha256_file, write_bytes, write_json
 from .outbox import PUSHED
 from .publishing import explain
+from .recovery import only_process
 from .releases import FACTS, Facts, Releases, cut_results, name_base, write_ledger
 from .scoring import Scorer
 
@@ -39,7 +40,7 @@ def rollback(run_dir: str | Path, to: int, *, weights_only: bool = False) -> Pat
     get other names, and the branch a commit with the files of the earlier task.
 
     Args:
-        run_dir (`str` or `Path`): The run folder; no process may be training in it.
+        run_dir (`str` or `Path`): The run folder.
         to (`int`): Number of tasks to keep, 0 for none.
         weights_only (`bool`, *optional*, defaults to `False`): Roll back even if the curvature state of that task was
             not kept, so that the stream cannot go on.
@@ -48,9 +49,17 @@ def rollback(run_dir: str | Path, to: int, *, weights_only: bool = False) -> Pat
         `Path`: Where the later tasks are now.
 
     Raises:
-        UserError: If there is nothing to roll back, or a file that stays is missing or altered.
+        UserError: If there is nothing to roll back, a file that stays is missing or altered, or a process is working
+            in the folder.
     """
     path = Path(run_dir)
+    if not path.is_dir():
+        raise UserError(f"{str(path)!r} is not a run folder. Give the `output_dir` of a run.")
+    with only_process(path):
+        return _rollback(path, to, weights_only)
+
+
+def _rollback(path: Path, to: int, weights_only: bool) -> Path:
     facts, ledger = Facts.read(path), Ledger(path)
     done = len(ledger)
     # An unfinished task counts too: its checkpoints continue weights that will be gone.

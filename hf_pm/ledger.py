@@ -126,7 +126,8 @@ def check_links(run_dir: Path) -> None:
     for folder, folders, files in os.walk(run_dir):
         for name in (*folders, *files):
             path = Path(folder) / name
-            if path.is_symlink() and not path.resolve().is_relative_to(root):
+            # Not `resolve`, which raises where links form a circle.
+            if path.is_symlink() and not Path(os.path.realpath(path)).is_relative_to(root):
                 raise UserError(
                     f"{str(path)!r} is a link that leads out of the run folder. Put what it names in its place."
                 )

@@ -28,6 +28,7 @@ from .disk import check_space, disk_is_full
 from .errors import UserError
 from .ledger import read_json, sync_folder, write_json
 from .publishing import Owned
+from .recovery import only_process
 from .releases import FACTS, PIPELINE_TAGS, Facts, Releases
 from .stream import TaskStream
 
@@ -156,16 +157,20 @@ class Outbox:
             `list[str]`: As [`finish`].
 
         Raises:
-            UserError: No token, no write access, or a repository that holds something else.
+            UserError: No token, no write access, a repository that holds something else, or a process that is training
+                in the folder, and pushes by itself.
         """
-        numbers = self.releases.scored()
-        if not numbers:
-            raise UserError(f"{str(self.releases.path)!r} has no task that is committed and scored. Train one first.")
-        self._check_hub(self.releases.results())
-        self.releases.facts.write(self.releases.path)
-        for number in numbers:
-            self.enqueue(number)
-        return self.finish()
+        with only_process(self.releases.path):
+            numbers = self.releases.scored()
+            if not numbers:
+                raise UserError(
+                    f"{str(self.releases.path)!r} has no task that is committed and scored. Train one first."
+                )
+            self._check_hub(self.releases.results())
+            self.releases.facts.write(self.releases.path)
+            for number in numbers:
+                self.enqueue(number)
+            return self.finish()
 
     def _check_hub(self, results: dict[str, Any]) -> None:
         facts = self.releases.facts
@@ -338,7 +343,9 @@ class Outbox:
             back = partial(publishing.push_rollback, self.repo_id, to=item["to"], retired=item["retired"], **where)
             publishing.persistently(back, "Rolling back")
             return
-        tag, folder = item["tag"], self.path / item["tag"]
+        tag, folder = item["tag"], self.path / path.stem
+        if tag != path.stem:
+            raise UserError(f"{str(path)!r} names {tag!r}, which is not what it was made for. Do not trust it.")
         if not folder.is_dir():
             raise UserError(f"{str(folder)!r} is gone. Make it again with `hf-pm push`.")
 

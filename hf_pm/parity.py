@@ -106,6 +106,7 @@ def reload_logits(
     *,
     dtype: torch.dtype,
     attention: str | None = None,
+    code: bool = False,
     autocast: Callable[[], Any] = nullcontext,
 ) -> torch.Tensor:
     """Logits of a release on disk, loaded as a user would.
@@ -117,11 +118,13 @@ def reload_logits(
         batch (`dict`): As for `probe_logits`; its device is where the model is loaded to.
         dtype (`torch.dtype`): To load in: that of the live weights.
         attention (`str`, *optional*): Implementation of attention: that of the live model, which rounds as it does.
+        code (`bool`, *optional*, defaults to `False`): Run the code that came with the model, as the live one does.
         autocast (`Callable`, *optional*): As in training.
     """
     adapter = (release / "adapter_config.json").is_file() and not (release / "config.json").is_file()
     architecture = ARCHITECTURES[task_type]
-    model = architecture.from_pretrained(base if adapter else release, dtype=dtype, attn_implementation=attention)
+    loading = {"dtype": dtype, "attn_implementation": attention, "trust_remote_code": code}
+    model = architecture.from_pretrained(base if adapter else release, **loading)
     if adapter:
         model = PeftModel.from_pretrained(model, release)
     return probe_logits(model.to(batch["input_ids"].device), batch, autocast)
@@ -178,6 +181,7 @@ class Parity:
             trainer.probe(number),
             dtype=trainer.model.get_base_model().dtype,
             attention=trainer.model.config._attn_implementation,
+            code=type(trainer.model.get_base_model()).__module__.startswith("transformers_modules."),
             autocast=trainer.accelerator.autocast,
         )
         record = trainer.run.results["per_task"][number - 1]

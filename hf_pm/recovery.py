@@ -8,12 +8,13 @@ import fcntl
 import json
 import logging
 import os
+import pickle
 import shutil
 import signal
 import socket
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,8 @@ SEAL = "checkpoint.json"
 LOSS_TOLERANCE = {"exact": 1e-4, "rounded": 2e-2}
 # Bytes left on a disk that fails.
 ALMOST_NOTHING = 1 << 20
+# In what torch raises, as a RuntimeError, when the machine's memory is used up.
+CPU_MEMORY = "DefaultCPUAllocator"
 # In what the backends of torch.distributed raise when a process is gone.
 COLLECTIVES = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "Timed out waiting")
 
@@ -57,7 +60,6 @@ def only_process(folder: Path) -> Iterator[None]:
     path = folder / LOCK
     created = not folder.is_dir()
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         handle = _open_locked(path)
     except OSError as error:
         raise UserError(
@@ -66,15 +68,20 @@ def only_process(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        path.unlink(missing_ok=True)  # before the lock goes, so that nobody waits for a file that is gone
+        path.unlink(missing_ok=True)  # before the lock goes: who opened it meanwhile finds it gone, and tries again
         handle.close()
-        if created and not any(folder.iterdir()):
-            folder.rmdir()
+        if created:
+            with suppress(OSError):  # something is in it
+                folder.rmdir()
 
 
 def _open_locked(path: Path) -> Any:
     while True:
-        handle = open(path, "a+")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            handle = open(path, "a+")
+        except FileNotFoundError:  # somebody has just removed the folder
+            continue
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -172,7 +179,7 @@ def _problem(checkpoint: Path, starts_from: str) -> str | None:
     return None
 
 
-def check_loss(checkpoint: Path, expected: float, found: float, exact: bool, task_name: str) -> None:
+def check_loss(checkpoint: Path, expected: float, found: float, exact: bool) -> None:
     """Compare the loss of a loaded checkpoint with the one it was sealed with.
 
     Raises:
@@ -181,7 +188,7 @@ def check_loss(checkpoint: Path, expected: float, found: float, exact: bool, tas
     allowed = LOSS_TOLERANCE["exact" if exact else "rounded"] * max(1.0, abs(expected))
     if not abs(found - expected) <= allowed:
         raise UserError(
-            f"Task {task_name!r} cannot go on from {str(checkpoint)!r}: its model had a loss of {expected:.6g} on the "
+            f"The run cannot go on from {str(checkpoint)!r}: its model had a loss of {expected:.6g} on the "
             f"task's first rows, and what was loaded has {found:.6g}. Use the library versions of run.json, or delete "
             "that folder to begin the task again."
         )
@@ -196,6 +203,12 @@ def advising(args: TrainingArguments) -> Iterator[None]:
     """Add to what stops a run, and is no mistake in its input, what is safe and what to do (`__notes__`)."""
     try:
         yield
+    except pickle.UnpicklingError as error:
+        # torch's own text recommends to load it all the same.
+        raise UserError(
+            f"A checkpoint in {args.output_dir!r} cannot be read: it holds objects, which could run code, where only "
+            "numbers belong. Delete the folder `checkpoints` of its task to begin that task again."
+        ) from error
     except Exception as error:
         remedy = _remedy(error, args)
         if remedy is not None:
@@ -208,11 +221,12 @@ def advising(args: TrainingArguments) -> Iterator[None]:
 
 
 def _remedy(error: Exception, args: TrainingArguments) -> str | None:
-    free = shutil.disk_usage(args.output_dir).free if Path(args.output_dir).is_dir() else None
     # What torch says of a full disk is neither an OSError nor clear.
-    if disk_is_full(error) or (isinstance(error, RuntimeError) and free is not None and free < ALMOST_NOTHING):
+    unclear = isinstance(error, RuntimeError) and Path(args.output_dir).is_dir()
+    nothing_left = unclear and shutil.disk_usage(args.output_dir).free < ALMOST_NOTHING
+    if nothing_left or any(map(disk_is_full, (error, error.__cause__))):
         return "The disk is full: make room"
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or CPU_MEMORY in str(error):
         return "Memory is used up: free some, or take a machine with more"
     gone = isinstance(error, dist.DistError) or any(name in str(error) for name in COLLECTIVES)
     if args.world_size > 1 and isinstance(error, RuntimeError) and gone:

@@ -128,7 +128,7 @@ class Facts:
     def read(cls, path: Path) -> "Facts":
         """
         Raises:
-            UserError: If the file is missing or another version's.
+            UserError: If the file is missing, another version's, or names files outside of the run folder.
         """
         if not (path / FACTS).is_file():
             raise UserError(
@@ -141,9 +141,14 @@ class Facts:
                 name: where if isinstance(where, str) else tuple(_piece(*values) for values in where)
                 for name, where in stored["names"].items()
             }
-            return cls(**stored | {"names": names})
-        except (TypeError, KeyError) as error:
+            facts = cls(**stored | {"names": names})
+            outside = [name for name in facts.tokenizer if name in ("", ".", "..") or set(name) & set("/\\")]
+        except (TypeError, KeyError, AttributeError) as error:
             raise UserError(f"{str(path / FACTS)!r} is not of this version of hf_pm ({error}).") from error
+        if outside:
+            # It may come from elsewhere, and these files become part of releases.
+            raise UserError(f"{str(path / FACTS)!r} names {outside[0]!r} as a tokenizer's file. Do not trust it.")
+        return facts
 
 
 def _piece(stored: str, index: int | None, expert: int | None, rows: Any, columns: Any, transposed: bool) -> Piece:

@@ -117,10 +117,13 @@ class RunFolder:
         recorded = None
         if path.is_file():
             recorded = read_json(path)
+            # Earlier versions had no `epochs`.
+            _check_kind(path, recorded, {key: value for key, value in described.items() if key != "epochs"})
             changes = _changes(self, recorded, described)
         elif len(self.ledger):
             raise UserError(f"{str(self.path)!r} has a ledger but no run.json. Use another `output_dir`.")
         self.ledger.verify()
+        self.read_states()  # is needed after the training only
         self.base_sha256 = described["base"]["sha256"]
         self.results = {
             "schema": 1,
@@ -145,9 +148,9 @@ class RunFolder:
             "versions": described["versions"],
         }
         if (self.path / "results.json").is_file():
-            recorded = read_json(self.path / "results.json")
-            _check_kind(self.path / "results.json", recorded, self.results)
-            self.results = recorded
+            results = read_json(self.path / "results.json")
+            _check_kind(self.path / "results.json", results, self.results)
+            self.results = results
         if self.writes and recorded is None:
             write_json(path, described)
         elif self.writes and changes:
@@ -305,7 +308,7 @@ def _changes(run: RunFolder, recorded: dict[str, Any], described: dict[str, Any]
     Raises:
         UserError: With another base, other data, or another value of a key that may not change; names every one.
     """
-    if recorded["base"]["sha256"] != described["base"]["sha256"]:
+    if recorded["base"].get("sha256") != described["base"]["sha256"]:
         raise UserError(
             f"The weight files of the base {described['base']['model']!r} are not those that {str(run.path)!r} "
             "started from (sha256 differs). Restore the checkpoint, or use another `output_dir`."
@@ -322,20 +325,21 @@ def _changes(run: RunFolder, recorded: dict[str, Any], described: dict[str, Any]
     usual = {item.name: item.default for item in fields(run.args)}
     pairs = {key: [values.get(key, usual.get(key)) for values in (old, new)] for key in old.keys() | new.keys()}
     different = {key: (there, here) for key, (there, here) in pairs.items() if there != here}
-    for key in ("tasks", "adapter", "data_fingerprint"):
+    for key in ("tasks", "data_fingerprint"):
         if recorded[key] != described[key]:
             different[key] = recorded[key], described[key]
-    # A task that has begun goes on as it began.
-    done = len(run.ledger)
-    begun = done
+    for key, there in recorded["adapter"].items():
+        if there != described["adapter"][key]:
+            different[f"adapter.{key}"] = there, described["adapter"][key]
+    done, count = len(run.ledger), len(run.stages)
+    begun = done  # a task that has begun goes on as it began
     if "tasks" not in different:
-        begun += done < len(run.stages) and any((run.task_dir(done + 1) / "checkpoints").glob("checkpoint-*"))
-        if was[:begun] != now[:begun]:
-            different["num_train_epochs"] = was[:begun], now[:begun]
-        elif was != now:
-            different["epochs"] = was, now
-    between_tasks = begun == done < len(run.stages)
-    allowed = {"epochs"} | (LATER_TASKS_FIELDS - {"num_train_epochs"} if between_tasks else set())
+        begun += done < count and any((run.task_dir(done + 1) / "checkpoints").glob("checkpoint-*"))
+        if done == count and was != now or was[done:begun] != now[done:begun]:
+            different["num_train_epochs"] = was, now
+        elif was[done:] != now[done:]:
+            different["epochs"] = was, was[:done] + now[done:]
+    allowed = {"epochs"} | (LATER_TASKS_FIELDS - {"num_train_epochs"} if begun == done < count else set())
     refused = sorted(different.keys() - allowed)
     if refused:
         told = "; ".join(
@@ -351,4 +355,4 @@ def _changes(run: RunFolder, recorded: dict[str, Any], described: dict[str, Any]
 
 def _brief(value: Any) -> str:
     text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    return text if len(text) <= 60 or isinstance(value, list) else f"{text[:57]}..."

@@ -7,7 +7,7 @@ import torch
 from safetensors import safe_open
 
 from .merging import Factored, LowRank, State
-from .tensorfiles import write_streaming
+from .tensorfiles import read_header, write_streaming
 
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -21,14 +21,16 @@ class StoredStates:
 
     Args:
         path (`Path`, *optional*): A file of [`write_states`]; `None` before the first task.
+
+    Raises:
+        UserError: If it is no whole safetensors file.
     """
 
     def __init__(self, path: Path | None) -> None:
         self.path = path
         self.names: set[str] = set()
         if path is not None:
-            with safe_open(path, "pt") as tensors:
-                self.names = set(tensors.keys())
+            self.names = set(read_header(path).tensors)
 
     def get(self, name: str) -> State | None:
         """S and R of the matrix `name` as float32; `None` before the first task."""

@@ -2,6 +2,7 @@
 
 import inspect
 import logging
+import math
 import resource
 import time
 from collections.abc import Callable, Iterator
@@ -27,11 +28,11 @@ from transformers import (
 from transformers.trainer_utils import IntervalStrategy, rotate_checkpoints
 
 from . import adapters, panel, recovery, report
-from .coefficients import Coefficient, Measured, find, measure, search
+from .coefficients import Coefficient, Measured, check_search, find, held_out_rows, measure, search
 from .config import PMConfig
 from .curvature import row_losses
 from .encoding import AnswerCollator, Encoder, by_length
-from .errors import UserError, choose
+from .errors import UserError
 from .evaluation import evaluating, predict
 from .folding import Folder
 from .merging import NEEDS_CURVATURE
@@ -88,7 +89,8 @@ class PMTrainerMixin:
                 "`optim` and `optim_args` instead."
             )
         if isinstance(model, str):
-            model = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
+            safe = {"use_safetensors": True, "trust_remote_code": False}
+            model = AutoModelForCausalLM.from_pretrained(model, dtype="auto", **safe)
         self.method = args.resolved_method()
         self.task_type = _task_type(model)
         if isinstance(model, PeftModel):
@@ -111,7 +113,7 @@ class PMTrainerMixin:
             self.stages = self.rows.stages
             for task in stream:
                 metric_of(task, self.task_type)
-            self._check_search(args)
+            check_search(self.rows, self.task_type, args)
             if args.lm_eval_tasks:
                 panel.check_lm_eval(args.lm_eval_tasks)
             if train_dataset is None:
@@ -155,13 +157,8 @@ class PMTrainerMixin:
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """HF's `log` with the mean factor of the steps since the last one (the step's own at `logging_steps: 1`)."""
-        if self._loss is not None and not bool(torch.isfinite(self._loss)):
-            # `Trainer` leaves such losses out of its means, and would train to the end of the task.
-            raise UserError(
-                f"The loss of {self._label()} is {float(self._loss)} at step {self.state.global_step}. Nothing of "
-                "this task is kept, all tasks before it are; lower `learning_rate` or `max_grad_norm`, or train in a "
-                "wider `dtype`."
-            )
+        if self._loss is not None:  # `Trainer` leaves such losses out of its means, and would train to the end
+            self._require_finite(float(self._loss))
         if self._factors and "loss" in logs:
             logs["perturbation_factor"] = sum(self._factors) / len(self._factors)
             self._factors.clear()
@@ -181,6 +178,7 @@ class PMTrainerMixin:
         finally:
             self.args.save_total_limit = limit
         loss = self._first_loss()
+        self._require_finite(loss)
         self.accelerator.wait_for_everyone()
         if self.is_world_process_zero() and not self.args.save_only_model:
             recovery.seal(self._checkpoint_dir / f"checkpoint-{self.state.global_step}", self._starts_from, loss)
@@ -191,7 +189,7 @@ class PMTrainerMixin:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         if self._resumed is not None:
             checkpoint, expected = self._resumed
-            recovery.check_loss(checkpoint, expected, self._first_loss(), self.exact, self._label())
+            recovery.check_loss(checkpoint, expected, self._first_loss(), self.exact)
 
     @torch.no_grad()
     def _first_loss(self) -> float:
@@ -210,6 +208,14 @@ class PMTrainerMixin:
     def _label(self) -> str:
         """Of the task that is being trained, for messages."""
         return "the training" if self._checkpoint_dir is None else f"task {self.stages[self.task_number - 1].name!r}"
+
+    def _require_finite(self, loss: float) -> None:
+        if not math.isfinite(loss):
+            raise UserError(
+                f"The loss of {self._label()} is {loss} at step {self.state.global_step}. Nothing of this task is "
+                "kept from here on, all tasks before it are; lower `learning_rate` or `max_grad_norm`, or train in a "
+                "wider `dtype`."
+            )
 
     @property
     def exact(self) -> bool:
@@ -351,7 +357,7 @@ class PMTrainerMixin:
         coefficient = find(self.method.merge, measured, before, number, name, **how)
         record = self._seconds
         if args.coefficient_search != "off" and number > 1:
-            found = search(self, self._held_out(number))
+            found = search(self, held_out_rows(self.rows, args, number))
             record["coefficient_search"] = found._asdict() | {"closed_form": coefficient.alpha}
             if args.coefficient_search == "use":
                 coefficient = Coefficient(found.best, None, coefficient.record)
@@ -361,30 +367,6 @@ class PMTrainerMixin:
             self.run.commit(number, self.model, coefficient, measured, before, self.method.start, record)
         self.accelerator.wait_for_everyone()
         self.run.ledger.reload()
-
-    def _check_search(self, args: PMConfig) -> None:
-        """Whether the rows that a line search needs are there, before training."""
-        if args.coefficient_search == "off":
-            return
-        if self.task_type == "SEQ_CLS":
-            raise UserError(
-                f"`coefficient_search: {args.coefficient_search}` needs a language model: the loss of an earlier task "
-                "would need its own head. Switch it off."
-            )
-        for name in args.coefficient_search_tasks or ():
-            choose("task in `coefficient_search_tasks`", name, self.stream.names)
-        for t in range(len(self.stream)):
-            self.rows.held_out(t)
-
-    def _held_out(self, number: int) -> list[Dataset]:
-        """Validation rows of the new task, and of those before whose rows may be kept."""
-        allowed = self.args.coefficient_search_tasks
-        names = [stage.name for stage in self.stages[:number]]
-        return [
-            self.rows.held_out(t)
-            for t, name in enumerate(names)
-            if t == number - 1 or allowed is None or name in allowed
-        ]
 
     def _evaluate_stage(self, number: int, stage: Stage) -> None:
         """Score every task seen on the merged weights, and write results, report and table."""

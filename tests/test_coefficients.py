@@ -12,7 +12,7 @@ from transformers import LlamaForCausalLM
 
 from hf_pm import PMConfig, PMTrainer, Task, TaskStream, UserError
 from hf_pm.adapters import StoredAdapter, lora_layers
-from hf_pm.coefficients import search
+from hf_pm.coefficients import held_out_rows, search
 from hf_pm.ledger import Ledger
 from hf_pm.merging import MAX_RANK
 from hf_pm.perturbation import scaled_update
@@ -133,7 +133,7 @@ def test_line_search_is_the_true_loss_and_is_reported(train):
     )
     # alpha = 0 is the merged model after the first task: its loss, row by row, on the same held-out rows.
     trainer.rebuild(1)
-    held_out = trainer._held_out(2)
+    held_out = held_out_rows(trainer.rows, trainer.args, 2)
     expected = 0.0
     for rows in held_out:
         losses = []
@@ -157,7 +157,7 @@ def test_search_restores_the_scale(train):
     trainer, _ = train(coefficient_search="report", validation_samples=6)
     layers = trainer.perturbation.layers
     nominal = [layer.scaling["default"] for layer in layers]
-    search(trainer, trainer._held_out(1))
+    search(trainer, held_out_rows(trainer.rows, trainer.args, 1))
     assert [layer.scaling["default"] for layer in layers] == nominal
     with pytest.raises(ValueError), scaled_update(layers, [1.0]):
         pass
@@ -237,7 +237,7 @@ def test_state_file_round_trip_and_size(tmp_path, factored, dtype):
 def test_targets_that_differ_from_the_ledgers_are_refused(train, lora):
     train()
     lora.target_modules = ["q_proj"]
-    with pytest.raises(UserError, match="adapter differ"):
+    with pytest.raises(UserError, match=r"adapter.targets is \[.*\] there, \[.*\] now"):
         train()
 
 
@@ -254,6 +254,6 @@ def test_three_tasks_with_every_option_together(model, stream, tokenizer, lora, 
     )
     results = trainer.train_stream()
     assert len(results["coefficients"]) == 3 and all(0 <= alpha <= 1 for alpha in results["coefficients"])
-    assert len(trainer._held_out(3)) == 2  # colour and the new task, not mood
+    assert len(held_out_rows(trainer.rows, trainer.args, 3)) == 2  # colour and the new task, not mood
     sizes = [task["state_bytes"] for task in results["per_task"]]
     assert sizes[0] < sizes[2]  # factors of R, up to MAX_RANK

@@ -16,21 +16,10 @@ README = (ROOT / "README.md").read_text()
 # Lowest first: a module may import those before it.
 LAYERS = [
     *("errors", "methods", "task_metrics", "metrics", "tables", "results", "cards", "merging", "ledger", "disk"),
-    *(
-        "tensorfiles",
-        "states",
-        "environment",
-        "recipefiles",
-        "config",
-        "formats",
-        "leaks",
-        "stream",
-        "encoding",
-        "benchmarks",
-    ),
-    *("benchmarks", "adapters", "perturbation", "evaluation", "parity", "panel", "curvature", "coefficients", "bases"),
-    *("folding", "figures", "publishing", "report", "groups", "comparison", "progress", "releases"),
-    *("outbox", "rows", "scoring", "history", "doctor", "recovery", "runs", "trainer", "loading", "plan", "cli"),
+    *("recovery", "tensorfiles", "states", "environment", "recipefiles", "config", "formats", "leaks", "stream"),
+    *("encoding", "benchmarks", "adapters", "perturbation", "evaluation", "parity", "panel", "curvature"),
+    *("coefficients", "bases", "folding", "figures", "publishing", "report", "groups", "comparison", "progress"),
+    *("releases", "outbox", "rows", "scoring", "history", "doctor", "runs", "trainer", "loading", "plan", "cli"),
 ]
 FREE_OF_TRANSFORMERS = {
     *("errors", "methods", "task_metrics", "metrics", "merging", "ledger", "leaks", "tables", "results"),

