@@ -122,13 +122,15 @@ def run_recipe(recipe: Any) -> dict[str, Any]:
     return results
 
 
-def plan_command(options: argparse.Namespace, words: list[str]) -> None:
+def plan_command(options: argparse.Namespace, words: list[str]) -> int:
     from .config import parse_recipe
     from .loading import quiet
     from .plan import format_plan, plan_recipe
 
     quiet()
-    print(format_plan(plan_recipe(parse_recipe(options.recipe, words))))
+    plan = plan_recipe(parse_recipe(options.recipe, words))
+    print(format_plan(plan))
+    return 2 if plan.disk > plan.free else 0
 
 
 def demo_command(options: argparse.Namespace, overrides: list[str]) -> None:

@@ -22,6 +22,7 @@ from .errors import UserError, choose
 from .merging import COEFFICIENTS
 from .methods import METHODS, PERTURBATIONS, Method
 from .recipefiles import coerce, parse_words, read_recipe
+from .recovery import join_ranks
 
 
 CHOICES = {
@@ -276,8 +277,11 @@ class PMConfig(TrainingArguments):
         rule = f"must be a folder to write to ({problem})"
         _require(problem is None, "output_dir", self.output_dir, rule, "Name another one.")
         check_environment(os.environ)
+        if self.use_cpu:
+            join_ranks(self.ddp_backend, self.ddp_timeout)
         super().__post_init__()
-        missing = sorted(set(self.report_to) - set(get_available_reporting_integrations()))
+        # The two are found in another way, where they run.
+        missing = sorted({*self.report_to} - {*get_available_reporting_integrations(), "azure_ml", "flyte"})
         rule = "must name trackers that are installed"
         _require(not missing, "report_to", missing, rule, "Install them, or use `report_to: none`.")
 

@@ -15,6 +15,7 @@ import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,14 @@ ALMOST_NOTHING = 1 << 20
 # In what torch raises, as a RuntimeError, when the machine's memory is used up.
 CPU_MEMORY = "DefaultCPUAllocator"
 # In what the backends of torch.distributed raise when a process is gone.
-COLLECTIVES = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "Timed out waiting")
+COLLECTIVES = (
+    "gloo",
+    "NCCL",
+    "Application timeout",
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Timed out waiting",
+)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -232,6 +240,15 @@ def _remedy(error: Exception, args: TrainingArguments) -> str | None:
     if args.world_size > 1 and isinstance(error, RuntimeError) and gone:
         return f"Another process of this run is gone or said nothing for {args.ddp_timeout} s: see its own message"
     return None
+
+
+def join_ranks(backend: str | None, seconds: int) -> None:
+    """Meet the other processes of a run on CPUs, and wait at most `seconds` for them from now on.
+
+    `TrainingArguments` passes its `ddp_timeout` on for accelerators only; on CPUs, ranks would wait for half an hour.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+        dist.init_process_group(backend or "gloo", timeout=timedelta(seconds=seconds))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,5 +1,7 @@
 """`PMTrainer`: HF's `Trainer` that learns a stream of tasks. `train_stream` is the table of contents."""
 
+import ctypes
+import gc
 import inspect
 import logging
 import math
@@ -254,6 +256,7 @@ class PMTrainerMixin:
                     self._merge(number, self._measure(stage))
                 self._evaluate_stage(number, stage)
                 self._publish(number)
+                _return_memory()
             self.outbox.finish()
         return self.run.results
 
@@ -468,6 +471,13 @@ def _task_type(model: PreTrainedModel | PeftModel | None) -> str:
     if type(inner).__name__.endswith("ForSequenceClassification"):
         return "SEQ_CLS"
     return "SEQ_2_SEQ_LM" if inner.config.is_encoder_decoder else "CAUSAL_LM"
+
+
+def _return_memory() -> None:
+    """Give freed memory back to the system: the many sizes of a task leave holes that the next task's do not fit."""
+    gc.collect()
+    if (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:  # of the GNU C library
+        trim(0)
 
 
 def _peak_memory() -> int:

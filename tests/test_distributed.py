@@ -1,14 +1,19 @@
 """Two real processes (gloo) agree with each other, and closely with one process of the same global batch."""
 
 import json
+import signal
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import yaml
 from safetensors.torch import load_file
 from test_cli import ROOT, environment, recipe  # noqa: F401 - recipe is a fixture
+
+from hf_pm.recovery import SEAL
 
 
 pytestmark = pytest.mark.slow
@@ -46,3 +51,55 @@ def test_two_processes_agree_with_one(recipe, tmp_path):  # noqa: F811
         )
         for key, value in first.items():
             assert (second[key] - value).norm() <= 0.05 * value.norm() + 1e-4, key
+
+
+@pytest.fixture
+def two_ranks(recipe, tmp_path):  # noqa: F811
+    """Two processes in the middle of a task, started without a launcher that would look after them."""
+    path, values = recipe
+    path.write_text(yaml.safe_dump(values | {"num_train_epochs": 500, "ddp_timeout": 6}))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    command = [sys.executable, "-m", "hf_pm.cli", "run", str(path), "--save_strategy", "steps", "--save_steps", "5"]
+    ranks = [
+        subprocess.Popen(
+            command,
+            env=environment(RANK=str(rank), LOCAL_RANK=str(rank), **world),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    checkpoints = tmp_path / "run" / "tasks" / "01-colour" / "checkpoints"
+    for _ in range(900):
+        if list(checkpoints.glob(f"*/{SEAL}")) or any(rank.poll() is not None for rank in ranks):
+            break
+        time.sleep(0.1)
+    yield ranks
+    for rank in ranks:
+        rank.kill()
+        rank.communicate()
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP], ids=["dead", "hanging"])
+def test_the_others_stop_with_a_message_when_a_rank_is_gone(two_ranks, how):
+    first, second = two_ranks
+    second.send_signal(how)
+    _, said = first.communicate(timeout=90)
+    assert first.returncode == 1, said
+    last = said.strip().splitlines()[-1]
+    assert last.startswith("hf-pm: ") and "Another process of this run is gone or said nothing for 6 s" in last
+    assert "0 task(s) are committed" in last and "start the same command again" in last
+
+
+def test_a_signal_to_one_rank_stops_both_at_the_same_step(two_ranks, tmp_path):
+    first, second = two_ranks
+    second.send_signal(signal.SIGTERM)
+    ends = [rank.communicate(timeout=90)[1].strip().splitlines()[-1] for rank in two_ranks]
+    assert [rank.returncode for rank in two_ranks] == [130, 130], ends
+    assert ends[0] == ends[1] and ends[0].startswith("hf-pm: Stopped at step ")
+    step = ends[0].split("step ")[1].split(" ")[0]
+    assert (tmp_path / "run" / "tasks" / "01-colour" / "checkpoints" / f"checkpoint-{step}" / SEAL).is_file()

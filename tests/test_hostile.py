@@ -225,7 +225,8 @@ def bring_code(folder: Path, model_type: str, tokenizer: bool = False) -> Path:
 
 @pytest.fixture
 def modules(monkeypatch, tmp_path):
-    """Where transformers copies such code to."""
+    """Where transformers copies such code to, with somebody at the terminal who says yes to everything."""
+    monkeypatch.setattr("builtins.input", lambda *args: "y")
     folder = tmp_path / "modules"
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(folder))
     monkeypatch.syspath_prepend(str(folder))
@@ -239,6 +240,9 @@ def test_code_of_a_model_is_refused_with_the_setting_that_allows_it(command, wor
     owned = bring_code(world, "own")
     error = refused([command, "recipe.yaml"], capsys, "contains custom code")
     assert "`trust_remote_code: true`" in error and not owned.exists()
+    with pytest.raises(ValueError, match="contains custom code"):
+        PMTrainer(model=str(world / "model"))
+    assert not owned.exists()
 
 
 def test_code_of_a_model_does_not_run_where_transformers_knows_the_model(world, modules):
@@ -462,6 +466,8 @@ def test_no_secret_is_written_anywhere(world, tmp_path, monkeypatch, capfd, modu
         # What fails says what was given, but no token.
         assert main([*words, "--output_dir", "other", "--hub_token", "[1, hf_argument0123456789]"]) == 2
         assert main([*words[:-2], "--hub_token", "{hf_argument0123456789"]) == 2
+        (tmp_path / "broken.yaml").write_text("hub_token: hf_argument0123456789: 1")
+        assert main(["run", str(tmp_path / "broken.yaml")]) == 2
         found |= written(world, hub)
     assert hub.repos["me/stream"].tags.keys() == {"task-01-colour", "task-02-mood"}
     found["terminal"] = "".join(capfd.readouterr()).encode()

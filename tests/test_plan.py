@@ -1,6 +1,7 @@
 """The plan's numbers are those of the run it announces."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -74,11 +75,15 @@ def test_a_full_disk_is_announced(recipe):
     assert "too small" not in format_plan(plan_recipe(recipe()))
 
 
-def test_command_line(recipe, tmp_path, capsys):
+def test_command_line(recipe, tmp_path, capsys, monkeypatch):
     values = recipe().given | {"output_dir": str(tmp_path / "other")}
     (tmp_path / "recipe.yaml").write_text(json.dumps(values))
     assert main(["plan", str(tmp_path / "recipe.yaml"), "--lora_r", "2"]) == 0
     assert "2 training runs" in capsys.readouterr().out
     assert not (tmp_path / "other").exists()
+    disk = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: disk._replace(free=1000))
+    assert main(["plan", str(tmp_path / "recipe.yaml")]) == 2
+    assert "The disk is too small" in capsys.readouterr().out
     assert main(["plan", str(tmp_path / "recipe.yaml"), "--lora_target_modules", "nothing"]) == 2
     assert "nothing" in capsys.readouterr().err
