@@ -7,7 +7,8 @@ temporary folder. Each measurement runs in a fresh process, in rounds that go th
 speed drifts: `cp -r`, and the fold with each number of torch threads (one worker a thread). Ratios are throughput of
 the fold over that of `cp` in the same round, in wall seconds and in CPU seconds. A fold ends when its files are on the
 disk, `cp` when they are in memory; so its ratio to `cp` with `fsync` is given too. `--mergekit` times mergekit's
-linear merge of the base and the folded checkpoint beside them.
+linear merge of the base and the folded checkpoint beside them. At the end comes where one thread's time goes, block by
+block: what `cp` does as well (read, write), and what it does not (products, both conversions, the way to the disk).
 """
 
 import argparse
@@ -137,6 +138,58 @@ def fold(base: Path, run: Path, target: Path, threads: int) -> dict[str, float]:
     }
 
 
+def parts(base: Path, run: Path, target: Path) -> dict[str, float]:
+    """Seconds of one thread in each part of the fold, over the same blocks in the same order."""
+    from hf_pm.adapters import StoredAdapter
+    from hf_pm.bases import BaseCheckpoint
+    from hf_pm.folding import BLOCK, COPY
+    from hf_pm.ledger import Ledger, sha256_file
+    from hf_pm.tensorfiles import allocate, copy_range, read_into, write_at
+
+    torch.set_num_threads(1)
+    named = ("check hashes", "read", "widen", "products", "round", "write", "copy the rest", "fsync")
+    seconds = dict.fromkeys(named, 0.0)
+
+    def clock(part: str, function: Any, *args: Any, **kwargs: Any) -> Any:
+        started = time.perf_counter()
+        result = function(*args, **kwargs)
+        seconds[part] += time.perf_counter() - started
+        return result
+
+    checkpoint, ledger = BaseCheckpoint(base), Ledger(run)
+    target.mkdir()
+    adapters = [StoredAdapter(run / entry.adapter) for entry in ledger.entries]
+    for adapter in adapters:
+        clock("check hashes", sha256_file, adapter.path)
+    for file, header in checkpoint.headers.items():
+        with open(base / file, "rb", buffering=0) as source, open(target / file, "wb", buffering=0) as written:
+            size = os.fstat(source.fileno()).st_size
+            allocate(written.fileno(), size)
+            position = 0
+            for name, where in sorted(header.items(), key=lambda item: item[1].begin):
+                if name.removesuffix(".weight") not in adapters[0].names:
+                    continue
+                for start in range(position, where.begin, COPY):
+                    end = min(start + COPY, where.begin)
+                    clock("copy the rest", copy_range, source.fileno(), written.fileno(), start, end)
+                position = where.end
+                factors = [adapter.read(name.removesuffix(".weight")).factors() for adapter in adapters]
+                rows, columns = where.shape
+                height = max(1, BLOCK // columns)
+                raw = torch.empty(height, columns, dtype=where.dtype)
+                for start in range(0, rows, height):
+                    stored, place = raw[: min(height, rows - start)], where.begin + start * columns * 2
+                    clock("read", read_into, source.fileno(), stored, place)
+                    block = clock("widen", stored.float)
+                    for left, right in factors:
+                        clock("products", block.addmm_, left[start : start + len(block)], right, alpha=0.5)
+                    rounded = clock("round", block.to, where.dtype)
+                    clock("write", write_at, written.fileno(), rounded, place)
+            clock("copy the rest", copy_range, source.fileno(), written.fileno(), position, size)
+            clock("fsync", os.fsync, written.fileno())
+    return seconds
+
+
 def timed(command: Sequence[str], folder: Path | None = None) -> dict[str, float]:
     """Wall and CPU seconds of a command; with `folder`, also wall seconds until that is on the disk."""
     with tempfile.TemporaryFile("w+") as said:
@@ -223,6 +276,9 @@ def compare_folding(
                 # What an earlier measurement still has to write would slow this one down.
                 os.sync()
                 samples[name].append(measures[name]())
+        shutil.rmtree(target, ignore_errors=True)
+        os.sync()
+        where = parts(base, run, target)
     results: dict[str, Any] = {"bytes": stored, "tasks": tasks, "rank": rank, "rounds": rounds, "machine": machine()}
     print(f"{stored / 1e9:.2f} GB in {SHARDS} shards, {tasks} tasks of rank {rank}, {rounds} rounds; {machine()}")
     print(f"{'':20s}{'wall s':>20s}{'CPU s':>20s}{'x cp':>8s}{'x cp+fsync':>12s}{'x cp CPU':>10s}{'peak MB':>9s}")
@@ -238,6 +294,8 @@ def compare_folding(
         print("".join(f"{ratio:{w}.2f}" for ratio, w in zip(ratios.values(), (8, 12, 10), strict=True)), end="")
         print(f"{memory / 1e6:9.0f}" if memory else f"{'':9s}")
         results[name] = {"samples": made, **ratios}
+    results["parts_of_one_thread"] = where
+    print("one thread: " + ", ".join(f"{part} {seconds:.2f} s" for part, seconds in where.items()))
     return results
 
 
