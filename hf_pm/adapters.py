@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -301,9 +301,16 @@ def save(model: PeftModel, folder: Path, base_model: str, revision: str | None) 
             noted = {"format": "pt", PARAMETERS: json.dumps(layouts, sort_keys=True)}
             save_file(load_file(part / WEIGHTS), part / "noted", metadata=noted)
             os.replace(part / "noted", part / WEIGHTS)
-        path = part / "adapter_config.json"
-        config = json.loads(path.read_text()) | {"base_model_name_or_path": base_model, "revision": revision}
-        path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        _change_config(part, base_model_name_or_path=base_model, revision=revision)
+
+
+def _change_config(folder: Path, **changes: Any) -> None:
+    """Set fields of the adapter_config.json of a folder; the same adapter, the same bytes."""
+    path = folder / "adapter_config.json"
+    config = json.loads(path.read_text()) | changes
+    if isinstance(config.get("target_modules"), list):  # a set in PEFT, whose order changes from process to process
+        config["target_modules"].sort()
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def save_stacked(folder: Path, updates: Mapping[str, Sequence[tuple[float, Update]]], like: Path) -> None:
@@ -337,6 +344,7 @@ def save_stacked(folder: Path, updates: Mapping[str, Sequence[tuple[float, Updat
     config.inference_mode = True
     folder.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(folder)
+    _change_config(folder)
     save_file(tensors, folder / WEIGHTS, metadata=read_header(stored.path).metadata)
 
 

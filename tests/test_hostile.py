@@ -1,6 +1,6 @@
 """Files that somebody prepared: nothing of them runs, nothing outside of the run folder is touched, no secret is kept.
 
-Every trap here works: where a test says that a file did not appear, loading the same bytes without care makes it.
+Every trap here works: where a test says that something did not appear, reading the same bytes without care makes it.
 """
 
 import json
@@ -108,13 +108,13 @@ def refused(words: list[str], capsys, message: str) -> str:
 
 
 class Trap:
-    """Unpickling it makes a file."""
+    """Unpickling it makes a folder."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def __reduce__(self):
-        return os.mknod, (str(self.path),)
+        return os.mkdir, (str(self.path),)
 
 
 def trap(path: Path, kind: str) -> bytes:
@@ -273,15 +273,15 @@ def test_code_of_a_model_runs_where_the_recipe_says_so(world, modules):
 @pytest.mark.parametrize(
     "text",
     [
-        "seed: !!python/object/apply:os.mknod ['owned']",
-        "seed: !!python/object/new:os.mknod ['owned']",
-        "{!!python/object/apply:os.mknod ['owned']: 1}",
-        "tasks:\n- {name: a, train: !!python/object/apply:os.mknod ['owned']}",
+        "seed: !!python/object/apply:os.mkdir ['owned']",
+        "seed: !!python/object/new:os.mkdir ['owned']",
+        "{!!python/object/apply:os.mkdir ['owned']: 1}",
+        "tasks:\n- {name: a, train: !!python/object/apply:os.mkdir ['owned']}",
     ],
 )
 def test_tags_of_a_recipe_construct_nothing(text, world, capsys):
     yaml.unsafe_load(text)
-    (world / "owned").unlink()  # so it works
+    (world / "owned").rmdir()  # so it works
     (world / "recipe.yaml").write_text(text)
     refused(["run", "recipe.yaml"], capsys, "is not valid YAML")
     refused(["run", "--tasks", f"{{{text}}}"], capsys, "is not valid YAML")

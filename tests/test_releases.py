@@ -133,6 +133,7 @@ def test_the_adapter_of_a_release_is_the_same_model_and_names_no_path(kind, name
     folder = Releases.open(named).write(2, tmp_path / "release", kind)
     adapter = folder if kind == "adapter" else folder / "adapter"
     config = read_json(adapter / "adapter_config.json")
+    assert config["target_modules"] == sorted(config["target_modules"])
     assert (config["base_model_name_or_path"], config["revision"]) == ("org/base", "abc")
     base = read_json(named / "run.json")["base"]["model"]
     ids = torch.arange(3, 24)[None]
