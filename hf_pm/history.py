@@ -85,7 +85,7 @@ def _rollback(path: Path, to: int, weights_only: bool) -> Path:
     results = path / "results.json"
     for file in (ledger.path, results):
         if file.is_file():
-            shutil.copyfile(file, dropped / file.name)
+            write_bytes(dropped / file.name, file.read_bytes())
     # First what was made from the later tasks and can be made again, then the ledger, then the tasks themselves.
     _retire(path, facts, ledger, to, dropped)
     for old in [*_later(path, ("releases",), to), *_later(path, ("tasks",), done)]:

@@ -24,9 +24,9 @@ from transformers.trainer_utils import HubStrategy
 from . import publishing
 from .cards import Card, check_repo_id, missing_base_id
 from .config import PMConfig
-from .disk import check_space, disk_is_full
+from .disk import check_space, disk_is_full, whole
 from .errors import UserError
-from .ledger import read_json, sync_folder, write_json
+from .ledger import read_json, write_json
 from .publishing import Owned
 from .recovery import only_process
 from .releases import FACTS, PIPELINE_TAGS, Facts, Releases
@@ -202,11 +202,8 @@ class Outbox:
         """The tokenizer, once, and `release.json`: from now on releases need nothing but the run folder."""
         folder = self.releases.path / "tokenizer"
         if not folder.is_dir():
-            part = folder.with_name(".tokenizer.part")
-            shutil.rmtree(part, ignore_errors=True)
-            tokenizer.save_pretrained(part)
-            part.replace(folder)
-            sync_folder(folder.parent)
+            with whole(folder) as part:
+                tokenizer.save_pretrained(part)
         names = sorted(path.name for path in folder.iterdir() if path.is_file())
         self.releases.facts = facts = replace(self.releases.facts, tokenizer=names)
         path = self.releases.path

@@ -337,7 +337,7 @@ def test_adapter_files_record_the_base_and_read_back_exactly(tmp_path):
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert (config["base_model_name_or_path"], config["revision"]) == ("org/model", "abc")
     # PEFT keeps them in a set, whose order is another one in every process.
-    assert config["target_modules"] == sorted(config["target_modules"]) and len(config["target_modules"]) == 7
+    assert config["target_modules"] == sorted(config["target_modules"]) != []
     stored = adapters.StoredAdapter(tmp_path / "adapter")
     for name, update in adapters.updates(live).items():
         read = stored.read(name)
