@@ -11,7 +11,7 @@ from .encoding import Encoder, by_length, length_order
 from .errors import UserError
 from .leaks import equal, overlap
 from .methods import Method
-from .stream import EVAL_SUBSET_SEED, TaskStream, fingerprint, subset
+from .stream import EVAL_SUBSET_SEED, TaskStream, fingerprints, subset
 
 
 logger = logging.getLogger(__name__)
@@ -44,6 +44,7 @@ class StreamRows:
             with `equal`: whether the two whole splits of a task have the same rows.
         stages (`list[Stage]`): The training runs, in order.
         fingerprint (`str`): sha256 over all data, prompts and limits.
+        fingerprints (`list[str]`): The same of the first task alone, the first two, and so on.
 
     Raises:
         UserError: If a split cannot be had, a row does not fit, or a checkpoint would be selected on rows of the test
@@ -61,7 +62,8 @@ class StreamRows:
         # Of all rows, not of those drawn with this run's seed: runs that differ in the seed alone must be comparable.
         limits = (args.max_train_samples, args.max_eval_samples)
         splits = list(zip(train_rows, test_rows, validation_rows, strict=True))
-        self.fingerprint = fingerprint(tasks, splits, limits, encoder.described)
+        self.fingerprints = fingerprints(tasks, splits, limits, encoder.described)
+        self.fingerprint = self.fingerprints[-1]
         same = self._equal_splits(splits, args)
 
         self.train = [subset(rows, args.max_train_samples, data_seed) for rows in train_rows]

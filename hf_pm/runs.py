@@ -28,6 +28,9 @@ from .states import StoredStates, write_states
 logger = logging.getLogger(__name__)
 
 LIBRARIES = ("torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "huggingface_hub")
+# What run.json and results.json say of the stream, and changes where tasks are added to it.
+OF_THE_RUN = ("tasks", "epochs", "data_fingerprint")
+OF_THE_STREAM = ("tasks", "stream", "eval_samples", "overlap", "data_fingerprint", "metric")
 
 
 class RunFolder:
@@ -119,7 +122,7 @@ class RunFolder:
             recorded = read_json(path)
             # Earlier versions had no `epochs`.
             _check_kind(path, recorded, {key: value for key, value in described.items() if key != "epochs"})
-            changes = _changes(self, recorded, described)
+            changes = _changes(self, recorded, described, rows)
         elif len(self.ledger):
             raise UserError(f"{str(self.path)!r} has a ledger but no run.json. Use another `output_dir`.")
         self.ledger.verify()
@@ -150,15 +153,15 @@ class RunFolder:
         if (self.path / "results.json").is_file():
             results = read_json(self.path / "results.json")
             _check_kind(self.path / "results.json", results, self.results)
-            self.results = results
+            fresh, self.results = self.results, results
         if self.writes and recorded is None:
             write_json(path, described)
         elif self.writes and changes:
-            task = len(self.ledger) + 1
-            for key, (old, new) in changes.items():
-                logger.warning("From task %d on, %s is %r (%r before).", task, key, new, old)
-            noted = [{"from_task": task, "key": key, "old": old, "new": new} for key, (old, new) in changes.items()]
-            write_json(path, recorded | {"changes": [*recorded.get("changes", []), *noted]})
+            write_json(path, _changed(recorded, described, changes, len(self.ledger) + 1))
+        if recorded is not None and self.results["tasks"] != rows.stream.names:
+            # Tasks were added, by this start or by one that died here.
+            self.results |= {key: fresh[key] for key in OF_THE_STREAM}
+            self.write_results()
 
     def state_key(self, number: int) -> str:
         """Names the merged weights after `number` tasks: the same key, the same bits."""
@@ -240,9 +243,9 @@ class RunFolder:
         )
         return path
 
-    def record_base(self, cells: list[Cell], general: dict[str, Any] | None) -> None:
-        """The scores and the general ability of the untouched base."""
-        self.results["base_row"] = [cell.score for cell in cells]
+    def record_base(self, cells: list[Cell | None], general: dict[str, Any] | None) -> None:
+        """The scores and the general ability of the untouched base; `None` for what is known already."""
+        self.results["base_row"] += [cell.score for cell in cells if cell is not None]
         self._record(0, cells, general)
         self.write_results()
 
@@ -272,7 +275,7 @@ class RunFolder:
 
     def _record(self, after: int, cells: list[Cell | None], general: dict[str, Any] | None) -> None:
         # Without times: two runs with the same settings have the same results.
-        self.results["cells"][str(after)] = {
+        self.results["cells"][str(after)] = self.results["cells"].get(str(after), {}) | {
             name: {key: value for key, value in cell.summary().items() if "second" not in key}
             for name, cell in zip(self.results["tasks"], cells, strict=True)
             if cell is not None
@@ -302,7 +305,9 @@ def _check_kind(path: Path, recorded: Any, expected: dict[str, Any]) -> None:
         )
 
 
-def _changes(run: RunFolder, recorded: dict[str, Any], described: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+def _changes(
+    run: RunFolder, recorded: dict[str, Any], described: dict[str, Any], rows: StreamRows
+) -> dict[str, tuple[Any, Any]]:
     """What is different now and may be: key -> (value of the tasks before, value now).
 
     Raises:
@@ -315,42 +320,53 @@ def _changes(run: RunFolder, recorded: dict[str, Any], described: dict[str, Any]
         )
     elsewhere = RUN_INVARIANT_FIELDS | {"tasks", "stream", "model_name_or_path", "num_train_epochs"}
     old, new = ({k: v for k, v in run["recipe"].items() if k not in elsewhere} for run in (recorded, described))
-    was, now = recorded.get("epochs", described["epochs"]), described["epochs"]
-    for change in recorded.get("changes", []):
-        if change["key"] == "epochs":
-            was = change["new"]
-        else:
-            old[change["key"]] = change["new"]
     # What was not set had its default.
     usual = {item.name: item.default for item in fields(run.args)}
     pairs = {key: [values.get(key, usual.get(key)) for values in (old, new)] for key in old.keys() | new.keys()}
     different = {key: (there, here) for key, (there, here) in pairs.items() if there != here}
-    for key in ("tasks", "data_fingerprint"):
-        if recorded[key] != described[key]:
-            different[key] = recorded[key], described[key]
     for key, there in recorded["adapter"].items():
         if there != described["adapter"][key]:
             different[f"adapter.{key}"] = there, described["adapter"][key]
+    for key in ("tasks", "data_fingerprint"):
+        if recorded[key] != described[key]:
+            different[key] = recorded[key], described[key]
+    known = len(recorded["tasks"])
+    goes_on = run.stages[:known] == recorded["tasks"] and rows.fingerprints[known - 1] == recorded["data_fingerprint"]
+    allowed = {"epochs", "tasks", "data_fingerprint"} if goes_on else set()
     done, count = len(run.ledger), len(run.stages)
-    begun = done  # a task that has begun goes on as it began
-    if "tasks" not in different:
-        begun += done < count and any((run.task_dir(done + 1) / "checkpoints").glob("checkpoint-*"))
+    if goes_on or "tasks" not in different:
+        # A task that has begun goes on as it began.
+        begun = done + (done < count and any((run.task_dir(done + 1) / "checkpoints").glob("checkpoint-*")))
+        was, now = recorded.get("epochs", described["epochs"]), described["epochs"]
         if done == count and was != now or was[done:begun] != now[done:begun]:
             different["num_train_epochs"] = was, now
         elif was[done:] != now[done:]:
             different["epochs"] = was, was[:done] + now[done:]
-    allowed = {"epochs"} | (LATER_TASKS_FIELDS - {"num_train_epochs"} if begun == done < count else set())
-    refused = sorted(different.keys() - allowed)
+        if begun == done < count:
+            allowed |= LATER_TASKS_FIELDS - {"num_train_epochs"}
+    refused = sorted(different.keys() - allowed - {"epochs"})
     if refused:
-        told = "; ".join(
-            f"{key} is {_brief(different[key][0])} there, {_brief(different[key][1])} now" for key in refused
-        )
+        values = [(key, *map(_brief, different[key])) for key in refused]
+        told = "; ".join(f"{key} is {there} there, {here} now" for key, there, here in values)
         raise UserError(
             f"{str(run.path)!r} belongs to another recipe: {told}. Use the same settings to continue that run, or "
             "another `output_dir`. What may change between two tasks, for those to come: "
-            f"{', '.join(sorted(LATER_TASKS_FIELDS))}; and at any time what concerns logging, saving and the Hub."
+            f"{', '.join(sorted(LATER_TASKS_FIELDS))}; tasks may be added at the end; and what concerns logging, "
+            "saving and the Hub may change at any time."
         )
     return different
+
+
+def _changed(
+    recorded: dict[str, Any], described: dict[str, Any], changes: dict[str, tuple[Any, Any]], task: int
+) -> dict[str, Any]:
+    """run.json as it is from `task` on, with what it was before under `changes`."""
+    noted = []
+    for key, (old, new) in changes.items():
+        logger.warning("From task %d on, %s is %s (%s before).", task, key, _brief(new), _brief(old))
+        noted.append({"from_task": task, "key": key, "old": old, "new": new})
+    now = {key: new for key, (_, new) in changes.items() if key in OF_THE_RUN}
+    return recorded | now | {"recipe": described["recipe"], "changes": [*recorded.get("changes", []), *noted]}
 
 
 def _brief(value: Any) -> str:

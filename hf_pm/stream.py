@@ -484,6 +484,17 @@ def fingerprint(
     prompt: Mapping[str, str] = MappingProxyType({}),
 ) -> str:
     """sha256 over the tasks, every row of every split in order, how many are used at most, and `Encoder.described`."""
+    return fingerprints(tasks, splits, limits, prompt)[-1]
+
+
+def fingerprints(
+    tasks: Sequence[Task],
+    splits: Sequence[Sequence[Dataset | None]],
+    limits: tuple[int | None, ...] = (),
+    prompt: Mapping[str, str] = MappingProxyType({}),
+) -> list[str]:
+    """What `fingerprint` gives for the first task alone, the first two, and so on."""
+    found = []
     digest = hashlib.sha256(json.dumps(limits).encode())
     if prompt:
         digest.update(json.dumps(dict(prompt), sort_keys=True).encode())
@@ -492,4 +503,5 @@ def fingerprint(
         for rows in datasets:
             for row in [] if rows is None else zip(*(rows[name][:] for name in rows.column_names), strict=True):
                 digest.update(json.dumps(row).encode())
-    return digest.hexdigest()
+        found.append(digest.hexdigest())
+    return found

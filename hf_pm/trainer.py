@@ -446,13 +446,14 @@ class PMTrainerMixin:
                 bar.update(len(batch["labels"]))
 
     def _score_base(self) -> None:
-        """The row before any task and the general ability of the base, once."""
-        if self.run.results["base_row"]:
+        """The row before any task and the general ability of the base, once; tasks that were added come later."""
+        known, count = len(self.run.results["base_row"]), len(self.stream)
+        if known == count:
             return
         self.rebuild(0)
         adapters.reset(self.model, self.args.seed)
-        cells = [self.scorer.score_task(t) for t in range(len(self.stream))]
-        self.run.record_base(cells, self._measure_general_ability(0))
+        cells = [None] * known + [self.scorer.score_task(t) for t in range(known, count)]
+        self.run.record_base(cells, None if known else self._measure_general_ability(0))
         self.log(stream_logs(self.run.results, 0))
 
 

@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import build
+from conftest import COLOUR, build, rows
 from safetensors.torch import load_file, save_file
 from test_cli import environment, recipe  # noqa: F401 - recipe is a fixture
 from test_trainer import StopAt, comparable, digests, trained
 from transformers import LlamaForCausalLM, TrainerCallback
 
-from hf_pm import PMTrainer, UserError
+from hf_pm import PMTrainer, Task, TaskStream, UserError
 from hf_pm.cli import main
 from hf_pm.ledger import Ledger, read_json
 from hf_pm.recovery import SEAL, Interrupted, newest_checkpoint, only_process, seal
@@ -512,3 +512,31 @@ def test_settings_of_the_tasks_to_come_may_change_between_two_tasks(run_twice, c
     assert results["coefficients"][0] == expected["coefficients"][0]
     first = "tasks/01-colour/adapter/adapter_model.safetensors"
     assert digests(run_twice.path)[first] == files[first]
+
+
+def test_tasks_may_be_added_at_the_end(run_twice, stream, tokenizer, lora, config, base):
+    third = Task("more", rows(COLOUR, 5, 8), rows(COLOUR, 2, 9), instruction="Colour ?", options=stream[0].options)
+    longer = TaskStream([*stream, third])
+
+    def learn(tasks, folder, **overrides):
+        args = config(output_dir=str(run_twice.path.with_name(folder)), release="merged", **overrides)
+        return trained(LlamaForCausalLM.from_pretrained(base), tasks, tokenizer, lora, args)[1]
+
+    learn(stream, "grown")
+    grown, whole = learn(longer, "grown"), learn(longer, "whole-of-three")
+    assert grown == {**whole, "per_task": grown["per_task"]} and len(grown["base_row"]) == 3
+    one, other = (digests(run_twice.path.with_name(name)) for name in ("grown", "whole-of-three"))
+    assert {k: v for k, v in one.items() if k != "ledger.json"} == {
+        k: v for k, v in other.items() if k != "ledger.json"
+    }
+    run = run_twice.path.with_name("grown")
+    assert read_json(run / "run.json")["tasks"] == ["colour", "mood", "more"]
+    assert {item["key"] for item in read_json(run / "run.json")["changes"]} == {"tasks", "epochs", "data_fingerprint"}
+    assert (run / "releases" / "task-03-more" / "config.json").is_file()
+    # Not in the middle, not other rows of an earlier task, and none taken away.
+    for tasks in ([stream[0], third, stream[1]], [third, stream[1], stream[0]], [*stream]):
+        with pytest.raises(UserError, match="belongs to another recipe: .*tasks is "):
+            learn(TaskStream(tasks), "grown")
+    other = Task("colour", rows(COLOUR, 7, 0), rows(COLOUR, 3, 1), instruction=stream[0].instruction)
+    with pytest.raises(UserError, match="another recipe: data_fingerprint is"):
+        learn(TaskStream([other, stream[1], third]), "grown")

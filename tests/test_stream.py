@@ -12,7 +12,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, IterableDataset
 
 from hf_pm import Task, TaskStream, UserError
 from hf_pm.benchmarks import load_stream
-from hf_pm.stream import fingerprint, subset
+from hf_pm.stream import fingerprint, fingerprints, subset
 
 
 DATA = [{"sentence": "a apple", "answer": "red"}, {"sentence": "b sky", "answer": "blue"}]
@@ -242,7 +242,6 @@ def test_fingerprint_sees_everything_that_changes_a_run():
         fingerprint([colour(instruction="Which ?")], [[loaded]]),
         fingerprint([colour(options=["red", "green", "blue"])], [[loaded]]),
         fingerprint([colour(metric="rougeL")], [[loaded]]),
-        fingerprint([colour(num_train_epochs=2)], [[loaded]]),
         fingerprint([colour(template="{text}")], [[loaded]], (), {"prompt": "published"}),
         fingerprint([colour(cut="middle")], [[loaded]]),
         fingerprint([colour()], [[loaded]], (10, None)),
@@ -255,6 +254,11 @@ def test_fingerprint_sees_everything_that_changes_a_run():
     # A template that is not printed changes nothing.
     assert fingerprint([colour(template="{text}")], [[loaded]]) == prints[0]
     assert fingerprint([colour()], [[loaded]], (), {}) == prints[0] == fingerprint([colour()], [[loaded, None]])
+    # How long a task is trained is no part of the data.
+    assert fingerprint([colour(num_train_epochs=2)], [[loaded]]) == prints[0]
+    # A stream that goes on has the fingerprint of its beginning.
+    two = fingerprints([colour(), colour(cut="middle")], [[loaded], [talk]], (10,))
+    assert two[0] == fingerprint([colour()], [[loaded]], (10,)) and two[1] not in (two[0], *prints)
     # The value that runs of earlier versions recorded.
     fixed = Dataset.from_dict({"text": ["a"], "label": ["red"]})
     assert fingerprint([colour()], [[fixed]], (None, 5))[:16] == "48e569f17e62f412"
