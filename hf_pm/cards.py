@@ -119,6 +119,8 @@ class Card:
             Further tags of the card.
         recipe (`dict[str, Any]`, *optional*):
             Configuration to print. Secrets are dropped, local paths are cut to their last part.
+        changes (`Sequence[dict]`, *optional*, defaults to `()`):
+            What was different for earlier tasks: `from_task`, `key`, `old` and `new`.
         pipeline_tag (`str`, *optional*, defaults to `"text-generation"`):
             Task type of the Hub.
         kind (`str`, *optional*, defaults to `"merged"`):
@@ -148,6 +150,7 @@ class Card:
     datasets: Sequence[str] = ()
     tags: Sequence[str] = ()
     recipe: dict[str, Any] | None = None
+    changes: Sequence[dict[str, Any]] = ()
     pipeline_tag: str = "text-generation"
     kind: str = "merged"
     merge: str | None = None
@@ -256,6 +259,7 @@ class Card:
                 if key == "average_accuracy" or value is not None
             ],
             recipe=recipe,
+            changes=self.changes,
             fence="`" * max(3, longest_fence + 1),
         )
 

@@ -261,6 +261,10 @@ class Releases:
             datasets=list(datasets),
             tags=facts.tags,
             recipe=public_recipe(run["recipe"], facts),
+            # A task that came later is no setting of this one.
+            changes=[
+                change for change in run.get("changes", []) if change["key"] not in ("tasks", "data_fingerprint")
+            ],
             pipeline_tag=PIPELINE_TAGS[facts.task_type],
             kind=kind,
             merge=facts.merge,

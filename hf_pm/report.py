@@ -253,9 +253,17 @@ def _others(results: Mapping[str, Any]) -> list[tuple[str, str, str]]:
 
 
 def _settings(run: Mapping[str, Any]) -> dict[str, str]:
-    return {
+    now = {
         key: "(hidden)" if value and any(secret in key for secret in SECRET_SETTINGS) else plain_text(value)
         for key, value in sorted(as_record(run.get("recipe")).items())
+    }
+    changes = [as_record(change) for change in run.get("changes") or ()]
+    return now | {
+        f"{plain_text(change.get('key'))} before task {plain_text(change.get('from_task'))}": plain_text(
+            change.get("old")
+        )
+        for change in changes
+        if change.get("key") not in ("tasks", "data_fingerprint")
     }
 
 

@@ -508,6 +508,9 @@ def test_settings_of_the_tasks_to_come_may_change_between_two_tasks(run_twice, c
     with pytest.raises(UserError, match=r"learning_rate is 0.01 there, 0.02 now; num_train_epochs is \[2, 1\] there"):
         run_twice.start()
     results = run_twice.start(**changed)
+    card = (run_twice.path / "releases" / "task-02-mood" / "README.md").read_text()
+    assert "learning_rate: 0.01" in card and "- before task 2: `learning_rate` was 0.02\n" in card
+    assert "learning_rate before task 2" in (run_twice.path / "report.html").read_text()
     expected, files = run_twice.whole()
     assert results["coefficients"][0] == expected["coefficients"][0]
     first = "tasks/01-colour/adapter/adapter_model.safetensors"
