@@ -19,13 +19,13 @@ from transformers import PreTrainedModel, set_seed
 
 from .disk import whole
 from .errors import UserError, cause_of
+from .ledger import SETTINGS, WEIGHTS
 from .tensorfiles import read_header, read_tensor
 
 
 # Trainer and PEFT misbehave with other names (transformers#28531), so the adapter in training always has this one.
 ADAPTER = "default"
 PREFIX = "base_model.model."
-WEIGHTS = "adapter_model.safetensors"
 # In the header of the weights: parameter name -> module path of its factors, number of experts, transposed.
 PARAMETERS = "hf_pm.parameters"
 
@@ -213,7 +213,7 @@ def _by_expert(A: torch.Tensor, B: torch.Tensor, experts: int | None) -> tuple[t
 
 
 def _stored_config(folder: Path) -> LoraConfig:
-    path = folder / "adapter_config.json"
+    path = folder / SETTINGS
     try:
         if not path.is_file():  # PEFT would ask the Hub for a repo of that name
             raise FileNotFoundError("it is missing")
@@ -306,7 +306,7 @@ def save(model: PeftModel, folder: Path, base_model: str, revision: str | None) 
 
 def _change_config(folder: Path, **changes: Any) -> None:
     """Set fields of the adapter_config.json of a folder; the same adapter, the same bytes."""
-    path = folder / "adapter_config.json"
+    path = folder / SETTINGS
     config = json.loads(path.read_text()) | changes
     if isinstance(config.get("target_modules"), list):  # a set in PEFT, whose order changes from process to process
         config["target_modules"].sort()

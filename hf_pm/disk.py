@@ -54,7 +54,7 @@ def whole(folder: Path) -> Iterator[Path]:
     Raises:
         UserError: If the disk fills up.
     """
-    part = folder.with_name(f".{folder.name}.part")
+    part, old = (folder.with_name(f".{folder.name}.{ending}") for ending in ("part", "old"))
     shutil.rmtree(part, ignore_errors=True)
     part.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -65,9 +65,13 @@ def whole(folder: Path) -> Iterator[Path]:
             else:
                 with open(path, "rb") as handle:
                     os.fsync(handle.fileno())
-        shutil.rmtree(folder, ignore_errors=True)
+        if folder.is_dir():
+            # In one step: half of the old folder, if the process dies, must not be taken for a whole one.
+            shutil.rmtree(old, ignore_errors=True)
+            os.replace(folder, old)
         os.replace(part, folder)
         sync_folder(folder.parent)
+        shutil.rmtree(old, ignore_errors=True)
     except BaseException as error:
         shutil.rmtree(part, ignore_errors=True)
         if disk_is_full(error):

@@ -17,7 +17,7 @@ from .cards import PICTURE
 from .errors import UserError
 from .folding import Folder
 from .history import from_hub
-from .ledger import Ledger, read_json, sha256_file
+from .ledger import SETTINGS, Ledger, read_json, sha256_file, sha256_settings
 from .publishing import explain, file_hash, release_files, tree_hashes
 from .releases import FACTS, Facts, Releases, base_of, kind_of
 
@@ -67,6 +67,11 @@ def examine_run(path: Path, base: str | None = None) -> Iterator[Finding]:
         finding = _check(path, f"{entry.adapter}/{adapters.WEIGHTS}", entry.adapter_sha256)
         sound &= finding.problem is None
         yield finding
+        if entry.settings_sha256 is not None:
+            settings = path / entry.adapter / SETTINGS
+            right = settings.is_file() and sha256_settings(settings) == entry.settings_sha256
+            sound &= right
+            yield Finding(f"{entry.adapter}/{SETTINGS}", None if right else "is missing or altered")
         # Of the earlier states any may have been let go; the newest is needed.
         if entry.state is not None and (number == len(ledger) or (path / entry.state).is_file()):
             yield _check(path, entry.state, entry.state_sha256)

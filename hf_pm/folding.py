@@ -19,11 +19,11 @@ import torch
 from peft import PeftModel
 from torch import nn
 
-from .adapters import WEIGHTS, StoredAdapter, base_weight, lora_layers, save_stacked, silence
+from .adapters import StoredAdapter, base_weight, lora_layers, save_stacked, silence
 from .bases import BaseCheckpoint, Names, Piece
 from .disk import whole
 from .errors import UserError
-from .ledger import Entry, Ledger, sha256_file
+from .ledger import Entry, Ledger
 from .tensorfiles import Stored, allocate, copy_range, overwrite, read_into, write_at
 
 
@@ -114,10 +114,11 @@ class Folder:
             key = entry.adapter, entry.adapter_sha256
             if key not in self._checked:
                 path = self.ledger.run_dir / entry.adapter
-                if sha256_file(path / WEIGHTS) != entry.adapter_sha256:
+                problem = entry.adapter_problem(self.ledger.run_dir)
+                if problem is not None:
                     raise UserError(
-                        f"{str(path / WEIGHTS)!r} of task {entry.name!r} does not have the sha256 recorded at its "
-                        "commit. Restore the file from a copy; nothing is folded from altered weights."
+                        f"{problem} (task {entry.name!r}). Restore the file from a copy; nothing is folded from "
+                        "altered weights."
                     )
                 self._checked[key] = StoredAdapter(path)
             adapter = self._checked[key]

@@ -94,10 +94,11 @@ def _rollback(path: Path, to: int, weights_only: bool) -> Path:
         recorded = read_json(results)
         write_json(results, cut_results(recorded, to, facts.rows(recorded, to)))
     write_ledger(ledger.path, ledger.entries[:to])
-    for old in _later(path, ("tasks", "curvature"), to):
-        _move(old, path, dropped)
     if results.is_file():
         report.write_report(path)
+    # Last what says that there is something left to do.
+    for old in _later(path, ("tasks", "curvature"), to):
+        _move(old, path, dropped)
     return dropped
 
 
@@ -231,7 +232,9 @@ def _arrange(tree: Path, path: Path, repo_id: str, weights_only: bool) -> None:
         (folder / "README.md").unlink(missing_ok=True)
         name_base(folder, run["base"]["model"], run["base"]["revision"])
         shutil.copyfile(source / "tasks" / f"{number:02d}.json", folder.parent / "task.json")
-        _check_file(path, f"{entry.adapter}/{adapters.WEIGHTS}", entry.adapter_sha256, entry.name)
+        problem = entry.adapter_problem(path)
+        if problem is not None:
+            raise UserError(f"{problem} (task {entry.name!r} of {repo_id!r}). Do not use it.")
     newest = ledger.entries[-1]
     if newest.state is not None and (source / newest.state).is_file():
         (path / newest.state).parent.mkdir()

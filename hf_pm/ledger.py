@@ -7,7 +7,7 @@ A task is committed at the instant `ledger.json` is renamed into place, and not 
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -16,6 +16,8 @@ from .errors import UserError
 
 
 SCHEMA = 1
+WEIGHTS, SETTINGS = "adapter_model.safetensors", "adapter_config.json"
+BASE_NAMES = ("base_model_name_or_path", "revision")
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -64,6 +66,23 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
+def file_problem(path: Path, expected: str | None, hashed: Callable[[Path], str] | None = None) -> str | None:
+    """Whether a file is missing or has another hash than at its commit, in words."""
+    if not path.is_file():
+        return f"{str(path)!r} is missing"
+    right = (hashed or sha256_file)(path) == expected
+    return None if right else f"{str(path)!r} does not have the sha256 recorded at its commit"
+
+
+def sha256_settings(path: Path) -> str:
+    """sha256 of an adapter_config.json, but for what its base is called: a restored run says that differently."""
+    try:
+        settings = {key: value for key, value in json.loads(path.read_bytes()).items() if key not in BASE_NAMES}
+    except (ValueError, AttributeError):  # no JSON, no mapping: not what was committed
+        return sha256_file(path)
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+
 @dataclass(frozen=True)
 class Entry:
     """One committed task.
@@ -80,6 +99,7 @@ class Entry:
         provenance (`dict`): Seed and data fingerprint of the run.
         coefficients (`dict[str, float]`, *optional*): alpha of each matrix where they differ; `coefficient` is then
             their mean.
+        settings_sha256 (`str`, *optional*): Of its settings (`sha256_settings`), which scale the update.
     """
 
     name: str
@@ -92,10 +112,19 @@ class Entry:
     state_sha256: str | None = None
     provenance: dict[str, Any] = field(default_factory=dict)
     coefficients: dict[str, float] | None = None
+    settings_sha256: str | None = None
 
     def alpha(self, name: str) -> float:
         """The fraction of the update of the matrix `name` that is kept."""
         return self.coefficient if self.coefficients is None else self.coefficients[name]
+
+    def adapter_problem(self, run_dir: Path) -> str | None:
+        """What is wrong with the files of the adapter, if anything."""
+        folder = run_dir / self.adapter
+        checks = [(folder / WEIGHTS, self.adapter_sha256, sha256_file)]
+        if self.settings_sha256 is not None:
+            checks.append((folder / SETTINGS, self.settings_sha256, sha256_settings))
+        return next((found for check in checks if (found := file_problem(*check)) is not None), None)
 
     def problem(self) -> str | None:
         """What no run would have written, if anything; a ledger may come from elsewhere."""
@@ -193,21 +222,22 @@ class Ledger:
                 return entries[position:]
         return entries
 
-    def verify(self) -> None:
+    def verify(self, weights_only: bool = False) -> None:
         """Check that every file an entry points to is there and unchanged.
+
+        Args:
+            weights_only (`bool`, *optional*, defaults to `False`): Do without the curvature state if it is not there.
 
         Raises:
             UserError: Names the first file that is missing or differs.
         """
         for entry in self.entries:
-            files = [(f"{entry.adapter}/adapter_model.safetensors", entry.adapter_sha256)]
-            if entry is self.entries[-1] and entry.state is not None:
-                files.append((entry.state, entry.state_sha256))
-            for name, expected in files:
-                path = self.run_dir / name
-                if not path.is_file() or sha256_file(path) != expected:
-                    what = "is missing" if not path.is_file() else "does not have the sha256 recorded at its commit"
-                    raise UserError(
-                        f"{str(path)!r}, which task {entry.name!r} of the ledger needs, {what}. Restore the file from "
-                        "a copy; a run cannot go on from altered weights."
-                    )
+            problem = entry.adapter_problem(self.run_dir)
+            if problem is None and entry is self.entries[-1] and entry.state is not None:
+                state = self.run_dir / entry.state
+                problem = file_problem(state, entry.state_sha256) if not weights_only or state.exists() else None
+            if problem is not None:
+                raise UserError(
+                    f"{problem}, which task {entry.name!r} of the ledger needs. Restore the file from a copy; a run "
+                    "cannot go on from altered weights."
+                )

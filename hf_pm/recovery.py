@@ -177,13 +177,17 @@ def _steps(checkpoint: Path) -> int:
 def _problem(checkpoint: Path, starts_from: str) -> str | None:
     if not (checkpoint / SEAL).is_file():
         return "it was not written to its end"
-    sealed = read_json(checkpoint / SEAL)
-    if sealed["starts_from"] != starts_from:
+    try:
+        sealed = read_json(checkpoint / SEAL)
+        files = {checkpoint / name: expected for name, expected in sealed["files"].items()}
+        float(sealed["loss"])
+    except (UserError, KeyError, TypeError, ValueError, AttributeError):
+        return f"its {SEAL} is broken"
+    if sealed.get("starts_from") != starts_from:
         return "it continues other weights than those of the ledger"
-    for name, expected in sealed["files"].items():
-        path = checkpoint / name
+    for path, expected in files.items():
         if not path.is_file() or sha256_file(path) != expected:
-            return f"{name} is missing or altered"
+            return f"{path.name} is missing or altered"
     return None
 
 

@@ -18,7 +18,7 @@ from .coefficients import Coefficient, Measured
 from .config import LATER_TASKS_FIELDS, RUN_INVARIANT_FIELDS, PMConfig, settings
 from .errors import UserError
 from .folding import Folder
-from .ledger import Entry, Ledger, read_json, sha256_file, write_json
+from .ledger import SETTINGS, Entry, Ledger, read_json, sha256_file, sha256_settings, write_json
 from .merging import State, update_state
 from .rows import StreamRows
 from .scoring import Cell, metric_of
@@ -208,6 +208,7 @@ class RunFolder:
                 coefficients=coefficient.per_matrix,
                 adapter=str((task_dir / "adapter").relative_to(self.path)),
                 adapter_sha256=sha256_file(task_dir / "adapter" / adapters.WEIGHTS),
+                settings_sha256=sha256_settings(task_dir / "adapter" / SETTINGS),
                 start=start,
                 terms=coefficient.record,
                 state=str(state_file.relative_to(self.path)) if state_file else None,

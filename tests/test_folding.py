@@ -432,9 +432,9 @@ def test_nothing_is_overwritten_from_altered_or_vanished_files(tmp_path):
     adapter = ledger.run_dir / ledger.entries[1].adapter / adapters.WEIGHTS
     whole = adapter.read_bytes()
     adapter.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-    refused(folder, UserError, "of task 'task2' does not have the sha256")
+    refused(folder, UserError, r"does not have the sha256 recorded at its commit .task 'task2'.")
     adapter.write_bytes(whole[:-8])
-    refused(folder, UserError, "of task 'task2' does not have the sha256")
+    refused(folder, UserError, r"does not have the sha256 recorded at its commit .task 'task2'.")
     for name, layer in adapters.lora_layers(live).items():
         assert torch.equal(layer.get_base_layer().weight, before[name])
     adapter.write_bytes(whole)

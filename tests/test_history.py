@@ -337,7 +337,9 @@ def test_what_cannot_be_restored_leaves_nothing(run, server, tmp_path):
         "HTTP 404": {"repo_id": "me/nothing"},
         "Revision Not Found|Invalid rev": {"revision": "task-09-x"},
         "it holds no stream of hf_pm": {"repo_id": "org/base"},
-        "is missing or altered": {"revision": broken(f"adapters/{TAGS[1]}/adapter_model.safetensors", b"other")},
+        "does not have the sha256 recorded": {
+            "revision": broken(f"adapters/{TAGS[1]}/adapter_model.safetensors", b"other")
+        },
         "state-03.safetensors.*altered": {"revision": broken("hf_pm/curvature/state-03.safetensors", b"other")},
         "where no run has files|outside of the run folder": {"revision": broken("hf_pm/ledger.json", outside)},
         "names 'releases/adapter', where no run has files": {"revision": broken("hf_pm/ledger.json", elsewhere)},
@@ -381,6 +383,7 @@ def flip(path: Path) -> None:
 
 DAMAGE = {
     "tasks/02-mood/adapter/adapter_model.safetensors": "does not have the sha256 of the ledger",
+    "tasks/02-mood/adapter/adapter_config.json": "is missing or altered",
     "curvature/state-01.safetensors": "does not have the sha256 of the ledger",
     "curvature/state-03.safetensors": "does not have the sha256 of the ledger",
     "releases/task-02-mood/model.safetensors": "differs from base + ledger",
@@ -394,7 +397,8 @@ def test_a_sound_run_has_no_problem_and_every_file_was_looked_at(run):
     looked_at = {finding.file for finding in findings}
     names = set(release_files(run))
     expected = {name for name in names if name.startswith("releases/")}
-    expected |= {name for name in names if name.startswith(("tasks/", "curvature/")) and "safetensors" in name}
+    checked = ("safetensors", "adapter_config.json")
+    expected |= {n for n in names if n.startswith(("tasks/", "curvature/")) and n.endswith(checked)}
     assert expected | {"base model.safetensors"} == looked_at
 
 
@@ -411,10 +415,17 @@ def test_the_doctor_names_the_file(name, run):
 
 def test_the_doctor_sees_what_no_hash_of_the_ledger_covers(run, base, tmp_path):
     config = run / "tasks" / "01-colour" / "adapter" / "adapter_config.json"
+    whole = (run / "ledger.json").read_text()
+    old = json.loads(whole)
+    for entry in old["entries"]:
+        del entry["settings_sha256"]  # as in an earlier version
+    (run / "ledger.json").write_text(json.dumps(old))
     config.write_text(config.read_text().replace('"lora_alpha": 8', '"lora_alpha": 4'))
     assert set(problems(run)) == {f"releases/{tag}/model.safetensors" for tag in TAGS}
     config.write_text(config.read_text().replace('"lora_alpha": 4', '"lora_alpha": 8'))
-    ledger = json.loads((run / "ledger.json").read_text())
+    (run / "ledger.json").write_text(whole)
+    assert problems(run) == {}
+    ledger = json.loads(whole)
     ledger["entries"][1]["coefficient"] *= 1.5
     (run / "ledger.json").write_text(json.dumps(ledger))
     assert set(problems(run)) == {f"releases/{tag}/model.safetensors" for tag in TAGS[1:]}

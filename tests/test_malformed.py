@@ -391,6 +391,17 @@ MODELS: dict[str, tuple[Change, str]] = {
     "the embeddings": (recipe(lora_target_modules=["embed_tokens"]), "only linear layers are supported"),
 }  # fmt: skip
 
+
+def unhashed(change: Change) -> Change:
+    """In a run of an earlier version, whose ledger has no hash of an adapter's settings."""
+
+    def changed(world: World) -> None:
+        change(world)
+        edited("run/ledger.json", lambda ledger: [entry.pop("settings_sha256") for entry in ledger["entries"]])(world)
+
+    return changed
+
+
 ADAPTER = "run/tasks/01-colour/adapter/adapter_model.safetensors"
 SETTINGS = "run/tasks/01-colour/adapter/adapter_config.json"
 RUNS: dict[str, tuple[Change, str]] = {
@@ -419,19 +430,26 @@ RUNS: dict[str, tuple[Change, str]] = {
     "no run.json": (lacks("run/run.json"), "has a ledger but no run.json"),
     "a pickle for an adapter": (put(ADAPTER, PICKLE), "does not have the sha256 recorded at its commit"),
     "a pickle beside the adapter's place": (instead(ADAPTER, "adapter_model.bin", PICKLE), "is missing"),
+    "settings that scale an adapter otherwise": (
+        edited(SETTINGS, lambda settings: settings.update(lora_alpha=settings["lora_alpha"] * 2)),
+        "adapter_config.json' does not have the sha256 recorded at its commit",
+    ),
     "an altered adapter": (cut(ADAPTER), "does not have the sha256 recorded at its commit"),
     "no adapter": (lacks(ADAPTER), "is missing"),
-    "an adapter's settings that are no JSON": (put(SETTINGS, "{"), "adapter_config.json' does not describe a LoRA"),
-    "an adapter's settings of another kind": (put(SETTINGS, '{"peft_type": "IA3"}'), "does not describe a LoRA"),
+    "an adapter's settings that are no JSON": (put(SETTINGS, "{"), "adapter_config.json' does not have the sha256"),
+    "an adapter's settings of another kind": (
+        unhashed(put(SETTINGS, '{"peft_type": "IA3"}')),
+        "does not describe a LoRA",
+    ),
     "an adapter's settings with text for a number": (
-        edited(SETTINGS, lambda config: config.update(lora_alpha="eight")),
+        unhashed(edited(SETTINGS, lambda config: config.update(lora_alpha="eight"))),
         "does not describe a LoRA adapter",
     ),
     "an adapter's settings of DoRA": (
-        edited(SETTINGS, lambda config: config.update(use_dora=True)),
+        unhashed(edited(SETTINGS, lambda config: config.update(use_dora=True))),
         "`use_dora=True` is not supported",
     ),
-    "no state": (lacks("run/curvature"), "state-01.safetensors', which task 'colour' of the ledger needs, is missing"),
+    "no state": (lacks("run/curvature"), "state-01.safetensors' is missing, which task 'colour' of the ledger needs"),
     "an altered state": (cut("run/curvature/state-01.safetensors"), "does not have the sha256 recorded"),
     "another base": (
         lambda world: build("llama").to(torch.bfloat16).save_pretrained(world.folder / "model"),

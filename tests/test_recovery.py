@@ -170,6 +170,7 @@ def of_other_weights(checkpoint):
     ("damage", "said"),
     [
         (altered, "optimizer.pt is missing or altered"),
+        (lambda checkpoint: (checkpoint / SEAL).write_text("{}"), "its checkpoint.json is broken"),
         (of_other_weights, "it continues other weights than those of the ledger"),
         (lambda checkpoint: (checkpoint / "trainer_state.json").unlink(), "trainer_state.json is missing or altered"),
     ],
