@@ -469,19 +469,26 @@ def test_other_errors_are_not_explained_away(run_twice):
     assert not getattr(raised.value, "__notes__", [])
 
 
-def test_a_missing_base_is_named_and_the_run_goes_on_when_it_is_back(recipe, tmp_path, capsys):  # noqa: F811
+def test_a_base_that_is_gone_after_the_second_task(recipe, tmp_path, capsys):  # noqa: F811
     path, values = recipe
-    path.write_text(yaml.safe_dump(values | {"tasks": values["tasks"][:1]}))
+    third = values["tasks"][0] | {"name": "again"}
     assert main(["run", str(path)]) == 0
-    (tmp_path / "model").rename(tmp_path / "away")
-    before = {file: file.read_bytes() for file in (tmp_path / "run").rglob("*") if file.is_file()}
+    path.write_text(yaml.safe_dump(values | {"tasks": [*values["tasks"], third]}))
+    run, model, away = (tmp_path / name for name in ("run", "model", "away"))
+    before = {file: file.read_bytes() for file in run.rglob("*") if file.is_file()}
+    model.rename(away)
     capsys.readouterr()
     assert main(["run", str(path)]) == 2
     said = capsys.readouterr().err
     assert "model" in said and said.count("\n") == 1
-    assert {file: file.read_bytes() for file in (tmp_path / "run").rglob("*") if file.is_file()} == before
-    (tmp_path / "away").rename(tmp_path / "model")
+    assert {file: file.read_bytes() for file in run.rglob("*") if file.is_file()} == before
+    away.rename(model)
     assert main(["run", str(path)]) == 0
+    assert [entry.name for entry in Ledger(run).entries] == ["colour", "mood", "again"]
+    other = tmp_path / "whole"
+    assert main(["run", str(path), "--output_dir", str(other)]) == 0
+    names = [name for name in digests(other) if name != "ledger.json"]  # which says when the third task came
+    assert {name: digests(run)[name] for name in names} == {name: digests(other)[name] for name in names}
 
 
 # ---- what may change ------------------------------------------------------------------------------------------------
