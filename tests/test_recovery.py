@@ -337,6 +337,29 @@ def test_a_real_process_that_gets_a_signal_exits_130(recipe, tmp_path, number): 
     assert (checkpoints / f"checkpoint-{step}" / SEAL).is_file()
 
 
+@pytest.mark.slow
+def test_killed_at_operations_on_files(recipe, tmp_path):  # noqa: F811
+    path, _ = recipe
+
+    def learn(name, die_at=0):
+        words = ["run", str(path), "--output_dir", str(tmp_path / name), "--save_steps", "3", "--save_strategy=steps"]
+        layer = [str(Path(__file__).with_name("faulty_files.py")), str(tmp_path / name), str(tmp_path / "status")]
+        done = subprocess.run([sys.executable, *layer, str(die_at), *words], env=environment(), capture_output=True)
+        assert done.returncode in (0, -signal.SIGKILL), done.stderr.decode()
+        return done.returncode, int((tmp_path / "status").read_text().split()[3])
+
+    code, operations = learn("whole")
+    assert code == 0
+    # One process after the other dies, each a little later in its life.
+    kills, step = 1, operations // 20
+    while learn("killed", kills * step)[0] != 0:
+        kills += 1
+    assert kills > 5
+    assert digests(tmp_path / "killed") == digests(tmp_path / "whole")
+    whole, killed = (read_json(tmp_path / name / "results.json") for name in ("whole", "killed"))
+    assert comparable(killed) == comparable(whole)
+
+
 # ---- what ends a run ------------------------------------------------------------------------------------------------
 
 
