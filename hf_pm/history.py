@@ -16,7 +16,7 @@ from . import adapters, report
 from .cards import public
 from .disk import check_space, whole
 from .errors import UserError
-from .ledger import Entry, Ledger, read_json, sha256_file, write_bytes, write_json
+from .ledger import Entry, Ledger, read_json, sha256_file, sync_folder, write_bytes, write_json
 from .outbox import PUSHED
 from .publishing import explain
 from .recovery import only_process
@@ -80,7 +80,8 @@ def _rollback(path: Path, to: int, weights_only: bool) -> Path:
                 f"could not go on from there. Take the weights alone with `hf-pm release {path} --task {to}`, restore "
                 "the run from the Hub with `hf_pm.from_hub`, or roll back with `--weights_only`."
             )
-    dropped = path / "dropped" / f"{len(list((path / 'dropped').glob('*'))) + 1:02d}"
+    earlier = [int(folder.name) for folder in (path / "dropped").glob("*") if folder.name.isdigit()]
+    dropped = path / "dropped" / f"{max(earlier, default=0) + 1:02d}"
     dropped.mkdir(parents=True)
     results = path / "results.json"
     for file in (ledger.path, results):
@@ -113,6 +114,8 @@ def _move(item: Path, path: Path, dropped: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(target, ignore_errors=True)
     item.replace(target)
+    sync_folder(target.parent)
+    sync_folder(item.parent)
 
 
 def _check_file(path: Path, name: str, sha256: str | None, task: str) -> None:

@@ -162,6 +162,24 @@ class RunFolder:
             # Tasks were added, by this start or by one that died here.
             self.results |= {key: fresh[key] for key in OF_THE_STREAM}
             self.write_results()
+        self._finish_what_died()
+
+    def _finish_what_died(self) -> None:
+        """Bring up to date what is written, and remove what is needed no more, after a step that counts."""
+        if not self.writes:
+            return
+        results, page = self.path / "results.json", self.path / "report.html"
+        if results.is_file() and not (page.is_file() and page.stat().st_mtime_ns >= results.stat().st_mtime_ns):
+            report.write_report(self.path)
+        for number in range(1, len(self.ledger) + 1):
+            shutil.rmtree(self.task_dir(number) / "checkpoints", ignore_errors=True)
+        self._forget_states()
+
+    def _forget_states(self) -> None:
+        if self.args.curvature_history == "last" and len(self.ledger):
+            for old in (self.path / "curvature").glob("state-*.safetensors"):
+                if str(old.relative_to(self.path)) != self.ledger.entries[-1].state:
+                    old.unlink()
 
     def state_key(self, number: int) -> str:
         """Names the merged weights after `number` tasks: the same key, the same bits."""
@@ -220,10 +238,7 @@ class RunFolder:
                 },
             )
         )
-        if self.args.curvature_history == "last":
-            for old in (self.path / "curvature").glob("state-*.safetensors"):
-                if old != state_file:
-                    old.unlink()
+        self._forget_states()
         shutil.rmtree(task_dir / "checkpoints", ignore_errors=True)
 
     def _write_states(self, number: int, coefficient: Coefficient, measured: Measured, before: StoredStates) -> Path:

@@ -50,6 +50,9 @@ class FaultyFiles:
             path = args[0]
         else:
             return
+        # What `rmtree` removes is named from an open folder on.
+        if isinstance(path, str) and not os.path.isabs(path) and isinstance(args[-1], int) and args[-1] >= 0:
+            path = os.path.join(os.readlink(f"/proc/self/fd/{args[-1]}"), path)
         if isinstance(path, (str, os.PathLike)) and os.path.abspath(path).startswith(self.folder):
             self.operation(None)
 

@@ -389,7 +389,8 @@ class LedgerMachine(RuleBasedStateMachine):
         assert self.entries[: len(earlier)] == earlier and len(self.entries) <= number
         if len(self.entries) == number:
             assert lesson.alpha in (None, self.entries[-1]["coefficient"])
-        assert crash["crash"] is not None or (self.evaluated() and self.reported())
+        assert crash["crash"] is not None or self.evaluated()
+        assert not self.evaluated() or not crash["again"] or self.reported()
 
     def scored(self) -> int:
         return len(read_json(self.path / "results.json")["matrix"])
@@ -610,9 +611,9 @@ class LedgerMachine(RuleBasedStateMachine):
         self.dropped = dropped
 
     def litter_there(self) -> set[str]:
-        """Temporaries, but for that of the page: what writes it comes last, and is not tried again."""
+        """Temporaries."""
         found = {path.relative_to(self.path).as_posix() for path in self.path.rglob(".*")}
-        return {name for name in found if not name.startswith(("dropped/", ".report"))}
+        return {name for name in found if not name.startswith("dropped/")}
 
 
 @pytest.fixture(scope="module")
@@ -651,5 +652,5 @@ def test_any_sequence_keeps_the_promises(world):
 def test_many_long_sequences_keep_the_promises(world):
     run_state_machine_as_test(
         partial(LedgerMachine, world),
-        settings=settings(LIMITS, derandomize=False, max_examples=300, stateful_step_count=40),
+        settings=settings(LIMITS, derandomize=False, max_examples=150, stateful_step_count=30),
     )
