@@ -17,7 +17,8 @@ from .errors import UserError
 
 SCHEMA = 1
 WEIGHTS, SETTINGS = "adapter_model.safetensors", "adapter_config.json"
-BASE_NAMES = ("base_model_name_or_path", "revision")
+# Settings of an adapter that decide what its factors stand for.
+SCALING = ("peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "fan_in_fan_out")
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -75,9 +76,11 @@ def file_problem(path: Path, expected: str | None, hashed: Callable[[Path], str]
 
 
 def sha256_settings(path: Path) -> str:
-    """sha256 of an adapter_config.json, but for what its base is called: a restored run says that differently."""
+    """sha256 of what an adapter_config.json says of the update; what its base is called may change."""
     try:
-        settings = {key: value for key, value in json.loads(path.read_bytes()).items() if key not in BASE_NAMES}
+        # 8 and 8.0 are one lora_alpha.
+        found = json.loads(path.read_bytes(), parse_int=float)
+        settings = {key: value for key, value in found.items() if key in SCALING}
     except (ValueError, AttributeError):  # no JSON, no mapping: not what was committed
         return sha256_file(path)
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()

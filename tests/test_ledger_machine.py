@@ -644,7 +644,7 @@ LIMITS = settings(
 
 def test_any_sequence_keeps_the_promises(world):
     run_state_machine_as_test(
-        partial(LedgerMachine, world), settings=settings(LIMITS, max_examples=25, stateful_step_count=12)
+        partial(LedgerMachine, world), settings=settings(LIMITS, max_examples=15, stateful_step_count=12)
     )
 
 
@@ -652,5 +652,5 @@ def test_any_sequence_keeps_the_promises(world):
 def test_many_long_sequences_keep_the_promises(world):
     run_state_machine_as_test(
         partial(LedgerMachine, world),
-        settings=settings(LIMITS, derandomize=False, max_examples=150, stateful_step_count=30),
+        settings=settings(LIMITS, derandomize=False, max_examples=60, stateful_step_count=25),
     )
