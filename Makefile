@@ -16,7 +16,7 @@ quality:
 	$(BIN)ruff format --check .
 
 test:
-	$(BIN)python -m pytest
+	$(BIN)python -m pytest -n 2 --dist worksteal
 
 test-slow:
 	$(BIN)python -m pytest -m slow

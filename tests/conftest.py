@@ -1,5 +1,6 @@
 """The tests' world: offline, one torch thread, pico models and a word tokenizer made on the spot."""
 
+import gc
 import os
 
 
@@ -29,6 +30,10 @@ from transformers import (
 
 from hf_pm import PMConfig, Task, TaskStream
 
+
+# What the imports made stays for good: the collector need not look at it again and again.
+gc.collect()
+gc.freeze()
 
 WORDS = (
     "What is the colour mood of this thing ? Choose one from the option . Option : red blue green happy sad calm , "

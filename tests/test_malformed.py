@@ -255,7 +255,7 @@ def read_only(world: World) -> None:
     """Nobody may write to the run; the owner of all files is no longer root."""
     for path in (world.run, *world.run.rglob("*")):
         path.chmod(0o555 if path.is_dir() else 0o444)
-    for folder in (world.folder, *world.folder.parents[:3]):
+    for folder in (world.folder, *world.folder.parents[:4]):
         folder.chmod(folder.stat().st_mode | 0o055)
     world.user = 65534
 

@@ -103,6 +103,17 @@ def test_a_second_process_is_refused_and_the_lock_of_a_dead_one_is_taken(recipe,
     assert (tmp_path / "run" / ".lock").is_file()
     assert main(["run", str(path)]) == 0
     assert not (tmp_path / "run" / ".lock").exists() and len(Ledger(tmp_path / "run")) == 2
+    run = str(tmp_path / "run")
+    first = hold(tmp_path / "run")
+    try:
+        push = ["push", run, "--hub_model_id", "me/stream", "--base_model_id", "me/base"]
+        for words in (push, ["release", run, "--task", "1"], ["rollback", run, "--to", "1"]):
+            capsys.readouterr()
+            assert main(words) == 2
+            assert f"Process {first.pid} on" in capsys.readouterr().err
+    finally:
+        first.kill()
+        first.wait()
 
 
 def test_only_one_of_many_holds_the_lock(tmp_path):
