@@ -30,10 +30,12 @@ STYLE = {
     "ytick.color": SOFT,
     "xtick.major.size": 0,
     "ytick.major.size": 0,
-    "figure.dpi": 200,
     "savefig.dpi": "figure",
 }
 COLUMNS = 4  # of the small pictures
+# Dots per inch, and the most pixels of a side: a page of 50 tasks must not cost more than one of 20.
+DPI, LARGEST = 200, 2000
+NUMBERED = 25  # tasks up to which the matrix says its scores in figures
 
 
 @contextmanager
@@ -51,7 +53,7 @@ def _figure(width: float, height: float) -> Any:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height))
+    figure = Figure(figsize=(width, height), dpi=min(DPI, LARGEST / max(width, height)))
     FigureCanvasAgg(figure)
     return figure
 
@@ -73,12 +75,13 @@ def matrix_png(tasks: Sequence[str], matrix: Sequence[Scores], base_row: Scores 
         tasks (`Sequence[str]`):
             Names in order; as many columns.
         matrix (`Sequence[Sequence[float | None]]`):
-            Row t holds the scores in [0, 1] after task t on tasks 1..t; `None` stays empty.
+            Row t holds the scores in [0, 1] after task t on tasks 1..t; `None` stays empty. Of more than `NUMBERED`
+            tasks they are shown as colours only.
         base_row (`Sequence[float | None]`, *optional*):
             Scores before any task.
 
     Returns:
-        `bytes`: A PNG, 200 dots per inch.
+        `bytes`: A PNG, 200 dots per inch; fewer where a side would have more than `LARGEST` pixels.
     """
     rows = [("base", base_row)] if any(score is not None for score in base_row) else []
     rows += [(f"after {step}: {cut_text(tasks[step - 1], 20)}", row) for step, row in enumerate(matrix, start=1)]
@@ -104,6 +107,7 @@ def matrix_png(tasks: Sequence[str], matrix: Sequence[Scores], base_row: Scores 
                 shade = colours(0.0 if score is None else min(1.0, max(0.0, score)))
                 if score is not None:
                     axes.add_patch(_rectangle(task + 0.02, y + 0.03, 0.96, 0.94, shade, LINE))
+                if score is not None and len(tasks) <= NUMBERED:
                     axes.text(
                         task + 0.5,
                         y + 0.5,

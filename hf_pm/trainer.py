@@ -1,6 +1,7 @@
 """`PMTrainer`: HF's `Trainer` that learns a stream of tasks. `train_stream` is the table of contents."""
 
 import ctypes
+import gc
 import inspect
 import logging
 import math
@@ -475,6 +476,7 @@ def _task_type(model: PreTrainedModel | PeftModel | None) -> str:
 
 def _return_memory() -> None:
     """Give freed memory back to the system: the many sizes of a task leave holes that the next task's do not fit."""
+    gc.collect()
     if (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:  # of the GNU C library
         trim(0)
 

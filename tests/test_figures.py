@@ -7,7 +7,7 @@ import matplotlib.image
 import pytest
 from pages import HOSTILE
 
-from hf_pm.figures import DEEP, Plot, coefficients_png, curves_png, matrix_png
+from hf_pm.figures import DEEP, LARGEST, Plot, coefficients_png, curves_png, matrix_png
 
 
 TASKS, MATRIX, BASE = ["a", "b", "c"], [[1.0], [0.5, None], [0.0, 0.25, 1.0]], [0.0, None, 0.5]
@@ -117,3 +117,19 @@ def test_plot_places_points_and_interrupts_lines():
     assert plot.lines([(1, 0.0), (2, None), (3, 1.0)]) == []
     assert plot.lines([(1, 0.0), (2, 0.5), (3, None)]) == ["30.0,108.0 130.0,58.0"]
     assert Plot(240, 130, (1, 1)).at_x(1) == 130  # one task: in the middle
+
+
+@pytest.mark.parametrize("draw", ["matrix", "curves", "coefficients"])
+def test_a_page_of_many_tasks_is_no_larger_than_one_of_twenty(draw):
+    def pixels(count):
+        tasks, scores = [f"task-{number}" for number in range(count)], [[0.5] * (row + 1) for row in range(count)]
+        drawn = {
+            "matrix": lambda: matrix_png(tasks, scores, [0.1] * count),
+            "curves": lambda: curves_png(tasks, scores, [0.1] * count),
+            "coefficients": lambda: coefficients_png(tasks, [0.5] * count),
+        }[draw]()
+        return [int.from_bytes(drawn[start : start + 4], "big") for start in (16, 20)]
+
+    # Labels stand outside of the sides that are limited.
+    assert max(pixels(60)) <= 1.15 * LARGEST
+    assert max(pixels(60)) >= max(pixels(5))
