@@ -257,3 +257,17 @@ def test_three_tasks_with_every_option_together(model, stream, tokenizer, lora, 
     assert len(held_out_rows(trainer.rows, trainer.args, 3)) == 2  # colour and the new task, not mood
     sizes = [task["state_bytes"] for task in results["per_task"]]
     assert sizes[0] < sizes[2]  # factors of R, up to MAX_RANK
+
+
+def test_trace_scales_everything_that_is_compared_with_the_curvature(train, tmp_path):
+    """q, the exact q and the first-order g are all of F's unit, and divided by the same mean entry of F."""
+    first = []
+    for name in ("token", "trace"):
+        folder = str(tmp_path / name)
+        results = train(curvature_normalization=name, coefficient_first_order=True, output_dir=folder)[1]
+        first.append(results["coefficient_terms"][0])
+    token, trace = first
+    factor = trace["q"] / token["q"]
+    assert factor != pytest.approx(1, rel=0.1) and token["g"] != 0
+    assert trace["q_exact"] / token["q_exact"] == pytest.approx(factor, rel=1e-4)
+    assert trace["g"] / token["g"] == pytest.approx(factor, rel=1e-4)
