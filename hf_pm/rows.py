@@ -1,7 +1,11 @@
 """Every row of a stream, loaded and checked before anything expensive, and the stages that use them."""
 
+import hashlib
+import json
 import logging
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from datasets import Dataset, concatenate_datasets
@@ -11,7 +15,7 @@ from .encoding import Encoder, by_length, length_order
 from .errors import UserError
 from .leaks import equal, overlap
 from .methods import Method
-from .stream import EVAL_SUBSET_SEED, TaskStream, fingerprints, subset
+from .stream import EVAL_SUBSET_SEED, Task, TaskStream, subset
 
 
 logger = logging.getLogger(__name__)
@@ -198,3 +202,33 @@ def _source(source: Any) -> str:
 
 def _pairs(rows: Dataset) -> list[tuple[str, str]]:
     return list(zip(rows["text"][:], rows["label"][:], strict=True))
+
+
+def fingerprint(
+    tasks: Sequence[Task],
+    splits: Sequence[Sequence[Dataset | None]],
+    limits: tuple[int | None, ...] = (),
+    prompt: Mapping[str, str] = MappingProxyType({}),
+) -> str:
+    """sha256 over the tasks, every row of every split in order, how many are used at most, and `Encoder.described`."""
+    return fingerprints(tasks, splits, limits, prompt)[-1]
+
+
+def fingerprints(
+    tasks: Sequence[Task],
+    splits: Sequence[Sequence[Dataset | None]],
+    limits: tuple[int | None, ...] = (),
+    prompt: Mapping[str, str] = MappingProxyType({}),
+) -> list[str]:
+    """What `fingerprint` gives for the first task alone, the first two, and so on."""
+    found = []
+    digest = hashlib.sha256(json.dumps(limits).encode())
+    if prompt:
+        digest.update(json.dumps(dict(prompt), sort_keys=True).encode())
+    for task, datasets in zip(tasks, splits, strict=True):
+        digest.update(json.dumps(task.described(prompt.get("prompt", "plain"))).encode())
+        for rows in datasets:
+            for row in [] if rows is None else zip(*(rows[name][:] for name in rows.column_names), strict=True):
+                digest.update(json.dumps(row).encode())
+        found.append(digest.hexdigest())
+    return found

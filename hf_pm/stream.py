@@ -1,12 +1,9 @@
 """Tasks and streams: from files, Hub datasets or `datasets` objects to checked rows of text and answer."""
 
-import hashlib
-import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -475,33 +472,3 @@ def _shuffled(rows: Dataset) -> list[int]:
 def subset(rows: Dataset, limit: int | None, seed: int) -> Dataset:
     """At most `limit` rows, drawn without replacement with `seed`; all rows in their order if they are fewer."""
     return rows if limit is None or limit >= len(rows) else rows.shuffle(seed=seed).select(range(limit))
-
-
-def fingerprint(
-    tasks: Sequence[Task],
-    splits: Sequence[Sequence[Dataset | None]],
-    limits: tuple[int | None, ...] = (),
-    prompt: Mapping[str, str] = MappingProxyType({}),
-) -> str:
-    """sha256 over the tasks, every row of every split in order, how many are used at most, and `Encoder.described`."""
-    return fingerprints(tasks, splits, limits, prompt)[-1]
-
-
-def fingerprints(
-    tasks: Sequence[Task],
-    splits: Sequence[Sequence[Dataset | None]],
-    limits: tuple[int | None, ...] = (),
-    prompt: Mapping[str, str] = MappingProxyType({}),
-) -> list[str]:
-    """What `fingerprint` gives for the first task alone, the first two, and so on."""
-    found = []
-    digest = hashlib.sha256(json.dumps(limits).encode())
-    if prompt:
-        digest.update(json.dumps(dict(prompt), sort_keys=True).encode())
-    for task, datasets in zip(tasks, splits, strict=True):
-        digest.update(json.dumps(task.described(prompt.get("prompt", "plain"))).encode())
-        for rows in datasets:
-            for row in [] if rows is None else zip(*(rows[name][:] for name in rows.column_names), strict=True):
-                digest.update(json.dumps(row).encode())
-        found.append(digest.hexdigest())
-    return found

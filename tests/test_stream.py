@@ -12,7 +12,8 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, IterableDataset
 
 from hf_pm import Task, TaskStream, UserError
 from hf_pm.benchmarks import load_stream
-from hf_pm.stream import fingerprint, fingerprints, subset
+from hf_pm.rows import fingerprint, fingerprints
+from hf_pm.stream import subset
 
 
 DATA = [{"sentence": "a apple", "answer": "red"}, {"sentence": "b sky", "answer": "blue"}]
