@@ -157,7 +157,8 @@ def torture(options: argparse.Namespace, place: Path, server: HubServer) -> dict
         stream = Stream(options, place, server, f"tortured-{passes}")
         while True:
             turn = sum(counts.values())
-            if counts["writing"] < options.write_kills and turn % 4 == 3:
+            only_writing = counts["random"] >= options.kills
+            if counts["writing"] < options.write_kills and (turn % 4 == 3 or only_writing):
                 process = stream.start(chance.randint(1, operations // 3))
                 if process.wait() == 0:
                     break
