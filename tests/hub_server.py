@@ -408,7 +408,12 @@ class _Handler(BaseHTTPRequestHandler):
         except HubError as error:
             answer = error.status, error.body, error.headers
         if fault is not None and fault.kill:
-            os.kill(self.hub.victim, signal.SIGKILL)
+            try:
+                os.kill(self.hub.victim, signal.SIGKILL)
+            except ProcessLookupError:
+                # The dead process had sent this request too, on another connection: the next process is meant.
+                with self.hub.lock:
+                    fault.times += 1
         if fault is not None and fault.status == 0:
             self.close_connection = True
         elif fault is not None and fault.status is not None:
