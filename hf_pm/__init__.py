@@ -13,10 +13,10 @@ _HOMES = {
     "PMSeq2SeqTrainer": "trainer",
     "PMTrainer": "trainer",
     "PMTrainerMixin": "trainer",
-    "Task": "stream",
-    "TaskStream": "stream",
+    "Task": "tasks.stream",
+    "TaskStream": "tasks.stream",
     "UserError": "errors",
-    "from_hub": "history",
+    "from_hub": "runs.history",
 }
 __all__ = [*_HOMES]
 

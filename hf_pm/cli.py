@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import UserError
-from .ledger import check_links
+from .store.ledger import check_links
 
 
 EPILOG = "Exit code: 0 done, 2 the input is wrong (one line says how to repair it), 130 interrupted, 1 anything else."
@@ -140,9 +140,9 @@ def demo_command(options: argparse.Namespace, overrides: list[str]) -> None:
 
     import torch
 
-    from .comparison import write_comparison
     from .config import parse_recipe
-    from .report import format_table
+    from .report.comparison import write_comparison
+    from .report.page import format_table
 
     # A model this small gains nothing from a second thread, and loses much where the cores are shared.
     torch.set_num_threads(1)
@@ -160,14 +160,14 @@ def demo_command(options: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def report_command(options: argparse.Namespace, overrides: list[str]) -> None:
-    from .report import write_report
+    from .report.page import write_report
 
     _refuse(overrides)
     print(write_report(_run_folder(options.run)))
 
 
 def compare_command(options: argparse.Namespace, overrides: list[str]) -> None:
-    from .comparison import compare, write_comparison
+    from .report.comparison import compare, write_comparison
 
     _refuse(overrides)
     folders = [_run_folder(run) for run in options.runs]
@@ -176,9 +176,9 @@ def compare_command(options: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def release_command(options: argparse.Namespace, overrides: list[str]) -> None:
+    from .hub.releases import Releases
     from .loading import quiet
-    from .recovery import only_process
-    from .releases import Releases
+    from .store.lock import only_process
 
     _refuse(overrides)
     quiet()
@@ -191,8 +191,8 @@ def release_command(options: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def push_command(options: argparse.Namespace, overrides: list[str]) -> int:
+    from .hub.outbox import Outbox
     from .loading import quiet
-    from .outbox import Outbox
 
     _refuse(overrides)
     quiet()
@@ -216,7 +216,7 @@ def push_command(options: argparse.Namespace, overrides: list[str]) -> int:
 
 
 def rollback_command(options: argparse.Namespace, words: list[str]) -> None:
-    from .history import counterfactual, rollback
+    from .runs.history import counterfactual, rollback
 
     if (options.to is None) == (options.drop is None) or (options.drop is None) != (options.to_dir is None):
         raise UserError("Say where to: `--to N` rolls back, `--drop TASK --to_dir DIR` writes a counterfactual.")
@@ -226,8 +226,8 @@ def rollback_command(options: argparse.Namespace, words: list[str]) -> None:
         print(f"{options.run} is at task {options.to}. What came later is in {dropped}.")
         return
     from .config import parse_recipe
-    from .ledger import write_json
     from .loading import build_trainer, quiet
+    from .store.ledger import write_json
 
     def load(settings: dict[str, Any]) -> Any:
         with tempfile.TemporaryDirectory() as place:
@@ -244,8 +244,8 @@ def rollback_command(options: argparse.Namespace, words: list[str]) -> None:
 
 
 def doctor_command(options: argparse.Namespace, overrides: list[str]) -> int:
-    from .doctor import examine
     from .loading import quiet
+    from .runs.doctor import examine
 
     _refuse(overrides)
     quiet()

@@ -16,13 +16,13 @@ from huggingface_hub import get_token
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 
-from .cards import check_license, check_repo_id, check_tags, is_hub_id, missing_base_id
-from .environment import check_environment, check_token, place_problem
 from .errors import UserError, choose
-from .merging import COEFFICIENTS
-from .methods import METHODS, PERTURBATIONS, Method
+from .methods.table import METHODS, PERTURBATIONS, Method
 from .recipefiles import coerce, parse_words, read_recipe
-from .recovery import join_ranks
+from .store.environment import check_environment, check_token, join_ranks, place_problem
+from .store.hub_metadata import check_license, check_repo_id, check_tags, is_hub_id, missing_base_id
+from .tasks.encoding import PROMPTS
+from .weights.merging import COEFFICIENTS
 
 
 CHOICES = {
@@ -34,7 +34,7 @@ CHOICES = {
     "curvature_history": ("all", "last"),
     "coefficient_scope": ("global", "module"),
     "coefficient_search": ("off", "report", "use"),
-    "prompt": ("plain", "published", "chat"),
+    "prompt": PROMPTS,
     "release": ("merged", "adapter", "both", "none"),
 }
 # The smallest value that makes sense; `TrainingArguments` does not check its own fields.
@@ -75,7 +75,7 @@ class PMConfig(TrainingArguments):
 
     Args:
         method (`str`, *optional*, defaults to `"pm"`):
-            Row of the table in `methods.py`: `pm`, `merge-only`, `gaussian`, `sequential`, `average`, `fixed`,
+            Row of the table in `methods/table.py`: `pm`, `merge-only`, `gaussian`, `sequential`, `average`, `fixed`,
             `joint` or `single`.
         merge (`str`, *optional*):
             Overrides the method's merge: `pm`, `last`, `average` or `fixed`.
@@ -97,7 +97,7 @@ class PMConfig(TrainingArguments):
         curvature_estimator (`str`, *optional*, defaults to `"diagonal"`):
             `diagonal` keeps one number per weight (the paper), `factored` one per row and column of a matrix,
             `directional` the latter, scaled so that the new task's curvature along its update is exact, cross terms
-            included. See `curvature.py`.
+            included. See `methods/curvature.py`.
         curvature_num_samples (`int`, *optional*, defaults to `256`):
             Training rows whose gradients make up the curvature.
         curvature_batch_size (`int`, *optional*, defaults to `8`):

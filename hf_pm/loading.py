@@ -12,14 +12,14 @@ from httpx2 import HTTPError
 from huggingface_hub.errors import HFValidationError
 from peft import LoraConfig
 
-from .adapters import check_config
-from .bases import BaseCheckpoint
-from .benchmarks import load_stream
 from .config import Recipe
 from .errors import UserError, cause_of
-from .publishing import explain
-from .stream import TaskStream
+from .hub.publishing import explain
+from .tasks.benchmarks import load_stream
+from .tasks.stream import TaskStream
 from .trainer import PMTrainer
+from .weights.adapters import check_config
+from .weights.bases import BaseCheckpoint
 
 
 ARCHITECTURES = {

@@ -9,14 +9,14 @@ from typing import Any, NamedTuple
 import transformers
 from accelerate import init_empty_weights
 
-from . import adapters
-from .bases import BaseCheckpoint
 from .config import PMConfig, Recipe
-from .encoding import Encoder
 from .loading import ARCHITECTURES, LOADING_ERRORS, cannot_load, recipe_lora, recipe_stream
-from .merging import MAX_RANK
-from .rows import StreamRows
-from .states import state_bytes
+from .tasks.encoding import Encoder
+from .tasks.rows import StreamRows
+from .weights import adapters
+from .weights.bases import BaseCheckpoint
+from .weights.merging import MAX_RANK
+from .weights.states import state_bytes
 
 
 class Plan(NamedTuple):

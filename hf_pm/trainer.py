@@ -29,24 +29,28 @@ from transformers import (
 )
 from transformers.trainer_utils import IntervalStrategy, rotate_checkpoints
 
-from . import adapters, panel, recovery, report
-from .coefficients import Coefficient, Measured, check_search, find, held_out_rows, measure, search
 from .config import PMConfig
-from .curvature import row_losses
-from .encoding import AnswerCollator, Encoder, by_length
 from .errors import UserError
-from .evaluation import evaluating, predict
-from .folding import Folder
-from .merging import NEEDS_CURVATURE
-from .outbox import Outbox
-from .parity import PROBE_ROWS, Parity
-from .perturbation import Perturbation
+from .evaluation import panel
+from .evaluation.answers import evaluating, predict
+from .evaluation.scoring import Cell, Scorer, metric_of
+from .hub.outbox import Outbox
+from .methods.coefficients import Coefficient, Measured, check_search, find, held_out_rows, measure, search
+from .methods.curvature import row_losses
+from .methods.parity import PROBE_ROWS, Parity
+from .methods.perturbation import Perturbation
 from .progress import StreamProgress
-from .results import stream_logs
-from .rows import Stage, StreamRows
-from .runs import RunFolder
-from .scoring import Cell, Scorer, metric_of
-from .stream import TaskStream, subset
+from .report import page
+from .runs import recovery
+from .runs.folder import RunFolder
+from .store.lock import only_process
+from .store.results import stream_logs
+from .tasks.encoding import AnswerCollator, Encoder, by_length
+from .tasks.rows import Stage, StreamRows
+from .tasks.stream import TaskStream, subset
+from .weights import adapters
+from .weights.folding import Folder
+from .weights.merging import NEEDS_CURVATURE
 
 
 logger = logging.getLogger(__name__)
@@ -263,7 +267,7 @@ class PMTrainerMixin:
     def _alone(self) -> AbstractContextManager[None]:
         """No other process may work in the run folder; the ranks of this run count as one."""
         main = self.is_world_process_zero()
-        return recovery.only_process(Path(self.args.output_dir)) if main else nullcontext()
+        return only_process(Path(self.args.output_dir)) if main else nullcontext()
 
     def _open_run(self) -> None:
         """Check or create the run folder; resolve the base; find out what is done already."""
@@ -396,7 +400,7 @@ class PMTrainerMixin:
         self.run.record_scores(number, [*rows, scores], cells, general, extra)
         self.log(stream_logs(results, len(results["matrix"])))
         if self.is_world_process_zero() and not self.args.disable_tqdm:
-            tqdm.write(report.format_table(results))
+            tqdm.write(page.format_table(results))
 
     def _measure_general_ability(self, number: int) -> dict[str, Any] | None:
         """The panel after `number` tasks; `None` for a model without a language head."""

@@ -19,10 +19,10 @@ from pathlib import Path
 import numpy as np
 
 from hf_pm import PMTrainer
-from hf_pm.coefficients import Measured, measure, search
 from hf_pm.config import parse_recipe
 from hf_pm.loading import build_trainer, quiet
-from hf_pm.merging import (
+from hf_pm.methods.coefficients import Measured, measure, search
+from hf_pm.weights.merging import (
     Factored,
     matrix_terms,
     mean_entry,

@@ -18,7 +18,7 @@ from benchmark_folding import compare_folding
 from benchmark_many_tasks import flatness
 from benchmark_speed import build, paired, rows, with_answer_logits
 
-import hf_pm.curvature as engine
+import hf_pm.methods.curvature as engine
 
 
 def one_row_loop(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -45,8 +45,8 @@ def build_checkpoint(folder: Path, size: float) -> list[str]:
     """Write a Llama of random bfloat16 weights, about `size` GB in three shards; returns its linear layers' names."""
     from transformers import LlamaConfig
 
-    from hf_pm.ledger import write_json
-    from hf_pm.tensorfiles import write_streaming
+    from hf_pm.store.ledger import write_json
+    from hf_pm.store.tensorfiles import write_streaming
 
     a_layer = sum(rows * columns for rows, columns in LINEAR.values())
     layers = max(SHARDS, round((size * 1e9 / 2 - 2 * VOCABULARY * HIDDEN) / a_layer))
@@ -87,8 +87,8 @@ def build_run(folder: Path, linear: list[str], tasks: int, rank: int) -> None:
     from peft import LoraConfig
     from safetensors.torch import save_file
 
-    from hf_pm.adapters import PREFIX, WEIGHTS
-    from hf_pm.ledger import Entry, Ledger, sha256_file
+    from hf_pm.store.ledger import Entry, Ledger, sha256_file
+    from hf_pm.weights.adapters import PREFIX, WEIGHTS
 
     ledger = Ledger(folder)
     generator = torch.Generator().manual_seed(1)
@@ -118,10 +118,10 @@ def peak_memory() -> int:
 
 def fold(base: Path, run: Path, target: Path, threads: int) -> dict[str, float]:
     """Fold in this process; time of the fold alone, and the process's peak memory before it and after."""
-    from hf_pm.adapters import StoredAdapter
-    from hf_pm.bases import BaseCheckpoint
-    from hf_pm.folding import Folder
-    from hf_pm.ledger import Ledger
+    from hf_pm.store.ledger import Ledger
+    from hf_pm.weights.adapters import StoredAdapter
+    from hf_pm.weights.bases import BaseCheckpoint
+    from hf_pm.weights.folding import Folder
 
     torch.set_num_threads(threads)
     ledger = Ledger(run)
@@ -140,11 +140,11 @@ def fold(base: Path, run: Path, target: Path, threads: int) -> dict[str, float]:
 
 def parts(base: Path, run: Path, target: Path) -> dict[str, float]:
     """Seconds of one thread in each part of the fold, over the same blocks in the same order."""
-    from hf_pm.adapters import StoredAdapter
-    from hf_pm.bases import BaseCheckpoint
-    from hf_pm.folding import BLOCK, COPY
-    from hf_pm.ledger import Ledger, sha256_file
-    from hf_pm.tensorfiles import allocate, copy_range, read_into, write_at
+    from hf_pm.store.ledger import Ledger, sha256_file
+    from hf_pm.store.tensorfiles import allocate, copy_range, read_into, write_at
+    from hf_pm.weights.adapters import StoredAdapter
+    from hf_pm.weights.bases import BaseCheckpoint
+    from hf_pm.weights.folding import BLOCK, COPY
 
     torch.set_num_threads(1)
     named = ("check hashes", "read", "widen", "products", "round", "write", "copy the rest", "fsync")

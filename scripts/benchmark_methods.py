@@ -14,7 +14,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from hf_pm.comparison import compare, write_comparison
+from hf_pm.report.comparison import compare, write_comparison
 
 
 def run(recipe: str, method: str, seed: int, output_dir: Path, extra: list[str]) -> Path:

@@ -33,9 +33,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 from hub_server import Blob, HubServer  # noqa: E402
 
-from hf_pm.ledger import read_json, sha256_file  # noqa: E402
+from hf_pm.hub.publishing import release_files  # noqa: E402
 from hf_pm.loading import build_trainer, quiet  # noqa: E402
-from hf_pm.publishing import release_files  # noqa: E402
+from hf_pm.store.ledger import read_json, sha256_file  # noqa: E402
 
 
 TASKS = 4

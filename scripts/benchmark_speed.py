@@ -19,7 +19,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments, set_seed
 
 from hf_pm import PMConfig, PMTrainer
-from hf_pm.evaluation import exact_matches
+from hf_pm.evaluation.answers import exact_matches
 
 
 VOCABULARY = 8192

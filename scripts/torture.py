@@ -33,7 +33,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 from faulty_files import WIDTH  # noqa: E402
 from hub_server import HubServer  # noqa: E402
 
-from hf_pm.ledger import read_json, sha256_file  # noqa: E402
+from hf_pm.store.ledger import read_json, sha256_file  # noqa: E402
 
 
 RECIPE = ROOT / "recipes" / "bench" / "pm.yaml"

@@ -16,7 +16,7 @@ import yaml
 from jinja2 import Environment, StrictUndefined
 from safetensors import safe_open
 
-from hf_pm.cards import Card, validate_card
+from hf_pm.hub.cards import Card, validate_card
 
 
 CARDS = Path(__file__).resolve().parents[1] / "model_cards"
@@ -66,7 +66,7 @@ def cards() -> dict[Path, str]:
 
 def record(run: str, name: str) -> None:
     """Keep what the card of a run's newest release says, without the run."""
-    from hf_pm.releases import Releases
+    from hf_pm.hub.releases import Releases
 
     releases = Releases.open(run)
     card = asdict(releases.card(len(releases.ledger), "merged", None))

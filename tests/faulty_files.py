@@ -120,7 +120,7 @@ def main() -> int:
     files = FaultyFiles(folder, int(die_at))
     sys.path.insert(0, str(Path(__file__).parents[1]))
     from hf_pm.cli import main as hf_pm
-    from hf_pm.outbox import Outbox
+    from hf_pm.hub.outbox import Outbox
     from hf_pm.trainer import PMTrainerMixin
 
     say(PMTrainerMixin, Outbox, os.open(status_file, os.O_RDWR | os.O_CREAT), files)

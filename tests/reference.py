@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from hf_pm.adapters import base_weight
+from hf_pm.weights.adapters import base_weight
 
 
 def dense_delta(layer) -> torch.Tensor:

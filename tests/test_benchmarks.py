@@ -8,9 +8,9 @@ import pytest
 from datasets import Dataset
 
 from hf_pm import Task, UserError
-from hf_pm.benchmarks import BENCHMARKS, CLASSIFICATION, STREAMS, SUPERNI, TRACE, load_stream
-from hf_pm.encoding import render_prompt, render_published
-from hf_pm.formats import definition, local_files
+from hf_pm.tasks.benchmarks import BENCHMARKS, CLASSIFICATION, STREAMS, SUPERNI, TRACE, load_stream
+from hf_pm.tasks.encoding import render_prompt, render_published
+from hf_pm.tasks.formats import definition, local_files
 
 
 ROOT = Path(__file__).parent.parent

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from pages import HOSTILE, full_results, make_results, write_run
 
-from hf_pm.comparison import write_comparison
-from hf_pm.report import write_report
+from hf_pm.report.comparison import write_comparison
+from hf_pm.report.page import write_report
 
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

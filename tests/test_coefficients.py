@@ -11,12 +11,12 @@ from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
 from hf_pm import PMConfig, PMTrainer, Task, TaskStream, UserError
-from hf_pm.adapters import StoredAdapter, lora_layers
-from hf_pm.coefficients import held_out_rows, search
-from hf_pm.ledger import Ledger
-from hf_pm.merging import MAX_RANK
-from hf_pm.perturbation import scaled_update
-from hf_pm.states import StoredStates, state_bytes, write_states
+from hf_pm.methods.coefficients import held_out_rows, search
+from hf_pm.methods.perturbation import scaled_update
+from hf_pm.store.ledger import Ledger
+from hf_pm.weights.adapters import StoredAdapter, lora_layers
+from hf_pm.weights.merging import MAX_RANK
+from hf_pm.weights.states import StoredStates, state_bytes, write_states
 
 
 @pytest.fixture
@@ -204,7 +204,7 @@ def test_config_refuses_what_cannot_be(tmp_path):
 @pytest.mark.parametrize("factored", [False, True])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_state_file_round_trip_and_size(tmp_path, factored, dtype):
-    from hf_pm.merging import Factored, LowRank, State
+    from hf_pm.weights.merging import Factored, LowRank, State
 
     generator = torch.Generator().manual_seed(0)
 

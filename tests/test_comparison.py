@@ -16,9 +16,9 @@ from pages import (
     write_run,
 )
 
-from hf_pm.comparison import compare, write_comparison
 from hf_pm.config import RUN_INVARIANT_FIELDS
-from hf_pm.groups import PER_RUN_SETTINGS, T_QUANTILES
+from hf_pm.report.comparison import compare, write_comparison
+from hf_pm.report.groups import PER_RUN_SETTINGS, T_QUANTILES
 
 
 def aa(value: float, **changes: Any) -> dict[str, Any]:

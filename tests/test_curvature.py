@@ -7,10 +7,10 @@ from peft import LoraConfig
 from reference import directional_by_rows, fisher_by_rows, gradients_by_rows, merge_into_dense
 from transformers import MixtralConfig, MixtralForCausalLM, set_seed
 
-from hf_pm import curvature
-from hf_pm.adapters import attach, base_weight, live_delta, lora_layers
-from hf_pm.curvature import mean_gradient, measure_curvature, row_losses
 from hf_pm.errors import UserError
+from hf_pm.methods import curvature
+from hf_pm.methods.curvature import mean_gradient, measure_curvature, row_losses
+from hf_pm.weights.adapters import attach, base_weight, live_delta, lora_layers
 
 
 def adapted(kind: str, task_type: str, **lora):

@@ -13,7 +13,7 @@ import yaml
 from safetensors.torch import load_file
 from test_cli import ROOT, environment, recipe  # noqa: F401 - recipe is a fixture
 
-from hf_pm.recovery import SEAL
+from hf_pm.runs.recovery import SEAL
 
 
 pytestmark = pytest.mark.slow

@@ -9,7 +9,7 @@ from tokenizers import processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from hf_pm import Task, UserError
-from hf_pm.encoding import AnswerCollator, Encoder, render_prompt, render_published, render_turns
+from hf_pm.tasks.encoding import AnswerCollator, Encoder, render_prompt, render_published, render_turns
 
 
 DEMO = Path(__file__).parent.parent / "hf_pm" / "demo" / "model"

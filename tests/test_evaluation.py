@@ -7,9 +7,8 @@ from conftest import build
 from datasets import Dataset
 from transformers import DataCollatorForSeq2Seq
 
-from hf_pm import Task, adapters
-from hf_pm.encoding import AnswerCollator, Encoder
-from hf_pm.evaluation import (
+from hf_pm import Task
+from hf_pm.evaluation.answers import (
     answer_text,
     correct_classes,
     exact_matches,
@@ -17,7 +16,9 @@ from hf_pm.evaluation import (
     option_log_likelihoods,
     stop_tokens,
 )
-from hf_pm.parity import logit_parity
+from hf_pm.methods.parity import logit_parity
+from hf_pm.tasks.encoding import AnswerCollator, Encoder
+from hf_pm.weights import adapters
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "t5"])

@@ -20,14 +20,14 @@ from transformers import (
     set_seed,
 )
 
-from hf_pm import adapters
-from hf_pm.bases import BaseCheckpoint, Piece, snapshot_base, stored_names
 from hf_pm.config import Recipe
 from hf_pm.errors import UserError
-from hf_pm.folding import Folder
-from hf_pm.ledger import Entry, Ledger, sha256_file
 from hf_pm.loading import recipe_lora
-from hf_pm.perturbation import scaled_update
+from hf_pm.methods.perturbation import scaled_update
+from hf_pm.store.ledger import Entry, Ledger, sha256_file
+from hf_pm.weights import adapters
+from hf_pm.weights.bases import BaseCheckpoint, Piece, snapshot_base, stored_names
+from hf_pm.weights.folding import Folder
 
 
 PROBE = {"input_ids": torch.tensor([[4, 5, 6, 7, 8, 9], [11, 12, 5, 9, 10, 8]])}
@@ -341,7 +341,7 @@ def test_an_adapter_that_does_not_say_whose_its_factors_are_is_refused(tmp_path)
     moe("mixtral").save_pretrained(tmp_path / "base")
     live = attached(tmp_path / "base")
     live.save_pretrained(tmp_path / "adapter")
-    with pytest.raises(UserError, match="does not say which factors.*hf_pm.adapters.save"):
+    with pytest.raises(UserError, match="does not say which factors.*hf_pm.weights.adapters.save"):
         adapters.StoredAdapter(tmp_path / "adapter")
 
 

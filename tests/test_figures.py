@@ -7,7 +7,7 @@ import matplotlib.image
 import pytest
 from pages import HOSTILE
 
-from hf_pm.figures import DEEP, LARGEST, Plot, coefficients_png, curves_png, matrix_png
+from hf_pm.report.figures import DEEP, LARGEST, Plot, coefficients_png, curves_png, matrix_png
 
 
 TASKS, MATRIX, BASE = ["a", "b", "c"], [[1.0], [0.5, None], [0.0, 0.25, 1.0]], [0.0, None, 0.5]
@@ -97,7 +97,7 @@ def test_drawing_leaves_the_programs_matplotlib_alone():
     code = (
         "import sys, matplotlib\n"
         "matplotlib.rcParams.update({'font.size': 31, 'figure.facecolor': 'red'})\n"
-        "from hf_pm.figures import matrix_png\n"
+        "from hf_pm.report.figures import matrix_png\n"
         "plain = matrix_png(['a'], [[0.5]])\n"
         "assert matplotlib.rcParams['font.size'] == 31 and matplotlib.rcParams['figure.facecolor'] == 'red'\n"
         "assert 'matplotlib.pyplot' not in sys.modules\n"

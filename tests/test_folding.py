@@ -13,12 +13,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from hf_pm import adapters
-from hf_pm.bases import BaseCheckpoint, snapshot_base, stored_names
 from hf_pm.errors import UserError
-from hf_pm.folding import Folder
-from hf_pm.ledger import Entry, Ledger, sha256_file
-from hf_pm.tensorfiles import write_streaming
+from hf_pm.store.ledger import Entry, Ledger, sha256_file
+from hf_pm.store.tensorfiles import write_streaming
+from hf_pm.weights import adapters
+from hf_pm.weights.bases import BaseCheckpoint, snapshot_base, stored_names
+from hf_pm.weights.folding import Folder
 
 
 PROBE = {"input_ids": torch.tensor([[4, 5, 6, 7, 8, 9], [11, 12, 5, 9, 10, 8]])}
@@ -203,7 +203,7 @@ def test_bits_do_not_depend_on_threads_workers_or_shards(tmp_path):
 @pytest.mark.parametrize("block", [1, 1000, 4096, 1 << 30])
 def test_blocks_make_up_the_sum_whatever_their_size(tmp_path, monkeypatch, block):
     folder = plain_world(tmp_path, shards=1)
-    monkeypatch.setattr("hf_pm.folding.BLOCK", block)
+    monkeypatch.setattr("hf_pm.weights.folding.BLOCK", block)
     for name in ("wide", "narrow", "tall"):
         exact = folder.base.read(f"{name}.weight").double()
         for number in ("1", "2"):

@@ -14,14 +14,16 @@ from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
 import hf_pm
-from hf_pm import PMConfig, PMTrainer, Task, TaskStream, history, publishing
-from hf_pm.doctor import examine
+from hf_pm import PMConfig, PMTrainer, Task, TaskStream
 from hf_pm.errors import UserError
-from hf_pm.history import counterfactual, from_hub, rollback
-from hf_pm.ledger import Ledger, read_json, sha256_file
-from hf_pm.outbox import Outbox
-from hf_pm.publishing import release_files
-from hf_pm.releases import Releases
+from hf_pm.hub import publishing
+from hf_pm.hub.outbox import Outbox
+from hf_pm.hub.publishing import release_files
+from hf_pm.hub.releases import Releases
+from hf_pm.runs import history
+from hf_pm.runs.doctor import examine
+from hf_pm.runs.history import counterfactual, from_hub, rollback
+from hf_pm.store.ledger import Ledger, read_json, sha256_file
 
 
 THING = {"party": "e", "storm": "f", "apple": "e", "sea": "f"}
@@ -153,7 +155,7 @@ def die_at(step: int, monkeypatch) -> None:
 def test_a_rollback_that_dies_anywhere_leaves_a_valid_run_and_can_be_finished(finished, tmp_path, monkeypatch):
     """Whichever change of the disk the process dies at, the run is the one before or the one after."""
     before = [entry.adapter_sha256 for entry in Ledger(finished).entries]
-    monkeypatch.setattr(history.report, "write_report", lambda path: None)  # the last step, and a slow one
+    monkeypatch.setattr(history.page, "write_report", lambda path: None)  # the last step, and a slow one
     for step in range(1000):
         run = Path(shutil.copytree(finished, tmp_path / str(step)))
         (run / "tasks" / "04-more" / "checkpoints").mkdir(parents=True)  # of a task that was just being trained

@@ -23,8 +23,8 @@ from transformers import AutoModelForCausalLM
 
 from hf_pm import PMTrainer, UserError
 from hf_pm.cli import main
-from hf_pm.ledger import Ledger, sha256_file
-from hf_pm.tensorfiles import read_header
+from hf_pm.store.ledger import Ledger, sha256_file
+from hf_pm.store.tensorfiles import read_header
 
 
 ADAPTER = "tasks/01-colour/adapter/adapter_model.safetensors"

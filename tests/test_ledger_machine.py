@@ -31,20 +31,24 @@ from peft import LoraConfig
 from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
-from hf_pm import PMConfig, PMTrainer, Task, TaskStream, adapters, figures, report, runs
-from hf_pm.cards import Card
-from hf_pm.coefficients import Coefficient, Measured, find
-from hf_pm.doctor import examine
+from hf_pm import PMConfig, PMTrainer, Task, TaskStream
 from hf_pm.errors import UserError
-from hf_pm.folding import Folder
-from hf_pm.history import rollback
-from hf_pm.ledger import Ledger, read_json, write_bytes
-from hf_pm.merging import Factored
-from hf_pm.outbox import Outbox
-from hf_pm.recovery import only_process
-from hf_pm.releases import Releases, base_of, kind_of
-from hf_pm.runs import RunFolder
-from hf_pm.states import StoredStates
+from hf_pm.hub.cards import Card
+from hf_pm.hub.outbox import Outbox
+from hf_pm.hub.releases import Releases, base_of, kind_of
+from hf_pm.methods.coefficients import Coefficient, Measured, find
+from hf_pm.report import figures
+from hf_pm.report import page as report
+from hf_pm.runs import folder as runs
+from hf_pm.runs.doctor import examine
+from hf_pm.runs.folder import RunFolder
+from hf_pm.runs.history import rollback
+from hf_pm.store.ledger import Ledger, read_json, write_bytes
+from hf_pm.store.lock import only_process
+from hf_pm.weights import adapters
+from hf_pm.weights.folding import Folder
+from hf_pm.weights.merging import Factored
+from hf_pm.weights.states import StoredStates
 
 
 NAMES = ("one", "two", "three", "four")

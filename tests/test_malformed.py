@@ -280,7 +280,7 @@ RECIPES: dict[str, tuple[Change, str]] = {
     "not YAML": (text("a: [1,"), "is not valid YAML"),
     "not a mapping": (text("- a\n- b\n"), "must hold `key: value` lines"),
     "a tag that runs code": (text("seed: !!python/object/apply:os.system ['true']"), "is not valid YAML"),
-    "a tag that makes an object": (text("tasks: !!python/object:hf_pm.stream.Task {name: a}"), "is not valid YAML"),
+    "a tag that makes an object": (text("tasks: !!python/object:hf_pm.cli.Task {name: a}"), "is not valid YAML"),
     "a tag for bytes": (text("seed: !!binary aGk=\n"), "is not valid YAML"),
     "a date": (text("seed: 2026-12-24\n"), "`seed` must be a whole number, but got '2026-12-24'"),
     "a key twice": (text("seed: 1\nseed: 2\n"), "the key 'seed' a second time"),

@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import paper_coefficient, surrogate_loss
 
-from hf_pm import merging
 from hf_pm.errors import UserError
-from hf_pm.merging import (
+from hf_pm.weights import merging
+from hf_pm.weights.merging import (
     COEFFICIENTS,
     Factored,
     LowRank,
@@ -302,9 +302,7 @@ def test_line_search_finds_the_minimum_of_a_parabola(loss, best):
 
 
 def test_import_needs_no_transformers():
-    code = (
-        "import sys, hf_pm.merging; assert not {'transformers', 'peft', 'datasets', 'accelerate'} & set(sys.modules)"
-    )
+    code = "import sys, hf_pm.weights.merging; assert not {'transformers', 'peft', 'datasets', 'accelerate'} & set(sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

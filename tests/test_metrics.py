@@ -7,7 +7,8 @@ import evaluate
 import numpy as np
 import pytest
 
-from hf_pm import metrics
+from hf_pm.metrics import continual as metrics
+from hf_pm.metrics.evaluate_modules.continual_learning import ContinualLearning
 
 
 ROOT = Path(__file__).parent.parent
@@ -108,19 +109,19 @@ def test_as_an_evaluate_module_from_a_path_and_as_a_class(monkeypatch):
     monkeypatch.setattr("socket.socket.connect", refuse)
     wanted = metrics.summarize(MATRIX, BASE, [1.0, 0.9, 0.5], single_row=BASE, counts=COUNTS)
     references = {"base_row": BASE, "reference_row": [1.0, 0.9, 0.5], "single_row": BASE, "counts": COUNTS}
-    loaded = evaluate.load(str(ROOT / "hf_pm/evaluate_modules/continual_learning.py"), keep_in_memory=True)
+    loaded = evaluate.load(str(ROOT / "hf_pm/metrics/evaluate_modules/continual_learning.py"), keep_in_memory=True)
     assert loaded.compute(matrix=MATRIX, **references) == wanted
     for row in MATRIX:
         loaded.add(matrix=row)
     assert loaded.compute(**references) == wanted
     joint = [[None], [None, math.nan], [0.7, 0.5, 0.6]]
-    assert metrics.ContinualLearning(keep_in_memory=True).compute(matrix=joint) == metrics.summarize(joint)
+    assert ContinualLearning(keep_in_memory=True).compute(matrix=joint) == metrics.summarize(joint)
     with pytest.raises(AttributeError, match="has no attribute 'Continual'"):
         _ = metrics.Continual
 
 
 def test_a_matrix_needs_neither_transformers_nor_evaluate():
-    code = "import sys, hf_pm.metrics as m; m.summarize([[0.5]], counts=[3]); m.bootstrap_interval([0, 1]); "
+    code = "import sys, hf_pm.metrics.continual as m; m.summarize([[0.5]], counts=[3]); m.bootstrap_interval([0, 1]); "
     code += "print({'torch', 'transformers', 'datasets', 'evaluate'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout == "set()\n", done.stderr

@@ -9,7 +9,8 @@ import torch
 from conftest import build
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from hf_pm import UserError, panel
+from hf_pm import UserError
+from hf_pm.evaluation import panel
 
 
 def test_the_text_is_what_it_is_said_to_be():
@@ -89,7 +90,7 @@ def test_second_halves_from_the_first_for_seq2seq(seq2seq_tokenizer):
 
 
 def test_it_sees_the_adapter_and_draws_nothing(tokenizer, lora):
-    from hf_pm import adapters
+    from hf_pm.weights import adapters
 
     model = adapters.attach(build("llama"), lora, "CAUSAL_LM")
     state = torch.get_rng_state()

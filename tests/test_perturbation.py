@@ -7,8 +7,8 @@ from peft import LoraConfig
 from reference import merge_into_dense
 
 from hf_pm import PMTrainer
-from hf_pm.adapters import attach, lora_layers
-from hf_pm.perturbation import Perturbation, draw_sign, scaled_update
+from hf_pm.methods.perturbation import Perturbation, draw_sign, scaled_update
+from hf_pm.weights.adapters import attach, lora_layers
 
 
 @pytest.fixture

@@ -19,11 +19,12 @@ from safetensors.torch import load, save
 from test_cli import recipe  # noqa: F401 - a fixture
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, pipeline
 
-from hf_pm import from_hub, publishing
+from hf_pm import from_hub
 from hf_pm.cli import main
-from hf_pm.ledger import read_json, sha256_file
-from hf_pm.publishing import release_files
-from hf_pm.releases import Releases
+from hf_pm.hub import publishing
+from hf_pm.hub.publishing import release_files
+from hf_pm.hub.releases import Releases
+from hf_pm.store.ledger import read_json, sha256_file
 
 
 ROOT = Path(__file__).parent.parent

@@ -15,10 +15,10 @@ from hub_server import Blob, HubServer, Repo, connect
 from huggingface_hub import HfApi, ModelCard, hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
-from hf_pm import publishing
-from hf_pm.cards import Card, check_license, check_repo_id, check_tags, public, release_tag, validate_card
 from hf_pm.errors import UserError
-from hf_pm.publishing import (
+from hf_pm.hub import publishing
+from hf_pm.hub.cards import Card, public, release_tag, validate_card
+from hf_pm.hub.publishing import (
     Owned,
     base_license,
     check_repo,
@@ -28,6 +28,7 @@ from hf_pm.publishing import (
     push_rollback,
     seconds_to_wait,
 )
+from hf_pm.store.hub_metadata import check_license, check_repo_id, check_tags
 
 
 @pytest.fixture(autouse=True)

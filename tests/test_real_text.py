@@ -8,10 +8,10 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_pm import PMConfig, PMTrainer
-from hf_pm.benchmarks import load_stream
-from hf_pm.encoding import AnswerCollator, Encoder, render_prompt
-from hf_pm.evaluation import exact_matches
-from hf_pm.stream import TaskStream, subset
+from hf_pm.evaluation.answers import exact_matches
+from hf_pm.tasks.benchmarks import load_stream
+from hf_pm.tasks.encoding import AnswerCollator, Encoder, render_prompt
+from hf_pm.tasks.stream import TaskStream, subset
 
 
 pytestmark = pytest.mark.slow

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from hf_pm.benchmarks import STREAMS
 from hf_pm.config import parse_recipe
+from hf_pm.tasks.benchmarks import STREAMS
 
 
 ROOT = Path(__file__).parent.parent

@@ -20,8 +20,9 @@ from transformers import LlamaForCausalLM, TrainerCallback
 
 from hf_pm import PMTrainer, Task, TaskStream, UserError
 from hf_pm.cli import main
-from hf_pm.ledger import Ledger, read_json
-from hf_pm.recovery import SEAL, Interrupted, newest_checkpoint, only_process, seal
+from hf_pm.runs.recovery import SEAL, Interrupted, newest_checkpoint, seal
+from hf_pm.store.ledger import Ledger, read_json
+from hf_pm.store.lock import only_process
 
 
 CHECKPOINTS = {"save_strategy": "steps", "save_steps": 3}
@@ -73,7 +74,7 @@ def run_twice(base, finished, stream, tokenizer, lora, config):
 HOLD = """
 import sys, time
 from pathlib import Path
-from hf_pm.recovery import only_process
+from hf_pm.store.lock import only_process
 with only_process(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)
@@ -231,7 +232,7 @@ def test_the_older_checkpoint_stays_until_the_newer_one_is_sealed(run_twice, mon
         sealed_at.append(sorted(item.name for item in checkpoint.parent.iterdir()))
         seal(checkpoint, *rest)
 
-    monkeypatch.setattr("hf_pm.recovery.seal", watch)
+    monkeypatch.setattr("hf_pm.runs.recovery.seal", watch)
     with pytest.raises(KeyboardInterrupt):
         run_twice.start(callbacks=[StopAt(1, 10)], save_total_limit=1)
     assert sealed_at == [

@@ -19,14 +19,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, pipeline
 
-from hf_pm import PMTrainer, disk, publishing, releases
-from hf_pm.cards import validate_card
+from hf_pm import PMTrainer
 from hf_pm.cli import main
 from hf_pm.errors import UserError
-from hf_pm.ledger import read_json, sha256_file
-from hf_pm.outbox import Outbox
-from hf_pm.publishing import release_files
-from hf_pm.releases import Facts, Releases, cut_results
+from hf_pm.hub import publishing, releases
+from hf_pm.hub.cards import validate_card
+from hf_pm.hub.outbox import Outbox
+from hf_pm.hub.publishing import release_files
+from hf_pm.hub.releases import Facts, Releases, cut_results
+from hf_pm.store import disk
+from hf_pm.store.ledger import read_json, sha256_file
 
 
 TAGS = ["task-01-colour", "task-02-mood"]
@@ -516,7 +518,7 @@ def test_a_new_repository_gets_everything(named, server, monkeypatch):
     assert len(outbox.finish()) == 1
     other = Outbox(Releases.open(named), "me/other")
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("hf_pm.outbox.write_json", _interrupted)
+        patch.setattr("hf_pm.hub.outbox.write_json", _interrupted)
         other.release(1)
     # What was put together for the new one is not taken for the old one's.
     assert outbox.waiting() == other.waiting() == []

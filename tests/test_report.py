@@ -18,9 +18,9 @@ from pages import (
     write_run,
 )
 
-from hf_pm.report import format_table, render_report, scores_csv, tables_of, write_report
-from hf_pm.results import panel_of, retention, stream_logs
-from hf_pm.tables import latex, latex_text, markdown, scientific_text
+from hf_pm.report.page import format_table, render_report, scores_csv, tables_of, write_report
+from hf_pm.report.tables import latex, latex_text, markdown, scientific_text
+from hf_pm.store.results import panel_of, retention, stream_logs
 
 
 FILES = {"report.html", "results.csv", "results.md", "results.tex"}
@@ -562,7 +562,7 @@ def test_stream_logs_are_flat_numbers_with_plain_names():
 # The modules
 
 
-@pytest.mark.parametrize("module", ["report", "comparison"])
+@pytest.mark.parametrize("module", ["report.page", "report.comparison"])
 def test_a_report_imports_no_model_library_and_no_matplotlib(module):
     code = (
         f"import sys, hf_pm.{module}; "

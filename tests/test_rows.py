@@ -12,10 +12,10 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_pm import PMTrainer, Task, TaskStream, UserError
-from hf_pm.encoding import Encoder
-from hf_pm.leaks import equal, normalize, overlap
-from hf_pm.methods import METHODS
-from hf_pm.rows import StreamRows
+from hf_pm.methods.table import METHODS
+from hf_pm.tasks.encoding import Encoder
+from hf_pm.tasks.leaks import equal, normalize, overlap
+from hf_pm.tasks.rows import StreamRows
 
 
 DEMO = Path(__file__).parent.parent / "hf_pm" / "demo" / "model"

@@ -8,8 +8,8 @@ import torch
 from conftest import COLOUR, MOOD, build, rows
 
 from hf_pm import PMTrainer, Task, TaskStream, UserError
-from hf_pm.scoring import Cell, Scorer, metric_of
-from hf_pm.task_metrics import rouge_l
+from hf_pm.evaluation.scoring import Cell, Scorer, metric_of
+from hf_pm.metrics.task_metrics import rouge_l
 
 
 ROOT = Path(__file__).parent.parent
@@ -90,7 +90,7 @@ def test_accuracy_is_the_option_with_the_largest_likelihood(make, metric, batch_
 def test_the_two_accuracies_differ_in_length_only(make, monkeypatch):
     """Longer options lose by the sum and may win by the mean."""
     sums = torch.tensor([[-3.0, -4.0, -3.5, -9.0]]).repeat(36, 1)  # 2, 3, 2 and 2 tokens with the end
-    monkeypatch.setattr("hf_pm.scoring.option_log_likelihoods", lambda *args, **kwargs: sums)
+    monkeypatch.setattr("hf_pm.evaluation.scoring.option_log_likelihoods", lambda *args, **kwargs: sums)
     for metric, best in (("accuracy", "red"), ("accuracy_normalized", "red blue")):
         trainer, scorer = make(stream_of(metric))
         labels = trainer.rows.test_rows[0]["label"]
@@ -122,7 +122,7 @@ def test_a_metric_that_reads_one_character_generates_little(make, monkeypatch):
         asked.append(max_new_tokens)
         return ["rain" for batch in batches for _ in batch["labels"]]
 
-    monkeypatch.setattr("hf_pm.scoring.generate_answers", generate)
+    monkeypatch.setattr("hf_pm.evaluation.scoring.generate_answers", generate)
     trainer, scorer = make(stream_of("first_character"))
     cell = scorer.score_task(0)
     assert cell.row_scores == [float(label.startswith("r")) for label in trainer.rows.test_rows[0]["label"]]
@@ -277,7 +277,7 @@ sys.path.insert(0, "tests")
 import conftest, test_scoring
 from peft import LoraConfig
 from hf_pm import PMConfig, PMTrainer
-from hf_pm.scoring import Scorer
+from hf_pm.evaluation.scoring import Scorer
 
 torch.set_num_threads(1)
 found = {}

@@ -11,9 +11,9 @@ from conftest import COLOUR, rows
 from datasets import ClassLabel, Dataset, DatasetDict, Features, IterableDataset, Value
 
 from hf_pm import Task, TaskStream, UserError
-from hf_pm.benchmarks import load_stream
-from hf_pm.rows import fingerprint, fingerprints
-from hf_pm.stream import subset
+from hf_pm.tasks.benchmarks import load_stream
+from hf_pm.tasks.rows import fingerprint, fingerprints
+from hf_pm.tasks.stream import subset
 
 
 DATA = [{"sentence": "a apple", "answer": "red"}, {"sentence": "b sky", "answer": "blue"}]

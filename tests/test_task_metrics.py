@@ -6,7 +6,7 @@ from pathlib import Path
 import evaluate
 import pytest
 
-from hf_pm.task_metrics import (
+from hf_pm.metrics.task_metrics import (
     MODULES,
     TASK_METRICS,
     common_subsequence,
@@ -150,7 +150,7 @@ def test_through_evaluate_without_a_network(monkeypatch):
 
 
 def test_the_table_is_light_to_import():
-    code = "import sys, hf_pm.task_metrics as m; m.rouge_l('a', 'b'); "
+    code = "import sys, hf_pm.metrics.task_metrics as m; m.rouge_l('a', 'b'); "
     code += "print({'numpy', 'torch', 'transformers', 'datasets', 'evaluate'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout == "set()\n", done.stderr

@@ -10,7 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from hf_pm.errors import UserError
-from hf_pm.tensorfiles import (
+from hf_pm.store.tensorfiles import (
     DTYPES,
     Stored,
     allocate,

@@ -19,10 +19,10 @@ from transformers import (
 )
 
 from hf_pm import PMConfig, PMSeq2SeqConfig, PMSeq2SeqTrainer, PMTrainer, Task, TaskStream, UserError
-from hf_pm import metrics as cl_metrics
-from hf_pm.adapters import StoredAdapter, lora_layers
-from hf_pm.folding import Folder
-from hf_pm.ledger import Ledger
+from hf_pm.metrics import continual as cl_metrics
+from hf_pm.store.ledger import Ledger
+from hf_pm.weights.adapters import StoredAdapter, lora_layers
+from hf_pm.weights.folding import Folder
 
 
 def trained(model, stream, tokenizer, lora, args, cls=PMTrainer, **kwargs):

@@ -1,0 +1,283 @@
+"""What the live model says to a batch of rows: verdicts without generation where none is needed, options, texts."""
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from itertools import takewhile
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers.modeling_outputs import BaseModelOutput
+
+from ..tasks.encoding import IGNORE_INDEX
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside, the model's own mode again outside."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+def predict(model: nn.Module, batch: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits of one teacher-forced forward pass, and what each of their positions should predict.
+
+    Returns:
+        `tuple`: logits (rows, positions, vocabulary) and targets (rows, positions) with -100 where there is none; for
+        a classification head (rows, classes) and (rows,).
+    """
+    inputs = {key: value for key, value in batch.items() if key not in ("labels", "shift_labels")}
+    labels = batch["labels"]
+    if model.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels=labels)
+        return model(**inputs).logits, labels
+    logits = model(**inputs).logits
+    if logits.ndim == 2:
+        return logits, labels
+    if "shift_labels" in batch:
+        return logits, batch["shift_labels"]
+    return logits[:, :-1], labels[:, 1:]
+
+
+@torch.no_grad()
+def probe_logits(
+    model: nn.Module, batch: Mapping[str, Any], autocast: Callable[[], Any] = nullcontext
+) -> torch.Tensor:
+    """Logits of the answers in `batch`, (answer tokens, vocabulary) in float32 on the CPU, in evaluation mode."""
+    with evaluating(model), autocast():
+        logits, targets = predict(model, batch)
+    return logits[targets != IGNORE_INDEX].float().cpu() if logits.ndim == 3 else logits.float().cpu()
+
+
+@torch.no_grad()
+def exact_matches(
+    model: nn.Module,
+    batches: Iterable[Mapping[str, Any]],
+    *,
+    autocast: Callable[[], Any] = nullcontext,
+) -> list[bool]:
+    """Whether the greedy answer of each row equals its labels (end of sequence included), by one forward pass.
+
+    Why no generation is needed: let the answer be y_1..y_n (the last token ends the sequence) and suppose the argmax
+    after the prompt and y_1..y_{i-1} is y_i for every i. Then, by induction, greedy decoding has produced y_1..y_{i-1}
+    when it chooses token i, sees exactly the context of the teacher-forced pass, and chooses y_i. Conversely, if some
+    argmax differs, take the first such i: greedy decoding agrees up to i - 1 and then leaves the answer for good. A
+    longer answer that merely begins with the reference fails at the end-of-sequence token.
+
+    Args:
+        model (`nn.Module`): Left in the mode it was in.
+        batches (`Iterable[Mapping]`): Model inputs with `labels` (-100 outside the answer), on the model's device.
+        autocast (`Callable`, *optional*): Context manager factory for the forward pass.
+    """
+    verdicts: list[bool] = []
+    with evaluating(model):
+        for batch in batches:
+            with autocast():
+                logits, targets = predict(model, batch)
+            verdicts += ((logits.argmax(-1) == targets) | (targets == IGNORE_INDEX)).all(1).tolist()
+    return verdicts
+
+
+@torch.no_grad()
+def correct_classes(
+    model: nn.Module,
+    batches: Iterable[Mapping[str, Any]],
+    num_classes: int,
+    *,
+    autocast: Callable[[], Any] = nullcontext,
+) -> list[bool]:
+    """Whether a classification head's best class among the task's first `num_classes` is the label of each row."""
+    verdicts: list[bool] = []
+    with evaluating(model):
+        for batch in batches:
+            with autocast():
+                logits, targets = predict(model, batch)
+            verdicts += (logits[:, :num_classes].argmax(-1) == targets).tolist()
+    return verdicts
+
+
+def _plain(model: nn.Module) -> nn.Module:
+    """The transformers model inside a `PeftModel`, its adapter layers in place."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _left_padded_prompts(batch: Mapping[str, Any], pad_token_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and attention mask of what comes before the answers, (rows, longest prompt), padded on the left."""
+    before_answer = (batch["labels"] != IGNORE_INDEX).int().cumsum(1) == 0
+    is_prompt = batch["attention_mask"].bool() & before_answer
+    lengths = is_prompt.sum(1, keepdim=True)
+    longest = int(lengths.max())
+    mask = torch.arange(longest, device=lengths.device) >= longest - lengths
+    ids = torch.full(mask.shape, pad_token_id, dtype=torch.long, device=lengths.device)
+    ids[mask] = batch["input_ids"][is_prompt]
+    return ids, mask.long()
+
+
+def stop_tokens(tokenizer: PreTrainedTokenizerBase, labels: Iterable[Sequence[int]]) -> set[int]:
+    """The tokens that end an answer: end of sequence, and the special token that ends these answers (of a chat turn).
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`): Knows which tokens are special.
+        labels (`Iterable[Sequence[int]]`): Labels of some rows.
+    """
+    return {tokenizer.eos_token_id} | ({row[-1] for row in labels} & tokenizer.added_tokens_decoder.keys())
+
+
+def answer_text(tokenizer: PreTrainedTokenizerBase, ids: Iterable[int], stops: set[int]) -> str:
+    """The text of `ids` before the first token of `stops`, without special tokens and white space around it."""
+    said = list(takewhile(lambda token: token not in stops, ids))
+    return tokenizer.decode(said, skip_special_tokens=True).strip()
+
+
+@torch.no_grad()
+def generate_answers(
+    model: nn.Module,
+    batches: Iterable[Mapping[str, Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    max_new_tokens: int,
+    *,
+    stops: set[int] | None = None,
+    autocast: Callable[[], Any] = nullcontext,
+) -> list[str]:
+    """The greedy answer of each row as text, without special tokens and white space around it.
+
+    The model's own generation settings (sampling, penalties, forced tokens) are left aside: what is scored is the most
+    likely next token after each prefix, as in [`exact_matches`].
+
+    Args:
+        model (`nn.Module`): Left in the mode it was in.
+        batches (`Iterable[Mapping]`): Model inputs with `labels`, padded on the right, on the model's device. A causal
+            row's answer is not looked at, only where it begins.
+        tokenizer (`PreTrainedTokenizerBase`): With a padding token.
+        max_new_tokens (`int`): Longer answers are cut.
+        stops (`set[int]`, *optional*): Tokens that end an answer (`stop_tokens`); the end of sequence by default.
+        autocast (`Callable`, *optional*): Context manager factory for the forward passes.
+    """
+    inner = _plain(model)
+    seq2seq = inner.config.is_encoder_decoder
+    # A learned table of positions has an end; prompt and answer fitted into it together when the row was made.
+    positions = None if seq2seq else getattr(inner.config, "max_position_embeddings", None)
+    stops = {tokenizer.eos_token_id} if stops is None else stops
+    answers: list[str] = []
+    own = inner.generation_config
+    try:
+        with evaluating(model):
+            for batch in batches:
+                if seq2seq:
+                    ids, mask = batch["input_ids"], batch["attention_mask"]
+                else:
+                    ids, mask = _left_padded_prompts(batch, tokenizer.pad_token_id)
+                room = max_new_tokens if positions is None else max(1, positions - ids.shape[1])
+                inner.generation_config = GenerationConfig(
+                    max_new_tokens=min(max_new_tokens, room),
+                    do_sample=False,
+                    pad_token_id=tokenizer.pad_token_id,
+                    eos_token_id=sorted(stops),
+                    decoder_start_token_id=getattr(inner.config, "decoder_start_token_id", None),
+                )
+                with autocast():
+                    output = inner.generate(input_ids=ids, attention_mask=mask)
+                new = output[:, 1 if seq2seq else ids.shape[1] :]
+                answers += [answer_text(tokenizer, ids, stops) for ids in new.tolist()]
+    finally:
+        inner.generation_config = own
+    return answers
+
+
+@torch.no_grad()
+def option_log_likelihoods(
+    model: nn.Module,
+    batches: Iterable[Mapping[str, Any]],
+    options: Sequence[Sequence[int]],
+    pad_token_id: int,
+    *,
+    autocast: Callable[[], Any] = nullcontext,
+) -> torch.Tensor:
+    """log p(option | prompt) of every option after every row's prompt, summed over the option's tokens.
+
+    A prompt is computed once: a causal model's keys and values of it, or the encoder's output, are repeated for the
+    options, and only the options' own tokens are computed for each. Options end with the end-of-sequence token:
+    without it an option could never lose to a longer one that begins with it.
+
+    Args:
+        model (`nn.Module`): Left in the mode it was in.
+        batches (`Iterable[Mapping]`): As for [`generate_answers`].
+        options (`Sequence[Sequence[int]]`): Token ids of each option, its end included; they may differ in length.
+        pad_token_id (`int`): Fills prompts and options up.
+        autocast (`Callable`, *optional*): Context manager factory for the forward passes.
+
+    Returns:
+        `torch.Tensor`: (rows, options) in nats, float32 on the CPU. Divide by the options' numbers of tokens for the
+        length-normalised score.
+    """
+    inner = _plain(model)
+    score = _after_encoder if inner.config.is_encoder_decoder else _after_cached_prompt
+    targets = torch.full((len(options), max(map(len, options))), IGNORE_INDEX)
+    for row, option in zip(targets, options, strict=True):
+        row[: len(option)] = torch.tensor(option)
+    found = [torch.empty(0, len(options))]
+    with evaluating(model):
+        for batch in batches:
+            with autocast():
+                found.append(score(inner, batch, targets.to(batch["input_ids"].device), pad_token_id).cpu())
+    return torch.cat(found)
+
+
+def _log_likelihoods(logits: torch.Tensor, targets: torch.Tensor, rows: int) -> torch.Tensor:
+    """Sums over tokens of log p(target), (rows, options), from logits (rows x options, tokens, vocabulary)."""
+    targets = targets.repeat(rows, 1)
+    losses = cross_entropy(
+        logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="none"
+    )
+    return -losses.view(rows, -1, targets.shape[1]).sum(-1)
+
+
+def _after_cached_prompt(
+    model: nn.Module, batch: Mapping[str, Any], targets: torch.Tensor, pad_token_id: int
+) -> torch.Tensor:
+    accepted = inspect.signature(model.forward).parameters
+    ids, mask = _left_padded_prompts(batch, pad_token_id)
+    rows, count = len(ids), len(targets)
+
+    def positions(mask: torch.Tensor, last: int) -> dict[str, torch.Tensor]:
+        # Models without absolute or rotary positions (ALiBi, say) read them off the mask.
+        return {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)[:, -last:]} if "position_ids" in accepted else {}
+
+    keep = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
+    prompt = model(input_ids=ids, attention_mask=mask, use_cache=True, **positions(mask, ids.shape[1]), **keep)
+    first = prompt.logits[:, -1:].repeat_interleave(count, 0)
+    if targets.shape[1] == 1:
+        return _log_likelihoods(first, targets, rows)
+    cache = prompt.past_key_values
+    cache.batch_repeat_interleave(count)
+    given = targets[:, :-1].masked_fill(targets[:, :-1] == IGNORE_INDEX, pad_token_id).repeat(rows, 1)
+    mask = torch.cat([mask.repeat_interleave(count, 0), torch.ones_like(given)], 1)
+    rest = model(
+        input_ids=given,
+        attention_mask=mask,
+        past_key_values=cache,
+        use_cache=True,
+        **positions(mask, given.shape[1]),
+    ).logits
+    return _log_likelihoods(torch.cat([first, rest], 1), targets, rows)
+
+
+def _after_encoder(
+    model: nn.Module, batch: Mapping[str, Any], targets: torch.Tensor, pad_token_id: int
+) -> torch.Tensor:
+    rows, count = len(batch["input_ids"]), len(targets)
+    mask = batch["attention_mask"]
+    encoded = model.get_encoder()(input_ids=batch["input_ids"], attention_mask=mask).last_hidden_state
+    logits = model(
+        encoder_outputs=BaseModelOutput(last_hidden_state=encoded.repeat_interleave(count, 0)),
+        attention_mask=mask.repeat_interleave(count, 0),
+        decoder_input_ids=model.prepare_decoder_input_ids_from_labels(labels=targets.repeat(rows, 1)),
+    ).logits
+    return _log_likelihoods(logits, targets, rows)

@@ -1,0 +1,1 @@
+"""Releases, cards, and pushing them."""

@@ -1,0 +1,356 @@
+"""Curvature (Fisher) in the space of the merged weight matrices, from per-row gradients.
+
+With G_n = d(sum of the answer's token losses) / dW of row n and w_n = 1 / n_tokens (`token`, `trace`) or
+1 / n_tokens^2 (`sequence`, the paper's: the gradient of the mean loss), the estimators are
+
+| name | mean over rows of | kept a matrix |
+|---|---|---|
+| `diagonal` | w_n * G_n^2, entry by entry (the paper's) | out * in numbers |
+| `factored` | the row sums and column sums of that | out + in numbers |
+| `directional` | w_n * <G_n, delta>^2: delta' F delta with the full matrix F, cross terms included | one number |
+
+G_n is the product of a layer's output gradient and its input, so no `weight.grad` is needed and quantised bases work;
+those of the adapter's own factors are not computed either.
+<G_n, delta> comes from the adapter itself: delta enters the layer as scale * B (A x), and by the product rule the sum
+over tokens of (A x) * d loss / d(A x) is <G_n, delta>. Squaring the gradient of a batch mean instead would depend on
+the batch size: it is not done. Expert weights (`target_parameters`) have no input and output of their own; their
+gradient is taken where the adapted weight enters the layer, with one row at a time.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, nullcontext
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from peft import PeftModel
+from torch import nn
+
+from ..errors import UserError
+from ..evaluation.answers import evaluating, predict
+from ..tasks.encoding import IGNORE_INDEX
+from ..weights.adapters import ADAPTER, base_weight, is_experts, live_delta, lora_layers
+from ..weights.merging import Curvature, Factored
+
+
+ESTIMATORS = ("diagonal", "factored", "directional")
+# Elements of a per-row gradient that exist at a time.
+CHUNK = 1 << 22
+# What tells that several examples share a row.
+PACKED_KEYS = ("cu_seq_lens_q", "cu_seqlens", "seq_idx", "seq_lengths")
+
+
+class Measurement(NamedTuple):
+    """Sums over the rows of one process; ranks add theirs, and the mean is over all rows.
+
+    `curvature`: matrix name -> F (empty for `directional`). `slopes`: matrix name -> sum of w_n <G_n, delta>^2 of that
+    matrix alone; `slope`: the same for all matrices together, cross terms included. `rows`: their number.
+    """
+
+    curvature: dict[str, Curvature]
+    slopes: dict[str, float]
+    slope: float
+    rows: int
+
+
+def row_losses(
+    logits: torch.Tensor, targets: torch.Tensor, generator: torch.Generator | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Summed cross-entropy of each row's targets and the number of targets.
+
+    Args:
+        logits (`torch.Tensor`): (rows, positions, vocabulary), or (rows, classes) for a classification head.
+        targets (`torch.Tensor`): What each position predicts, (rows, positions) with -100 for nothing, or (rows,).
+        generator (`torch.Generator`, *optional*): If given, targets are drawn from the model wherever there is one,
+            instead of taken from the data; the context stays the data's.
+
+    Returns:
+        `tuple`: losses (rows,) in float32 (float64 if the logits are) and counts (rows,).
+    """
+    if logits.ndim == 2:
+        logits, targets = logits[:, None], targets[:, None]
+    mask = targets != IGNORE_INDEX
+    chosen, wanted = logits[mask], targets[mask]
+    chosen = chosen if chosen.dtype == torch.float64 else chosen.float()
+    if generator is not None:
+        probabilities = chosen.detach().softmax(-1).cpu()
+        wanted = torch.multinomial(probabilities, 1, generator=generator)[:, 0].to(chosen.device)
+    losses = nn.functional.cross_entropy(chosen, wanted, reduction="none")
+    rows = torch.arange(len(targets), device=targets.device)[:, None].expand_as(targets)[mask]
+    return torch.zeros(len(targets), device=losses.device, dtype=losses.dtype).index_add(0, rows, losses), mask.sum(1)
+
+
+def measure_curvature(
+    model: PeftModel,
+    batches: Iterable[Mapping[str, Any]],
+    *,
+    estimator: str = "diagonal",
+    normalization: str = "token",
+    generator: torch.Generator | None = None,
+    autocast: Callable[[], Any] = nullcontext,
+    task_name: str = "",
+) -> Measurement:
+    """Curvature of every adapted matrix at the current weights, in evaluation mode.
+
+    Args:
+        model (`PeftModel`): At the end of a task's training, unperturbed.
+        batches (`Iterable[Mapping]`): Model inputs with `labels`, on the model's device, one example a row. The result
+            does not depend on how rows are batched.
+        estimator (`str`): One of `ESTIMATORS`; see the table above.
+        normalization (`str`): `sequence`, or `token` (also what `trace` starts from).
+        generator (`torch.Generator`, *optional*): Draws labels from the model (true Fisher) instead of the data's.
+        autocast (`Callable`, *optional*): Context manager factory for the forward pass.
+        task_name (`str`, *optional*): For messages.
+
+    Returns:
+        `Measurement`: Float32 sums over rows, accumulated in float32 whatever the model's dtype.
+
+    Raises:
+        UserError: If a row's loss or gradient is not finite (names the task and the row), or a row holds several
+            examples.
+    """
+    collect = {"diagonal": _add_squares, "factored": _add_sums, "directional": None}[estimator]
+    curvature: dict[str, Curvature] = {}
+    slopes: dict[str, torch.Tensor] = {}
+    together = torch.zeros((), dtype=torch.float64)
+    rows = 0
+    power = 2 if normalization == "sequence" else 1
+    for gradients in _row_gradients(model, batches, collect, curvature, generator, autocast, task_name, power):
+        weights = gradients.weights.double().cpu()
+        values = {name: value.double().cpu() for name, value in gradients.slopes.items()}
+        for name, value in values.items():
+            slopes[name] = slopes.get(name, 0.0) + (weights * value.square()).sum()
+        together += (weights * sum(values.values(), torch.zeros_like(weights)).square()).sum()
+        rows = gradients.last_row
+    if collect is not None:
+        # A layer that no row reaches (an expert, an empty share of a rank) has no curvature, which is not the same as
+        # an unknown one.
+        for name, layer in lora_layers(model).items():
+            if name not in curvature:
+                curvature[name] = _nothing(base_weight(layer), estimator)
+    for name, fisher in curvature.items():
+        if not all(bool(torch.isfinite(part).all()) for part in _parts(fisher)):
+            raise UserError(
+                f"The squared gradients of {name!r} in the curvature pass of task {task_name!r} overflow float32. "
+                "Nothing was committed; lower `learning_rate`."
+            )
+    return Measurement(curvature, {name: float(value) for name, value in slopes.items()}, float(together), rows)
+
+
+def mean_gradient(
+    model: PeftModel,
+    batches: Iterable[Mapping[str, Any]],
+    *,
+    autocast: Callable[[], Any] = nullcontext,
+    task_name: str = "",
+) -> tuple[dict[str, torch.Tensor], int]:
+    """Gradient of the training loss (mean over rows of the mean token loss) for every adapted matrix.
+
+    For the first-order correction of the coefficient: it is zero only where training converged.
+
+    Returns:
+        `tuple`: matrix name -> sum over rows (out, in) in float32, and the number of rows.
+    """
+    totals: dict[str, torch.Tensor] = {}
+    rows = 0
+    for gradients in _row_gradients(model, batches, _add_gradients, totals, None, autocast, task_name, 1):
+        rows = gradients.last_row
+    return totals, rows
+
+
+class _Batch(NamedTuple):
+    """What one backward pass left behind: w_n (rows,), <G_n, delta> (rows,) of each matrix, rows seen so far."""
+
+    weights: torch.Tensor
+    slopes: dict[str, torch.Tensor]
+    last_row: int
+
+
+def _row_gradients(
+    model: PeftModel,
+    batches: Iterable[Mapping[str, Any]],
+    collect: Callable[..., None] | None,
+    totals: dict[str, Any],
+    generator: torch.Generator | None,
+    autocast: Callable[[], Any],
+    task_name: str,
+    power: int,
+) -> Iterator[_Batch]:
+    """One forward and backward pass a batch; `collect(totals, name, x, d, weights, transposed)` sees x (rows, tokens,
+    in) and d (rows, tokens, out) of every layer, as soon as its gradient exists."""
+    layers = lora_layers(model)
+    experts = any(is_experts(layer) for layer in layers.values())
+    weights: torch.Tensor = torch.empty(0)
+    slopes: dict[str, torch.Tensor] = {}
+    norms: torch.Tensor = torch.empty(0)
+    seen = 0
+
+    def by_row(name: str, tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.shape[0] != len(weights) and not experts:
+            raise UserError(
+                f"The layer {name!r} mixes the rows of a batch ({tensor.shape[0]} for {len(weights)}): its per-row "
+                "gradients cannot be told apart. Leave it out of the LoRA targets."
+            )
+        tensor = tensor if tensor.dtype == torch.float64 else tensor.float()
+        return tensor.reshape(len(weights), -1, tensor.shape[-1])
+
+    def on_output(name: str, transposed: bool, module: nn.Module, args: tuple[torch.Tensor, ...], out: Any) -> None:
+        # Detached: a hook that holds a tensor of the graph it hangs on is a cycle that nobody collects.
+        inputs = args[0].detach()
+
+        def on_gradient(gradient: torch.Tensor) -> None:
+            d = by_row(name, gradient.detach())
+            norms.add_(d.square().sum((1, 2)))
+            collect(totals, name, by_row(name, inputs), d, weights, transposed)
+
+        if out.requires_grad:
+            out.register_hook(on_gradient)
+
+    def on_down_projection(name: str, module: nn.Module, args: tuple[torch.Tensor, ...], out: torch.Tensor) -> None:
+        if torch.is_grad_enabled():
+            out.requires_grad_()  # the factors are frozen, so the graph begins here
+        low = out.detach()
+
+        def on_gradient(gradient: torch.Tensor) -> None:
+            slopes[name] = (by_row(name, low) * by_row(name, gradient.detach())).sum((1, 2))
+
+        if out.requires_grad:
+            out.register_hook(on_gradient)
+
+    def on_experts(name: str, layer: nn.Module, module: nn.Module, args: tuple[Any, ...]) -> None:
+        # The adapted weight, which PEFT computes once per forward pass and caches.
+        def on_gradient(gradient: torch.Tensor) -> None:
+            gradient = gradient.detach().float()
+            norms.add_(gradient.square().sum())
+            slopes[name] = (gradient * live_delta(layer)).sum()[None]
+            if collect is not None:
+                collect(totals, name, None, gradient, weights, False)
+
+        weight = getattr(module, layer.parameter_name)
+        if weight.requires_grad:
+            weight.register_hook(on_gradient)
+
+    with ExitStack() as hooks:
+        for name, layer in layers.items():
+            if is_experts(layer):
+                handles = [layer.get_base_layer().register_forward_pre_hook(partial(on_experts, name, layer))]
+            else:
+                factors = [layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight]
+                trained = [factor for factor in factors if factor.requires_grad]
+                if not trained:  # a frozen adapter has no gradient and no curvature
+                    continue
+                for factor in trained:
+                    hooks.callback(factor.requires_grad_, True)
+                    factor.requires_grad_(False)
+                handles = [layer.lora_A[ADAPTER].register_forward_hook(partial(on_down_projection, name))]
+                if collect is not None:
+                    transposed = bool(getattr(layer, "fan_in_fan_out", False))
+                    handles.append(layer.register_forward_hook(partial(on_output, name, transposed)))
+            for handle in handles:
+                hooks.callback(handle.remove)
+        hooks.callback(model.zero_grad, set_to_none=True)
+        hooks.enter_context(evaluating(model))
+        for batch in _one_by_one(batches) if experts else batches:
+            _refuse_packed(batch, task_name)
+            with autocast():
+                logits, targets = predict(model, batch)
+            losses, counts = row_losses(logits, targets, generator)
+            _require_finite(losses, "loss", seen, task_name)
+            weights = 1.0 / counts.clamp(min=1).to(losses.dtype) ** power
+            norms = torch.zeros_like(losses.detach())
+            slopes = {}
+            if losses.requires_grad:  # unless every adapter is frozen
+                losses.sum().backward()
+            model.zero_grad(set_to_none=True)
+            _require_finite(norms + sum(slopes.values()), "gradient", seen, task_name)
+            seen += len(losses)
+            yield _Batch(weights, slopes, seen)
+
+
+def _add_squares(totals, name, x, d, weights, transposed) -> None:  # noqa: ANN001
+    """totals[name] += sum over rows of w_n * G_n^2, a chunk of the matrix at a time."""
+    if x is None:  # experts: d is G of the only row
+        total = totals.setdefault(name, torch.zeros_like(d))
+        total.addcmul_(d, d, value=float(weights))
+        return
+    # The root of the weight goes into d, the smaller of the factors: no number has to come back from the device.
+    d = d * weights.sqrt()[:, None, None]
+    left, right = (x, d) if transposed else (d, x)
+    if name not in totals:
+        totals[name] = torch.zeros(left.shape[-1], right.shape[-1], device=x.device, dtype=x.dtype)
+    total = totals[name]
+    step = max(1, CHUNK // right.shape[-1])
+    for row in range(len(weights)):
+        for start in range(0, left.shape[-1], step):
+            gradient = left[row, :, start : start + step].T @ right[row]
+            total[start : start + step].addcmul_(gradient, gradient)
+
+
+def _add_sums(totals, name, x, d, weights, transposed) -> None:  # noqa: ANN001
+    """Row and column sums of w_n * G_n^2 without forming G_n where tokens are fewer than features.
+
+    With G = D' X: sum_j G_ij^2 = sum_t D_ti (X X' D)_ti, and likewise for the columns.
+    """
+    if x is None:
+        squared = d.square().mul_(float(weights))
+        rows, cols = squared.sum(-1), squared.sum(-2)
+    else:
+        left, right = (x, d) if transposed else (d, x)
+        scaled = left * weights[:, None, None]
+        rows = (scaled * ((right @ right.mT) @ left)).sum((0, 1))
+        cols = (right * ((left @ scaled.mT) @ right)).sum((0, 1))
+    old = totals.get(name)
+    # Sums of squares: a negative value can only be rounding.
+    rows, cols = rows.clamp_(min=0), cols.clamp_(min=0)
+    totals[name] = Factored(rows, cols) if old is None else Factored(old.rows + rows, old.cols + cols)
+
+
+def _add_gradients(totals, name, x, d, weights, transposed) -> None:  # noqa: ANN001
+    """totals[name] += sum over rows of w_n * G_n."""
+    if x is None:
+        gradient = d * weights
+    else:
+        weighted = (d * weights[:, None, None]).flatten(0, 1)
+        gradient = x.flatten(0, 1).T @ weighted if transposed else weighted.T @ x.flatten(0, 1)
+    totals[name] = totals[name] + gradient if name in totals else gradient
+
+
+def _parts(fisher: Curvature) -> tuple[torch.Tensor, ...]:
+    return tuple(fisher) if isinstance(fisher, Factored) else (fisher,)
+
+
+def _require_finite(values: torch.Tensor, what: str, seen: int, task_name: str) -> None:
+    finite = torch.isfinite(values)
+    if not bool(finite.all()):
+        raise UserError(
+            f"The {what} of row {seen + int((~finite).nonzero()[0])} in the curvature pass of task {task_name!r} is "
+            "not finite. Nothing was committed; lower `learning_rate` or look at that row."
+        )
+
+
+def _refuse_packed(batch: Mapping[str, Any], task_name: str) -> None:
+    """Several examples in one row would give the square of their summed gradient, not the sum of their squares."""
+    positions = batch.get("position_ids")
+    restarts = positions is not None and positions.ndim == 2 and bool((positions[:, 1:] < positions[:, :-1]).any())
+    if restarts or any(batch.get(key) is not None for key in PACKED_KEYS):
+        raise UserError(
+            f"A row in the curvature pass of task {task_name!r} holds several examples (packing), whose gradients "
+            "cannot be told apart. Switch `packing` and `padding_free` off."
+        )
+
+
+def _one_by_one(batches: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Batches of one row; `logits_to_keep` holds positions, not rows."""
+    for batch in batches:
+        for row in range(len(batch["labels"])):
+            yield {
+                key: value[row : row + 1] if torch.is_tensor(value) and key != "logits_to_keep" else value
+                for key, value in batch.items()
+            }
+
+
+def _nothing(weight: torch.Tensor, estimator: str) -> Curvature:
+    if estimator == "diagonal":
+        return torch.zeros(weight.shape, device=weight.device)
+    shapes = weight.shape[:-1], (*weight.shape[:-2], weight.shape[-1])
+    return Factored(*(torch.zeros(shape, device=weight.device) for shape in shapes))

@@ -1,0 +1,199 @@
+"""The parity certificate of a task: is the merged model what the adapter promised, and the release the merged model?
+
+Three models see the same few test rows: the adapter model at scale alpha, the folded live model, and the release as
+plain transformers (or PEFT, for an adapter release) loads it. Their logits are compared where an answer is predicted.
+"""
+
+import logging
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from peft import PeftModel
+
+from ..evaluation.answers import probe_logits
+from ..weights.adapters import StoredAdapter, lora_layers, restore
+from .perturbation import scaled_update
+
+
+logger = logging.getLogger(__name__)
+
+PROBE_ROWS = 8
+# Largest difference of a logit over the largest logit that is not worth a warning, in float32 and with any rounding.
+TOLERANCE = {"exact": 1e-5, "rounded": 0.1}
+ARCHITECTURES = {
+    "CAUSAL_LM": transformers.AutoModelForCausalLM,
+    "SEQ_2_SEQ_LM": transformers.AutoModelForSeq2SeqLM,
+    "SEQ_CLS": transformers.AutoModelForSequenceClassification,
+}
+
+
+def logit_parity(expected: torch.Tensor, actual: torch.Tensor) -> dict[str, float]:
+    """How far two models' logits on the same positions are apart.
+
+    Args:
+        expected (`torch.Tensor`): (positions, vocabulary).
+        actual (`torch.Tensor`): The same shape.
+
+    Returns:
+        `dict`: `max_difference` and `mean_difference` of the logits, `relative_difference` (the largest, over the
+        largest logit), `kl` (mean over positions of KL(expected || actual), in nats) and `argmax_agreement` in [0, 1].
+    """
+    expected, actual = expected.double(), actual.double()
+    difference = (expected - actual).abs()
+    p, q = expected.log_softmax(-1), actual.log_softmax(-1)
+    return {
+        "max_difference": float(difference.max()),
+        "mean_difference": float(difference.mean()),
+        "relative_difference": float(difference.max() / expected.abs().max().clamp(min=1e-30)),
+        "kl": float((p.exp() * (p - q)).sum(-1).mean()),
+        "argmax_agreement": float((expected.argmax(-1) == actual.argmax(-1)).double().mean()),
+    }
+
+
+def certificate(
+    expected: torch.Tensor, folded: torch.Tensor, *, dtype: torch.dtype, policy: str, exact: bool, task_name: str
+) -> dict[str, Any]:
+    """The record of a task, `reloaded` still open; warns over the tolerance.
+
+    Args:
+        expected (`torch.Tensor`): Logits of the adapter model at scale alpha.
+        folded (`torch.Tensor`): Logits of the folded live model.
+        dtype (`torch.dtype`): Of the live weights.
+        policy (`str`): How weights were summed, rounded or quantised.
+        exact (`bool`): Whether everything is float32, so that nothing but the order of sums may differ.
+        task_name (`str`): For messages.
+    """
+    record = {
+        "dtype": str(dtype).removeprefix("torch."),
+        "policy": policy,
+        "tolerance": TOLERANCE["exact" if exact else "rounded"],
+        "folded": logit_parity(expected, folded),
+        "reloaded": None,
+    }
+    _judge(record, "folded", "folded model", "adapter model", task_name)
+    return record
+
+
+def certify_release(record: dict[str, Any], folded: torch.Tensor, reloaded: torch.Tensor, task_name: str) -> None:
+    """Complete `record` with the release's logits; warns over the tolerance."""
+    record["reloaded"] = logit_parity(folded, reloaded)
+    _judge(record, "reloaded", "release", "live merged model", task_name)
+
+
+def _judge(record: dict[str, Any], key: str, what: str, other: str, task_name: str) -> None:
+    found = record[key]["relative_difference"]
+    if not found <= record["tolerance"]:
+        logger.warning(
+            "The %s of task %r differs from its %s by %.2g of the largest logit, more than %.2g. With quantised "
+            "weights this is their rounding; otherwise train in a wider `dtype`.",
+            what,
+            task_name,
+            other,
+            found,
+            record["tolerance"],
+        )
+
+
+def reload_logits(
+    release: Path,
+    base: Path,
+    task_type: str,
+    batch: dict[str, Any],
+    *,
+    dtype: torch.dtype,
+    attention: str | None = None,
+    code: bool = False,
+    autocast: Callable[[], Any] = nullcontext,
+) -> torch.Tensor:
+    """Logits of a release on disk, loaded as a user would.
+
+    Args:
+        release (`Path`): A merged checkpoint, or an adapter for `base`.
+        base (`Path`): Folder of the base.
+        task_type (`str`): `CAUSAL_LM`, `SEQ_2_SEQ_LM` or `SEQ_CLS`.
+        batch (`dict`): As for `probe_logits`; its device is where the model is loaded to.
+        dtype (`torch.dtype`): To load in: that of the live weights.
+        attention (`str`, *optional*): Implementation of attention: that of the live model, which rounds as it does.
+        code (`bool`, *optional*, defaults to `False`): Run the code that came with the model, as the live one does.
+        autocast (`Callable`, *optional*): As in training.
+    """
+    adapter = (release / "adapter_config.json").is_file() and not (release / "config.json").is_file()
+    architecture = ARCHITECTURES[task_type]
+    loading = {"dtype": dtype, "attn_implementation": attention, "trust_remote_code": code}
+    model = architecture.from_pretrained(base if adapter else release, **loading)
+    if adapter:
+        model = PeftModel.from_pretrained(model, release)
+    return probe_logits(model.to(batch["input_ids"].device), batch, autocast)
+
+
+class Parity:
+    """Fills the certificate of each task while its stream trains.
+
+    Args:
+        trainer (`PMTrainerMixin`): With the run open.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+        self._adapter: torch.Tensor | None = None
+        self._folded: torch.Tensor | None = None
+
+    def expect(self, number: int, alpha: float, per_matrix: dict[str, float] | None) -> None:
+        """Keep what the fold has to reproduce: the logits of the live adapter model at the coefficient."""
+        self._adapter = self._logits_at(number, alpha, per_matrix)
+
+    def certify(self, number: int) -> dict[str, Any]:
+        """Make the merged weights live, and compare them with the adapter model they came from."""
+        trainer = self.trainer
+        expected, self._adapter = self._adapter, None
+        if expected is None:  # an earlier process trained it
+            entry = trainer.run.ledger.entries[number - 1]
+            trainer.rebuild(0 if trainer.method.start == "base" else number - 1)
+            restore(trainer.model, StoredAdapter(trainer.run.path / entry.adapter))
+            trainer.live = None
+            expected = self._logits_at(number, entry.coefficient, entry.coefficients)
+        trainer.rebuild(number)
+        self._folded = self._logits(number)
+        return certificate(
+            expected,
+            self._folded,
+            dtype=trainer.model.get_base_model().dtype,
+            policy=trainer.run.folder.policy(trainer.model),
+            exact=trainer.exact,
+            task_name=trainer.stages[number - 1].name,
+        )
+
+    def certify_release(self, number: int, release: Path) -> None:
+        """Compare a release with the live merged model, as a user would load it; before its card is written."""
+        trainer = self.trainer
+        folded, self._folded = self._folded, None
+        if folded is None:  # scored by an earlier process, which died before the release
+            trainer.rebuild(number)
+            folded = self._logits(number)
+        reloaded = reload_logits(
+            release,
+            trainer.run.folder.base.folder,
+            trainer.task_type,
+            trainer.probe(number),
+            dtype=trainer.model.get_base_model().dtype,
+            attention=trainer.model.config._attn_implementation,
+            code=type(trainer.model.get_base_model()).__module__.startswith("transformers_modules."),
+            autocast=trainer.accelerator.autocast,
+        )
+        record = trainer.run.results["per_task"][number - 1]
+        certify_release(record["parity"], folded, reloaded, trainer.stages[number - 1].name)
+        trainer.run.write_results()
+
+    def _logits_at(self, number: int, alpha: float, per_matrix: dict[str, float] | None) -> torch.Tensor:
+        names = lora_layers(self.trainer.model)
+        factors = alpha if per_matrix is None else [per_matrix[name] for name in names]
+        with scaled_update(self.trainer.perturbation.layers, factors):
+            return self._logits(number)
+
+    def _logits(self, number: int) -> torch.Tensor:
+        trainer = self.trainer
+        return probe_logits(trainer.model, trainer.probe(number), trainer.accelerator.autocast)

@@ -1,0 +1,1 @@
+"""Scores of rows and of score matrices: pure functions."""

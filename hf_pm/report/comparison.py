@@ -1,0 +1,306 @@
+"""Several runs and seeds side by side: means, paired differences, one page and one table."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError, choose
+from ..metrics.continual import FORMULAS
+from ..store.ledger import write_bytes
+from ..store.results import DASH, METRICS, read_run
+from . import tables
+from .figures import Plot
+from .groups import (
+    COMPARED,
+    PAIRED,
+    Run,
+    Scored,
+    labels_of,
+    mean_grid,
+    names_of,
+    notes_on_formulas,
+    notes_on_group,
+    reason_of,
+    row_of,
+    values_of,
+)
+from .page import template_environment
+from .tables import Table, fixed_text, metric_text, plain_text, seconds_text, signed_text
+
+
+LEGEND = (
+    "Scores are macro means over tasks, in [0, 1]. Several seeds: mean ± sample standard deviation. A difference is "
+    "taken seed by seed on the same data; in brackets its 95 % interval, Student's t over these pairs."
+)
+REFERENCE_LEGEND = (
+    " FWT single and INT are measured against the runs of the methods single and joint with the same seed."
+)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """
+    Several runs side by side.
+
+    Parameters:
+        rows (`list[dict[str, Any]]`):
+            One per label and group of comparable runs: `group` (from 1), `label`, `method`, `runs` (names), `seeds`,
+            `n`, `baseline`; per metric, and for `train_seconds` and `panel_change`, a summary `{"mean", "std", "n"}`;
+            `scores` (of the last row of the matrix) and `coefficients`, one summary per task; and `paired`, for each
+            metric with a shared seed a summary of the difference to the baseline, with `low` and `high` of its 95 %
+            interval (`None` for a single pair); `None` for the baseline itself.
+        notes (`list[str]`):
+            What keeps the runs from being comparable.
+        markdown, latex, csv (`str`):
+            The tables; the CSV has a line per label and quantity, in full precision.
+        html (`str`):
+            A self-contained page with the tables, the notes and the matrices.
+    """
+
+    rows: list[dict[str, Any]]
+    notes: list[str]
+    markdown: str
+    latex: str
+    csv: str
+    html: str
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Text
+
+
+def _summary_text(summary: Mapping[str, Any], n: int, number: Callable[[Any], str] = fixed_text) -> str:
+    """`mean ± std`; the count is added where it is not the number `n` of runs of the group."""
+    text = number(summary["mean"])
+    if summary["std"] is not None:
+        text += f" ± {seconds_text(summary['std']) if number is seconds_text else fixed_text(summary['std'])}"
+    return text if summary["n"] in (0, n) else f"{text} (n = {summary['n']})"
+
+
+def _paired_text(paired: Mapping[str, Any] | None, pairs: int) -> str:
+    """`mean [low, high]`; the count is added where it is not `pairs`."""
+    if paired is None:
+        return DASH
+    text = signed_text(paired["mean"])
+    if paired["low"] is not None:
+        text += f" [{signed_text(paired['low'])}, {signed_text(paired['high'])}]"
+    return text if paired["n"] == pairs else f"{text} (n = {paired['n']})"
+
+
+def _pairs(row: Mapping[str, Any]) -> int:
+    return max((paired["n"] for paired in row["paired"].values()), default=0)
+
+
+def _tables(rows: Sequence[Mapping[str, Any]], tasks: Sequence[str], prefix: str) -> list[Table]:
+    """The tables of a group; a column that no row has a value for is left out."""
+    shown = [name for name in COMPARED if any(row[name]["n"] for row in rows)]
+    titles = [METRICS[name][1] for name in shown]
+    panel = any(row["panel_change"]["n"] for row in rows)
+    lines = []
+    for row in rows:
+        line = [row["label"]]
+        for name in shown:
+            line.append(_summary_text(row[name], row["n"], lambda value, name=name: metric_text(name, value)))
+        line += [_summary_text(row["panel_change"], row["n"], signed_text)] if panel else []
+        line += [str(row["n"]), ", ".join(plain_text(seed) for seed in row["seeds"])]
+        lines.append([*line, _summary_text(row["train_seconds"], row["n"], seconds_text)])
+    header = ["Method", *titles, *(["General text"] if panel else []), "Runs", "Seeds", "Training time"]
+    made = [Table(f"{prefix}Scores", header, lines)]
+    others = [row for row in rows if row["paired"] is not None]
+    if others:
+        differing = [name for name in PAIRED if any(name in row["paired"] for row in others)]
+        lines = []
+        for row in others:
+            pairs = _pairs(row)
+            count = f"{pairs}: no interval" if pairs == 1 else str(pairs)
+            texts = [_paired_text(row["paired"].get(name), pairs) for name in differing]
+            lines.append([row["label"], count, *texts])
+        header = ["Method", "Pairs", *(METRICS[name][1] for name in differing)]
+        made.append(Table(f"{prefix}Difference to {others[0]['baseline']}, same seeds", header, lines))
+    for title, key in (("Score per task at the end", "scores"), ("Kept fraction alpha per task", "coefficients")):
+        held = [row for row in rows if row[key]]
+        if held:
+            names = [f"{number}: {tasks[number - 1]}" for number in range(1, len(held[0][key]) + 1)]
+            cells = [[row["label"], *[_summary_text(each, row["n"]) for each in row[key]]] for row in held]
+            made.append(Table(prefix + title, ["Method", *names], cells))
+    return made
+
+
+def _csv(rows: Iterable[Mapping[str, Any]], tasks: Mapping[int, Sequence[str]]) -> str:
+    lines = []
+    for row in rows:
+        quantities = [(name, "", row[name]) for name in (*COMPARED, "train_seconds", "panel_change")]
+        for name, key in (("score", "scores"), ("coefficient", "coefficients")):
+            quantities += [(name, tasks[row["group"]][j], summary) for j, summary in enumerate(row[key])]
+        for name, task, summary in quantities:
+            if summary["n"]:
+                paired = (row["paired"] or {}).get(name, {})
+                lines.append(
+                    [
+                        *(row[key] for key in ("group", "label", "method")),
+                        " ".join(plain_text(seed) for seed in row["seeds"]),
+                        *(name, task, *summary.values()),
+                        *(paired.get(key) for key in ("mean", "low", "high", "n")),
+                    ]
+                )
+    header = ["group", "label", "method", "seeds", "quantity", "task", "mean", "std", "n"]
+    return tables.csv_text([*header, "difference", "low", "high", "pairs"], lines)
+
+
+def _pictures(rows: Sequence[Mapping[str, Any]], values: Mapping[str, Sequence[Scored]]) -> dict[str, Any]:
+    """Where the marks of a group's two pictures lie: the average accuracy of each run, and the differences in it."""
+    name = "average_accuracy"
+    scores = Plot(132, 14, (0, 1), margins=(6, 0, 6, 0))
+    dots = []
+    for row in rows:
+        known = [metrics[name] for _, metrics in values[row["label"]] if metrics[name] is not None]
+        mean = row[name]["mean"]
+        dots.append(
+            {"dots": [scores.at_x(score) for score in known], "mean": None if mean is None else scores.at_x(mean)}
+        )
+
+    marks = ("mean", "low", "high")
+    differences = [row["paired"].get(name, {}) for row in rows if row["paired"] is not None]
+    reach = max((abs(held[key]) for held in differences for key in marks if held.get(key) is not None), default=0.0)
+    change = Plot(132, 14, (-reach or -1.0, reach or 1.0), margins=(6, 0, 6, 0))
+    spans = [{key: None if held.get(key) is None else change.at_x(held[key]) for key in marks} for held in differences]
+    return {"scores": dots, "differences": spans, "reach": reach}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Several runs
+
+
+def compare(
+    run_dirs: Sequence[str | Path], labels: Sequence[str] | None = None, baseline: str | None = None
+) -> Comparison:
+    """
+    Compare runs: several methods, each with one or several seeds.
+
+    Args:
+        run_dirs (`Sequence[str | Path]`):
+            Run folders.
+        labels (`Sequence[str]`, *optional*):
+            One per run folder; runs with the same label are repetitions. Defaults to the method of each run, with
+            the settings in which runs of one method differ.
+        baseline (`str`, *optional*):
+            The label to which the others' differences are taken. Defaults to that of the first run.
+
+    Returns:
+        `Comparison`: The runs in groups with their means. Runs are in one group if they learned as many of the same
+        tasks in the same order, from the same data, prompts and metrics, on the same test rows and base weights;
+        each further group has tables of its own and a note with what differs. Forward transfer against single-task
+        models and intransigence are computed from a `single` and a `joint` run of the same group and seed.
+
+    Raises:
+        UserError: If there is no run, a run cannot be read or is given twice, `labels` has another length, or
+            `baseline` is not among the labels.
+    """
+    if not run_dirs:
+        raise UserError("`run_dirs` is empty; give at least one run folder.")
+    if labels is not None and len(labels) != len(run_dirs):
+        raise UserError(f"`labels` has {len(labels)} entries for {len(run_dirs)} runs; give one label per run folder.")
+    folders = [Path(run_dir) for run_dir in run_dirs]
+    runs = [Run(name, *read_run(folder)) for folder, name in zip(folders, names_of(folders), strict=True)]
+    given = dict(zip((run.name for run in runs), labels or (), strict=False))
+
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        groups.setdefault(str(run.identity), []).append(run)
+    named = []
+    for group in groups.values():
+        own = dict(zip((run.name for run in group), labels_of(group), strict=True))
+        named.append([(given.get(run.name, own[run.name]), run) for run in group])
+    if baseline is not None:
+        choose("`baseline`", baseline, {label for group in named for label, _ in group})
+
+    rows, apart, notes, made, sections = [], [], [], [], []
+    for number, group in enumerate(named, start=1):
+        members = [run for _, run in group]
+        values: dict[str, list[Scored]] = {}
+        for label, run in group:
+            values.setdefault(label, []).append((run, values_of(run, members)))
+        prefix = f"Group {number}: " if len(groups) > 1 else ""
+        reason = reason_of(members[0], runs[0])
+        if reason:
+            listed = ", ".join(run.name for run in members)
+            apart.append(f"Not comparable with {runs[0].name} and therefore in a table apart: {listed}. {reason}.")
+        base = baseline if baseline in values else group[0][0]
+        if baseline not in (None, base):
+            notes.append(f"Group {number} has no run of {baseline}: its differences are to {base}.")
+        own_rows, grids = [], []
+        for label, scored in values.items():
+            repeats = [run for run, _ in scored]
+            notes += notes_on_group(label, repeats)
+            own_rows.append({"group": number, "baseline": base, **row_of(label, scored, values[base])})
+            source = f"mean of {len(repeats)} runs" if len(repeats) > 1 else repeats[0].name
+            grids.append({"title": f"{label} ({source})", "grid": mean_grid(repeats)})
+        own_tables = _tables(own_rows, members[0].results["tasks"], prefix)
+        rows += own_rows
+        made += own_tables
+        sections.append(
+            {
+                "title": prefix.removesuffix(": "),
+                "reason": reason,
+                "metric": plain_text(members[0].results.get("metric")),
+                "tables": own_tables,
+                "pictures": _pictures(own_rows, values),
+                "grids": grids,
+            }
+        )
+    notes += notes_on_formulas(runs)
+
+    tasks = {number: group[0].results["tasks"] for number, group in enumerate(groups.values(), start=1)}
+    quoted = "".join(f"> **Note:** {tables.markdown_text(note)}\n\n" for note in apart + notes)
+    shown = [name for name in COMPARED if any(row[name]["n"] for row in rows)]
+    legend = LEGEND + (REFERENCE_LEGEND if set(shown) - set(PAIRED) else "")
+    template = template_environment().get_template("compare.html.jinja")
+    return Comparison(
+        rows,
+        apart + notes,
+        markdown=f"{quoted}{tables.markdown(made)}\n{legend}\n",
+        latex="".join(f"% {tables.latex_text(note)}\n" for note in [*apart, *notes, legend]) + tables.latex(made),
+        csv=_csv(rows, tasks),
+        html=template.render(
+            sections=sections,
+            notes=notes,
+            legend=legend,
+            runs=len(runs),
+            formulas=[(METRICS[name], FORMULAS[name]) for name in shown],
+        ),
+    )
+
+
+def write_comparison(
+    run_dirs: Sequence[str | Path],
+    output: str | Path,
+    labels: Sequence[str] | None = None,
+    baseline: str | None = None,
+) -> Path:
+    """
+    Write the page of [`compare`], and its tables beside it as `.md`, `.tex` and `.csv` files of the same name.
+
+    Args:
+        run_dirs (`Sequence[str | Path]`):
+            Run folders, as for [`compare`].
+        output (`str` or `Path`):
+            The HTML file. Every file is replaced in one step.
+        labels, baseline:
+            As for [`compare`].
+
+    Returns:
+        `Path`: The page.
+
+    Raises:
+        UserError: As [`compare`], or if `output` is not an `.html` file.
+    """
+    path = Path(output)
+    if path.suffix not in (".html", ".htm"):
+        raise UserError(f"`output` is {str(output)!r}, but the page must end in .html; its tables lie beside it.")
+    comparison = compare(run_dirs, labels, baseline)
+    write_bytes(path.with_suffix(".md"), comparison.markdown.encode())
+    write_bytes(path.with_suffix(".tex"), comparison.latex.encode())
+    write_bytes(path.with_suffix(".csv"), comparison.csv.encode())
+    write_bytes(path, comparison.html.encode())
+    return path

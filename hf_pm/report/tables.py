@@ -1,0 +1,165 @@
+"""Values as text, and tables of text as Markdown, LaTeX and CSV."""
+
+import csv
+import html
+import io
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from ..store.results import DASH, as_number
+
+
+LATEX = {
+    "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}",
+    ">": r"\textgreater{}", "|": r"\textbar{}", DASH: "--", "±": r"$\pm$", "…": r"\ldots{}",
+    **{character: f"\\{character}" for character in "&%$#_{}"},
+}  # fmt: skip
+
+
+class Table(NamedTuple):
+    """A table of texts; the first column holds names, the others hold numbers."""
+
+    title: str
+    header: list[str]
+    rows: list[list[str]]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Values
+
+
+def fixed_text(value: Any, digits: int = 3, signed: bool = False) -> str:
+    number = as_number(value)
+    if number is None:
+        return DASH
+    number = round(number, digits) + 0.0  # the sum turns -0.0 into 0.0
+    return f"{number:{'+' if signed and number else ''}.{digits}f}"
+
+
+def signed_text(value: Any) -> str:
+    return fixed_text(value, signed=True)
+
+
+def metric_text(name: str, value: Any) -> str:
+    """A metric's value; one that is a difference of scores keeps its sign."""
+    return fixed_text(value, signed=any(word in name for word in ("transfer", "forgetting", "intransigence")))
+
+
+def scientific_text(value: Any) -> str:
+    """Three significant digits: `28.0`, `0.150`, `1.39e-3`."""
+    number = as_number(value)
+    if number is None:
+        return DASH
+    if number == 0:
+        return "0"
+    if 0.01 <= abs(number) < 9999.5:
+        return f"{number:.0f}" if abs(number) >= 99.95 else f"{number:#.3g}"
+    mantissa, exponent = f"{number:.2e}".split("e")
+    return f"{mantissa}e{int(exponent)}"
+
+
+def percent_text(value: Any) -> str:
+    number = as_number(value)
+    return DASH if number is None else f"{100 * number:.1f} %"
+
+
+def seconds_text(value: Any) -> str:
+    number = as_number(value)
+    if number is None:
+        return DASH
+    if number < 59.95:
+        return f"{number:.1f} s"
+    minutes, seconds = divmod(round(number), 60)
+    return f"{minutes} min {seconds:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def size_text(value: Any) -> str:
+    number = as_number(value)
+    if number is None:
+        return DASH
+    for unit in ("B", "kB", "MB"):
+        if number < 999.5:
+            return f"{number:.0f} {unit}" if unit == "B" else f"{number:.3g} {unit}"
+        number /= 1000
+    return f"{number:.3g} GB" if number < 999.5 else f"{number:.0f} GB"
+
+
+def plain_text(value: Any) -> str:
+    """Any JSON value as one line of text."""
+    if value is None or (isinstance(value, float) and not math.isfinite(value)) or value in ("", [], {}):
+        return DASH
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key}: {plain_text(item)}" for key, item in value.items())
+    if isinstance(value, list | tuple):
+        return ", ".join(f"({plain_text(item)})" if isinstance(item, Mapping) else plain_text(item) for item in value)
+    return str(value)
+
+
+def cut_text(text: str, width: int) -> str:
+    """`text` in at most `width` characters; its end is kept because the names of task suites differ at the end."""
+    if len(text) <= width:
+        return text
+    tail = (width - 1) // 2
+    return f"{text[: width - 1 - tail]}…{text[-tail:]}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tables
+
+
+def markdown_text(text: str) -> str:
+    """`text` as one line that no markdown renderer reads as HTML or as the end of a table cell."""
+    return html.escape(" ".join(text.split()), quote=False).replace("|", "\\|")
+
+
+def markdown(tables: Iterable[Table]) -> str:
+    """The tables in GitHub's dialect, each under its title in bold."""
+    blocks = []
+    for table in tables:
+        lines = [table.header, ["---"] + ["---:"] * (len(table.header) - 1), *table.rows]
+        text = "\n".join("| " + " | ".join(markdown_text(cell) for cell in line) + " |" for line in lines)
+        blocks.append(f"**{markdown_text(table.title)}**\n\n{text}")
+    return "\n\n".join(blocks) + "\n"
+
+
+def latex_text(text: str) -> str:
+    """`text` as one line without any command of its own; the sign of a number becomes a minus."""
+    escaped = "".join(LATEX.get(character, character) for character in " ".join(text.split()))
+    return re.sub(r"(?<![\w.])-(?=\d)", "$-$", escaped)
+
+
+def latex(tables: Iterable[Table]) -> str:
+    """The tables as floats that need the package booktabs."""
+    blocks = ["% Needs \\usepackage{booktabs}."]
+    for table in tables:
+        lines = [" & ".join(latex_text(cell) for cell in line) + r" \\" for line in (table.header, *table.rows)]
+        blocks.append(
+            "\n".join(
+                [
+                    r"\begin{table}[ht]",
+                    r"\centering",
+                    r"\footnotesize",
+                    rf"\caption{{{latex_text(table.title)}}}",
+                    rf"\begin{{tabular}}{{l{'r' * (len(table.header) - 1)}}}",
+                    r"\toprule",
+                    lines[0],
+                    r"\midrule",
+                    *lines[1:],
+                    r"\bottomrule",
+                    r"\end{tabular}",
+                    r"\end{table}",
+                ]
+            )
+        )
+    return "\n\n".join(blocks) + "\n"
+
+
+def csv_text(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """Numbers in full precision; `None` is an empty field."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([header, *rows])
+    return text.getvalue()

@@ -1,0 +1,1 @@
+"""The run folder: opening, resuming, rolling back, checking."""

@@ -1,0 +1,246 @@
+"""The append-only record of what was learned, and the atomic file operations it rests on.
+
+A task is committed at the instant `ledger.json` is renamed into place, and not before: everything the entry points to
+(adapter, curvature state) is complete on disk by then.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from ..errors import UserError
+
+
+SCHEMA = 1
+WEIGHTS, SETTINGS = "adapter_model.safetensors", "adapter_config.json"
+# Settings of an adapter that decide what its factors stand for.
+SCALING = ("peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "fan_in_fan_out")
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Replace `path` by `data` so that a reader sees the old or the new content, also after a power cut."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    with open(temporary, "wb") as handle:
+        handle.write(data)
+        handle.flush()
+        os.fsync(handle.fileno())
+    os.replace(temporary, path)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames inside `folder` durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Write `data` atomically as readable JSON (NaN is refused)."""
+    write_bytes(path, (json.dumps(data, indent=2, allow_nan=False) + "\n").encode())
+
+
+def read_json(path: Path) -> Any:
+    """Parse a JSON file of the run folder.
+
+    Raises:
+        UserError: If the file is not valid JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(
+            f"{str(path)!r} is not valid JSON ({error}). Files of a run folder are written whole; restore it from a "
+            "copy or start with another `output_dir`."
+        ) from error
+
+
+def sha256_file(path: Path) -> str:
+    with open(path, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def file_problem(path: Path, expected: str | None, hashed: Callable[[Path], str] | None = None) -> str | None:
+    """Whether a file is missing or has another hash than at its commit, in words."""
+    if not path.is_file():
+        return f"{str(path)!r} is missing"
+    right = (hashed or sha256_file)(path) == expected
+    return None if right else f"{str(path)!r} does not have the sha256 recorded at its commit"
+
+
+def sha256_settings(path: Path) -> str:
+    """sha256 of what an adapter_config.json says of the update; what its base is called may change."""
+    try:
+        # 8 and 8.0 are one lora_alpha.
+        found = json.loads(path.read_bytes(), parse_int=float)
+        settings = {key: value for key, value in found.items() if key in SCALING}
+    except (ValueError, AttributeError):  # no JSON, no mapping: not what was committed
+        return sha256_file(path)
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One committed task.
+
+    Args:
+        name (`str`): The task.
+        coefficient (`float`): alpha, the fraction of the update that is kept.
+        adapter (`str`): Folder of the adapter, relative to the run folder.
+        adapter_sha256 (`str`): Of its `adapter_model.safetensors`.
+        start (`str`): `"merged"` if the task began from the entries before it, `"base"` if from the untouched base.
+        terms (`dict`, *optional*): q, p, l, the trace of the curvature and the uniform coefficient 1/t.
+        state (`str`, *optional*): File with S and R after this task, relative to the run folder.
+        state_sha256 (`str`, *optional*): Of that file.
+        provenance (`dict`): Seed and data fingerprint of the run.
+        coefficients (`dict[str, float]`, *optional*): alpha of each matrix where they differ; `coefficient` is then
+            their mean.
+        settings_sha256 (`str`, *optional*): Of its settings (`sha256_settings`), which scale the update.
+    """
+
+    name: str
+    coefficient: float
+    adapter: str
+    adapter_sha256: str
+    start: str = "merged"
+    terms: dict[str, float] | None = None
+    state: str | None = None
+    state_sha256: str | None = None
+    provenance: dict[str, Any] = field(default_factory=dict)
+    coefficients: dict[str, float] | None = None
+    settings_sha256: str | None = None
+
+    def alpha(self, name: str) -> float:
+        """The fraction of the update of the matrix `name` that is kept."""
+        return self.coefficient if self.coefficients is None else self.coefficients[name]
+
+    def adapter_problem(self, run_dir: Path) -> str | None:
+        """What is wrong with the files of the adapter, if anything."""
+        folder = run_dir / self.adapter
+        checks = [(folder / WEIGHTS, self.adapter_sha256, sha256_file)]
+        if self.settings_sha256 is not None:
+            checks.append((folder / SETTINGS, self.settings_sha256, sha256_settings))
+        return next((found for check in checks if (found := file_problem(*check)) is not None), None)
+
+    def problem(self) -> str | None:
+        """What no run would have written, if anything; a ledger may come from elsewhere."""
+        texts = (self.name, self.adapter, self.adapter_sha256, self.start)
+        alphas = self.coefficients if self.coefficients is not None else {}
+        if not all(isinstance(text, str) for text in texts) or not isinstance(alphas, dict):
+            return "has values of other types"
+        if not all(isinstance(alpha, int | float) for alpha in (self.coefficient, *alphas.values())):
+            return "has a coefficient that is no number"
+        for place in (self.adapter, self.state):
+            if place is not None and (not isinstance(place, str) or not _inside(place)):
+                return f"names {place!r}, which is outside of the run folder"
+        return None
+
+
+def _inside(place: str) -> bool:
+    path = PurePosixPath(place)
+    return not path.is_absolute() and ".." not in path.parts and "\\" not in place and bool(path.parts)
+
+
+def check_links(run_dir: Path) -> None:
+    """Refuse a run folder with a link out of it: what is written, moved or deleted there would be somebody else's.
+
+    Raises:
+        UserError: Names the link.
+    """
+    root = run_dir.resolve()
+    for folder, folders, files in os.walk(run_dir):
+        for name in (*folders, *files):
+            path = Path(folder) / name
+            # Not `resolve`, which raises where links form a circle.
+            if path.is_symlink() and not Path(os.path.realpath(path)).is_relative_to(root):
+                raise UserError(
+                    f"{str(path)!r} is a link that leads out of the run folder. Put what it names in its place."
+                )
+
+
+class Ledger:
+    """Committed entries of a run folder, oldest first.
+
+    Raises:
+        UserError: If `ledger.json` is broken or another version's, or it or a link names a file outside of the folder.
+    """
+
+    def __init__(self, run_dir: str | Path) -> None:
+        self.run_dir = Path(run_dir)
+        self.path = self.run_dir / "ledger.json"
+        self.entries: list[Entry] = []
+        self.reload()
+
+    def reload(self) -> None:
+        """Read what is committed; another process may have written it."""
+        check_links(self.run_dir)
+        if self.path.exists():
+            self.entries = self._parse(read_json(self.path))
+
+    def _parse(self, stored: Any) -> list[Entry]:
+        def refused(what: str) -> UserError:
+            return UserError(f"{str(self.path)!r} {what}. Restore it from a copy, or use another `output_dir`.")
+
+        stored = stored if isinstance(stored, dict) else {}
+        if stored.get("schema") != SCHEMA:
+            raise refused(f"has schema {stored.get('schema')!r}; this version of hf_pm reads schema {SCHEMA}")
+        entries = []
+        for number, values in enumerate(stored.get("entries") or (), start=1):
+            try:
+                entries.append(Entry(**values))
+            except TypeError as error:
+                raise refused(f"has an entry {number} that is none ({error})") from error
+            problem = entries[-1].problem()
+            if problem is not None:
+                raise refused(f"has an entry {number} that {problem}")
+        return entries
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def commit(self, entry: Entry) -> None:
+        """Append `entry`; the task is learned once this returns."""
+        self._write([*self.entries, entry])
+
+    def _write(self, entries: Iterable[Entry]) -> None:
+        entries = list(entries)
+        write_json(self.path, {"schema": SCHEMA, "entries": [asdict(entry) for entry in entries]})
+        self.entries = entries
+
+    def active(self, task_number: int | None = None) -> list[Entry]:
+        """The entries whose updates make up the model after `task_number` tasks (all by default).
+
+        A task that started from the base stands alone: nothing before it is part of its model.
+        """
+        entries = self.entries[: len(self.entries) if task_number is None else task_number]
+        for position in range(len(entries) - 1, -1, -1):
+            if entries[position].start == "base":
+                return entries[position:]
+        return entries
+
+    def verify(self, weights_only: bool = False) -> None:
+        """Check that every file an entry points to is there and unchanged.
+
+        Args:
+            weights_only (`bool`, *optional*, defaults to `False`): Do without the curvature state if it is not there.
+
+        Raises:
+            UserError: Names the first file that is missing or differs.
+        """
+        for entry in self.entries:
+            problem = entry.adapter_problem(self.run_dir)
+            if problem is None and entry is self.entries[-1] and entry.state is not None:
+                state = self.run_dir / entry.state
+                problem = file_problem(state, entry.state_sha256) if not weights_only or state.exists() else None
+            if problem is not None:
+                raise UserError(
+                    f"{problem}, which task {entry.name!r} of the ledger needs. Restore the file from a copy; a run "
+                    "cannot go on from altered weights."
+                )

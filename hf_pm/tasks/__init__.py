@@ -1,0 +1,1 @@
+"""Streams of tasks: reading files and Hub data sets, published benchmarks, prompts and token ids."""

@@ -1,0 +1,306 @@
+"""Prompts, and tokenised rows with labels on the answer only."""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from datasets import Dataset
+from jinja2.exceptions import TemplateError
+from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase
+
+from ..errors import UserError, choose
+from .formats import format_parts
+from .stream import Task
+
+
+IGNORE_INDEX = -100
+PROMPTS = ("plain", "published", "chat")
+# Few different shapes: kernels are built and cached per shape, on CPUs too.
+SHAPE_STEP = 8
+
+Turns = Sequence[dict[str, str]]
+
+
+def render_prompt(task: Task, text: str, history: Turns = ()) -> str:
+    """The prompt `plain` without its answer: instruction, options, text, and the word that asks for the answer."""
+    return "\n".join([*_question(task), _conversation(text, history), "Answer:"])
+
+
+def render_published(task: Task, text: str, history: Turns = ()) -> str:
+    """The prompt `published` without its answer, as the task's benchmark prints it.
+
+    Raises:
+        UserError: If the task has no `template`.
+    """
+    if task.template is None:
+        raise UserError(
+            f"Task {task.name!r} has no `template`, which `prompt: published` prints. Add one, or use `prompt: plain`."
+        )
+    values = {"text": _conversation(text, history), "instruction": task.instruction}
+    values["options"] = ", ".join(task.options or ())
+    return "".join(literal + values.get(part, "") for literal, part in format_parts(task.template))
+
+
+def render_turns(task: Task, text: str, history: Turns = ()) -> list[dict[str, str]]:
+    """The turns before the answer, for a tokenizer's chat template; the last has instruction, options and text."""
+    return [*history, {"role": "user", "content": "\n".join([*_question(task), text])}]
+
+
+def _question(task: Task) -> list[str]:
+    first = task.instruction
+    if task.options is not None:
+        options = f"Choose one from the option.\nOption: {', '.join(task.options)}"
+        first = f"{first} {options}" if first else options
+    return [first] if first else []
+
+
+def _conversation(text: str, history: Turns) -> str:
+    turns = [*history, {"role": "user", "content": text}]
+    return "\n".join(f"{turn['role']}: {turn['content']}" for turn in turns) if history else text
+
+
+class Encoder:
+    """Turns rows into token ids for one kind of model.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`): A fast tokenizer with an end-of-sequence token.
+        task_type (`str`): `CAUSAL_LM`, `SEQ_2_SEQ_LM` or `SEQ_CLS`.
+        max_length (`int`): Tokens per row; in a seq2seq model, of the input and of the answer, each.
+        prompt (`str`, *optional*, defaults to `"plain"`): `plain`, `published` or `chat`.
+
+    Raises:
+        UserError: If the tokenizer is not fast (the answer is found by character offsets), lacks the tokens, or has no
+            chat template for `prompt: chat`.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, task_type: str, max_length: int, prompt: str = "plain"
+    ) -> None:
+        choose("`prompt`", prompt, PROMPTS)
+        if not tokenizer.is_fast:
+            raise UserError(
+                f"{type(tokenizer).__name__} has no character offsets. Use the fast version of this tokenizer."
+            )
+        if task_type == "CAUSAL_LM" and tokenizer.eos_token_id is None:
+            raise UserError("The tokenizer has no end-of-sequence token, which ends every answer. Set `eos_token`.")
+        if task_type == "SEQ_CLS" and prompt != "plain":
+            raise UserError(
+                f"`prompt: {prompt}` asks a language model, but a classification head reads the bare text. Leave "
+                "`prompt` out, or train a language model (`task_type: CAUSAL_LM`)."
+            )
+        if prompt == "chat" and not tokenizer.chat_template:
+            raise UserError(
+                "`prompt: chat` needs a chat template, but the tokenizer has none. Use the tokenizer of a chat model, "
+                "or `prompt: plain`."
+            )
+        if tokenizer.pad_token_id is None:
+            if tokenizer.eos_token_id is None:
+                raise UserError("The tokenizer has neither a padding nor an end-of-sequence token. Set `pad_token`.")
+            tokenizer.pad_token = tokenizer.eos_token
+        # Absolute positions count from the left, so padding on the left would shift them.
+        tokenizer.padding_side = "right"
+        self.tokenizer = tokenizer
+        self.task_type = task_type
+        self.max_length = max_length
+        self.prompt = prompt
+        if prompt == "chat":
+            self.ending, self.stop = self._read_ending()
+
+    @property
+    def described(self) -> dict[str, str]:
+        """What the prompts depend on besides the tasks, as plain JSON; empty for `plain`."""
+        if self.prompt == "plain":
+            return {}
+        template = hashlib.sha256(str(self.tokenizer.chat_template).encode()).hexdigest()
+        return {"prompt": self.prompt, **({"chat_template": template} if self.prompt == "chat" else {})}
+
+    def encode(self, task: Task, rows: Dataset) -> Dataset:
+        """Rows with `input_ids`, `attention_mask` and `labels`.
+
+        Only the answer and the token that ends it carry labels. A text that does not fit is cut where the task says;
+        the instruction, the options, earlier turns and the answer stay whole.
+
+        Raises:
+            UserError: If a row does not fit even without its text.
+        """
+        encode_row = self._kind()
+        return Dataset.from_list([encode_row(task, row["text"], row["label"], row.get("history", ())) for row in rows])
+
+    def check(self, task: Task, rows: Dataset) -> None:
+        """Whether each row fits without its text, at the cost of the different answers only.
+
+        Raises:
+            UserError: If one does not.
+        """
+        encode_row = self._kind()
+        bare = rows if "history" in rows.column_names else [{"label": label} for label in rows.unique("label")]
+        for row in bare:
+            encode_row(task, "", row["label"], row.get("history", ()))
+
+    def _kind(self) -> Callable[..., dict[str, Any]]:
+        kinds = {"CAUSAL_LM": self._causal, "SEQ_2_SEQ_LM": self._seq2seq, "SEQ_CLS": self._classification}
+        return kinds[self.task_type]
+
+    def _causal(self, task: Task, text: str, answer: str, history: Turns = ()) -> dict[str, list[int]]:
+        tokenize = self._chat if self.prompt == "chat" else self._completion
+        ids, start = self._fit(task, text, answer, lambda text: tokenize(task, text, answer, history))
+        return {
+            "input_ids": ids,
+            "attention_mask": [1] * len(ids),
+            "labels": [IGNORE_INDEX] * start + ids[start:],
+        }
+
+    def _render(self, task: Task, text: str, history: Turns) -> str:
+        if self.prompt == "chat":
+            return self._apply_template(task.name, render_turns(task, text, history), add_generation_prompt=True)
+        return (render_published if self.prompt == "published" else render_prompt)(task, text, history)
+
+    def _completion(self, task: Task, text: str, answer: str, history: Turns) -> tuple[list[int], int]:
+        """Token ids of prompt and answer, and where the answer begins."""
+        eos = self.tokenizer.eos_token_id
+        prompt = self._render(task, text, history)
+        # One pass over prompt and answer: the tokens are those that `generate` would see and produce.
+        encoded = self.tokenizer(f"{prompt} {answer}", return_offsets_mapping=True)
+        ids = encoded["input_ids"]
+        if ids and ids[-1] == eos:
+            ids = ids[:-1]
+        return [*ids, eos], _first_token(encoded["offset_mapping"][: len(ids)], len(prompt))
+
+    def _chat(self, task: Task, text: str, answer: str, history: Turns) -> tuple[list[int], int]:
+        """The same from the tokenizer's template: the answer ends with the token that ends the assistant's turn."""
+        prompt = self._render(task, text, history)
+        turns = [*render_turns(task, text, history), {"role": "assistant", "content": answer}]
+        whole = self._apply_template(task.name, turns)
+        whole, said = whole.removesuffix(self.ending), answer.strip()
+        if not whole.startswith(prompt) or not whole.endswith(said) or len(whole) < len(prompt) + len(said):
+            raise UserError(
+                "The tokenizer's chat template prints a conversation in another way than its beginning, so the answer "
+                f"to a row of task {task.name!r} cannot be told from the prompt. Use `prompt: plain`."
+            )
+        # The template writes its own first token.
+        encoded = self.tokenizer(whole + self.stop, add_special_tokens=False, return_offsets_mapping=True)
+        ids = encoded["input_ids"] if self.stop else [*encoded["input_ids"], self.tokenizer.eos_token_id]
+        return ids, _first_token(encoded["offset_mapping"], len(prompt))
+
+    def _read_ending(self) -> tuple[str, str]:
+        """What the template writes after an answer, and how much of it the model has to say: up to a special token.
+
+        What follows that token (a line break, mostly) is never generated. Where there is none, the end-of-sequence
+        token ends the answer.
+        """
+        mark = "0123456789"
+        turns = [{"role": "user", "content": mark}, {"role": "assistant", "content": mark}]
+        ending = self._apply_template("a question and its answer", turns).rpartition(mark)[2]
+        encoded = self.tokenizer(ending, add_special_tokens=False, return_offsets_mapping=True)
+        tokens = zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
+        enders = {self.tokenizer.eos_token_id, *self.tokenizer.added_tokens_decoder}
+        stops = [end for token, (_, end) in tokens if token in enders]
+        return ending, ending[: stops[0]] if stops else ""
+
+    def _apply_template(self, name: str, turns: Turns, **kwargs: Any) -> str:
+        try:
+            return self.tokenizer.apply_chat_template(turns, tokenize=False, **kwargs)
+        except TemplateError as error:
+            raise UserError(
+                f"The tokenizer's chat template refuses a conversation ({name}): {' '.join(str(error).split())}. "
+                "Correct its turns, or use `prompt: plain`."
+            ) from error
+
+    def _seq2seq(self, task: Task, text: str, answer: str, history: Turns = ()) -> dict[str, list[int]]:
+        def tokenize(text: str) -> tuple[list[int], int]:
+            return self.tokenizer(self._render(task, text, history))["input_ids"], 0
+
+        ids, _ = self._fit(task, text, "", tokenize)
+        labels = self.tokenizer(text_target=answer)["input_ids"]
+        if len(labels) > self.max_length:
+            raise UserError(
+                f"An answer of task {task.name!r} has {len(labels)} tokens, but `max_length` is {self.max_length}. "
+                "Raise `max_length` or shorten the answer."
+            )
+        return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels}
+
+    def _classification(self, task: Task, text: str, answer: str, history: Turns = ()) -> dict[str, Any]:
+        if task.options is None:
+            raise UserError(
+                f"Task {task.name!r} has no `options`, which a classification head needs. List them, or train a "
+                "language model (`task_type: CAUSAL_LM`)."
+            )
+        first = f"{task.instruction}\n" if task.instruction else ""
+
+        def tokenize(text: str) -> tuple[list[int], int]:
+            return self.tokenizer(first + _conversation(text, history))["input_ids"], 0
+
+        ids, _ = self._fit(task, text, "", tokenize)
+        return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": task.options.index(answer)}
+
+    def _fit(
+        self, task: Task, text: str, answer: str, tokenize: Callable[[str], tuple[list[int], int]]
+    ) -> tuple[list[int], int]:
+        """Token ids with as much of the text as fits, and where the answer begins."""
+        ids, start = tokenize(text)
+        while len(ids) > self.max_length:
+            if not text:
+                length = len(self.tokenizer(answer, add_special_tokens=False)["input_ids"])
+                share = f", and its answer has {length}" if answer else ""
+                raise UserError(
+                    f"A row of task {task.name!r} needs {len(ids)} tokens without its text, but `max_length` is "
+                    f"{self.max_length}{share}. Raise `max_length` or shorten the instruction, the options, the "
+                    "earlier turns or the answer."
+                )
+            text = self._shorten(text, len(ids) - self.max_length, task.cut)
+            ids, start = tokenize(text)
+        return ids, start
+
+    def _shorten(self, text: str, surplus: int, cut: str) -> str:
+        """`text` without about `surplus` tokens; at least one character shorter."""
+        offsets = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+        kept = max(0, len(offsets) - surplus)
+        head = kept if cut == "end" else (kept + 1) // 2
+        before = offsets[head - 1][1] if head else 0
+        after = offsets[head - kept][0] if head < kept else len(text)
+        # Cutting can merge tokens at the seam, so the same character count may come back: drop one then.
+        if before >= after:
+            after = max(before, after, 1)
+            before = after - 1
+        return text[:before] + text[after:]
+
+
+class AnswerCollator:
+    """Pads a batch to a multiple of 8 tokens, and asks a causal model for the logits of the answers only.
+
+    Most tokens of a row are prompt: their logits take the largest share of memory and, with a small model, a good part
+    of the time, and no loss or score looks at them. `logits_to_keep` (positions that predict an answer token in any
+    row of the batch, filled up to a multiple of 8) and `shift_labels` (what they should predict) are transformers' own
+    arguments; the loss is the same.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`): With a padding token.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.pad = DataCollatorForSeq2Seq(tokenizer, pad_to_multiple_of=SHAPE_STEP)
+
+    def __call__(self, features: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        batch = dict(self.pad(features))
+        predicted = torch.nn.functional.pad(batch["labels"], (0, 1), value=IGNORE_INDEX)[:, 1:]
+        wanted = (predicted != IGNORE_INDEX).any(0)
+        others = (~wanted).nonzero()[: -int(wanted.sum()) % SHAPE_STEP, 0]
+        keep = torch.cat([wanted.nonzero()[:, 0], others]).sort().values
+        return {**batch, "logits_to_keep": keep, "shift_labels": predicted[:, keep].contiguous()}
+
+
+def by_length(rows: Dataset) -> Dataset:
+    """Encoded rows sorted by their number of tokens, so that batches hold little padding."""
+    return rows.select(length_order(rows))
+
+
+def length_order(rows: Dataset) -> list[int]:
+    """Indices of encoded rows, sorted by their number of tokens."""
+    lengths = [len(ids) for ids in rows["input_ids"][:]]
+    return sorted(range(len(rows)), key=lambda row: lengths[row])
+
+
+def _first_token(offsets: Sequence[tuple[int, int]], position: int) -> int:
+    """Index of the first token that reaches beyond a character position."""
+    return next((i for i, (_, end) in enumerate(offsets) if end > position), len(offsets))

@@ -1,0 +1,474 @@
+"""Tasks and streams: from files, Hub datasets or `datasets` objects to checked rows of text and answer."""
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import Dataset, DatasetDict, load_dataset
+from datasets.config import HF_DATASETS_CACHE
+from datasets.exceptions import DatasetsError
+
+from ..errors import UserError, cause_of, choose
+from ..metrics.task_metrics import TASK_METRICS
+from ..store.environment import place_problem
+from .formats import COLUMN_PAIRS, LOADERS, format_parts, local_files, read_file, split_conversation
+
+
+# A fixed seed: which test rows are scored must not depend on the seed of the run.
+EVAL_SUBSET_SEED = 0
+# Of a label's rows, at most this share is held out for validation: some labels have no more than a dozen rows.
+LARGEST_HELD_OUT = 1 / 5
+CUTS = ("end", "middle")
+
+Source = str | Path | Dataset | DatasetDict
+
+
+@dataclass
+class Task:
+    """One task of a stream.
+
+    Rows with a column `messages` (a conversation as a list of `{"role", "content"}`) need neither `text` nor `label`:
+    the last turn, the assistant's, is the answer, the user's turn before it is the text.
+
+    Args:
+        name (`str`): Unique within the stream; letters, digits, `.`, `_` and `-` only, since it names files and tags.
+        train (`str`, `Dataset` or `DatasetDict`): A `.jsonl`, `.json`, `.parquet` or `.csv` file, a Hub dataset id, or
+            rows.
+        test (`str`, `Dataset` or `DatasetDict`): The same for the rows to evaluate on. It may be left out where
+            `train` has splits: a Hub dataset or a `DatasetDict`.
+        text (`str`, *optional*, defaults to `"text"`): Column with the input, or a format of several columns:
+            `"premise: {premise}\\nhypothesis: {hypothesis}"`.
+        label (`str`, *optional*, defaults to `"label"`): Column with the answer. If neither `text` nor `label` is set,
+            the pairs of `formats.COLUMN_PAIRS` are recognised too.
+        instruction (`str`, *optional*, defaults to `""`): First line of the prompt.
+        options (`list[str]`, *optional*): The possible answers. Without them the answer is free text. An integer label
+            (a `datasets.ClassLabel`, say) is an index into the options.
+        config (`str`, *optional*): Configuration name of a Hub dataset.
+        revision (`str`, *optional*): Revision of a Hub dataset.
+        train_split (`str`, *optional*, defaults to `"train"`): Split of a Hub dataset to train on.
+        test_split (`str`, *optional*, defaults to `"test"`): Split of a Hub dataset to evaluate on.
+        train_per_class (`int`, *optional*): At most this many training rows of each label, always the same ones.
+        validation (`str`, `Dataset` or `DatasetDict`, *optional*): Rows to select a checkpoint on.
+        validation_split (`str`, *optional*): Split of a Hub dataset to select a checkpoint on.
+        test_samples (`int`, *optional*): At most this many test rows, always the same ones.
+        label_names (`list` or `dict`, *optional*): Answers for the values of the label column, by index or by value.
+        metric (`str`, *optional*, defaults to `"exact_match"`): Row of the table in `metrics/task_metrics.py`.
+        num_train_epochs (`float`, *optional*): Epochs of this task; the run's by default.
+        template (`str`, *optional*): The prompt of `prompt: published`, with `{text}` and, where wanted,
+            `{instruction}` and `{options}`.
+        cut (`str`, *optional*, defaults to `"end"`): Where a text that does not fit is cut, `end` or `middle`. A text
+            that carries its own question in its last line must keep it.
+
+    Raises:
+        UserError: If a value breaks its rule.
+    """
+
+    name: str
+    train: Source
+    test: Source | None = None
+    text: str = "text"
+    label: str = "label"
+    instruction: str = ""
+    options: list[str] | None = None
+    config: str | None = None
+    revision: str | None = None
+    train_split: str = "train"
+    test_split: str = "test"
+    train_per_class: int | None = None
+    validation: Source | None = None
+    validation_split: str | None = None
+    test_samples: int | None = None
+    label_names: list[Any] | dict[Any, Any] | None = None
+    metric: str = "exact_match"
+    num_train_epochs: float | None = None
+    template: str | None = None
+    cut: str = "end"
+
+    def __post_init__(self) -> None:
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if item.type in (str, str | None) and not isinstance(value, item.type):
+                raise UserError(
+                    f"`{item.name}` of task {self.name!r} must be text, but got {value!r}. Put quotes around it."
+                )
+        name = self.name
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name) or ".." in name or name.endswith((".", ".lock")):
+            raise UserError(
+                f"Task name {name!r} may hold letters, digits, `.`, `_` and `-` only, 100 at most, must begin with a "
+                "letter or digit and must not end with `.` or `.lock`: it names folders and tags. Rename the task."
+            )
+        if self.options is not None:
+            self.options = self._answers("options", self.options)
+            if len(self.options) < 2 or len(set(self.options)) != len(self.options):
+                raise UserError(
+                    f"`options` of task {self.name!r} must be two or more different answers, but got {self.options}. "
+                    "Leave `options` out for free text."
+                )
+        if isinstance(self.label_names, dict):
+            answers = self._answers("label_names", list(self.label_names.values()))
+            self.label_names = dict(zip(map(str, self.label_names), answers, strict=True))
+        elif self.label_names is not None:
+            answers = self._answers("label_names", self.label_names)
+            self.label_names = {str(index): answer for index, answer in enumerate(answers)}
+        choose(f"`metric` of task {self.name!r}:", self.metric, TASK_METRICS)
+        choose(f"`cut` of task {self.name!r}:", self.cut, CUTS)
+        numbers = {"train_per_class": int, "test_samples": int, "num_train_epochs": int | float}
+        for key, kind in numbers.items():
+            value = getattr(self, key)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, kind) or value <= 0):
+                raise UserError(
+                    f"`{key}` of task {self.name!r} must be a positive {'whole ' if kind is int else ''}number, but "
+                    f"got {value!r}. Leave it out for the default."
+                )
+        if self.template is not None:
+            parts = self._parts("template", self.template)
+            placeholders = [part for _, part in parts if part is not None]
+            if placeholders.count("text") != 1 or set(placeholders) - {"text", "instruction", "options"}:
+                raise UserError(
+                    f"`template` of task {self.name!r} must hold {{text}} once and besides only {{instruction}} and "
+                    f"{{options}}, but got {self.template!r}. Write {{{{ and }}}} for braces."
+                )
+        for key in ("train", "test", "validation"):
+            value = getattr(self, key)
+            if isinstance(value, Path):
+                setattr(self, key, str(value))
+            elif not isinstance(value, Source) and (value is not None or key == "train"):
+                raise UserError(
+                    f"`{key}` of task {self.name!r} must be a file, a Hub dataset id, a `datasets.Dataset` or a "
+                    f"`datasets.DatasetDict`, but got {type(value).__name__}. A streaming dataset has no length: "
+                    "load it whole."
+                )
+        if not self.has_splits(self.train):
+            if self.test is None:
+                raise UserError(
+                    f"Task {self.name!r} has no `test`, and its `train` has no splits. Name the rows to evaluate on."
+                )
+            if self.validation_split is not None and self.validation is None:
+                raise UserError(
+                    f"`validation_split` of task {self.name!r} is {self.validation_split!r}, but its `train` has no "
+                    "splits. Name the rows under `validation`."
+                )
+
+    @classmethod
+    def from_dict(cls, values: Any) -> "Task":
+        """A task from one item of a recipe's `tasks`.
+
+        Raises:
+            UserError: If `values` is no mapping, has an unknown key or lacks a required one.
+        """
+        if not isinstance(values, dict):
+            raise UserError(f"Each of `tasks` must be a mapping with name, train and test, but got {values!r}.")
+        for key in values:
+            choose("task key", key, [item.name for item in fields(cls)])
+        for key in ("name", "train"):
+            if not values.get(key):
+                raise UserError(f"Task {values.get('name', values)!r} has no `{key}`. Add it to the item of `tasks`.")
+        return cls(**values)
+
+    # ---- Rows ---------------------------------------------------------------------------------------------------
+
+    @property
+    def has_validation(self) -> bool:
+        """Whether the data come with validation rows."""
+        return self.validation is not None or self.validation_split is not None
+
+    def load(self, split: str) -> Dataset:
+        """Rows of `split` (`"train"`, `"validation"` or `"test"`), at most those that the task's own limits allow.
+
+        Returns:
+            `Dataset`: The columns `text` and `label`, strings. Rows of conversations have a third one, `history`: the
+            turns before the text, as a list of `{"role", "content"}`.
+
+        Raises:
+            UserError: Missing file, Hub dataset that cannot be had, missing column, empty field, no rows, or a label
+                that is not among the options.
+        """
+        if split == "train":
+            return self.load_train()[0]
+        rows = self._rows(split)
+        some = split == "test" and self.test_samples is not None and self.test_samples < len(rows)
+        return self._finish(rows, split, _shuffled(rows)[: self.test_samples] if some else range(len(rows)))
+
+    def load_train(self, held_out: int | None = None) -> tuple[Dataset, Dataset | None]:
+        """The training rows, and validation rows that are never among them.
+
+        Args:
+            held_out (`int`, *optional*): Validation rows to cut from the training rows, of each label if there are
+                options and in all otherwise, but no more than a fifth of them. Without it validation is what the data
+                come with, or `None`, and training has every row.
+
+        Raises:
+            UserError: As [`Task.load`], and if nothing can be held out.
+        """
+        rows = self._rows("train")
+        if held_out is None:
+            train, _ = self._divide(rows, 0)
+            return self._finish(rows, "train", train), self.load("validation") if self.has_validation else None
+        train, validation = self._divide(rows, held_out)
+        if not validation:
+            raise UserError(
+                f"Task {self.name!r} has too few training rows ({len(rows)}) to hold out `validation_samples`. Give "
+                "it `validation` rows of its own, or leave `validation_samples` out."
+            )
+        return self._finish(rows, "train", train), self._finish(rows, "train", validation)
+
+    def _divide(self, rows: Dataset, held_out: int) -> tuple[list[int], list[int]]:
+        """Indices to train on and to hold out; the first rows of each label in an order that is always the same."""
+        labelled = self.train_per_class is not None or self.options is not None
+        labels = rows[self._columns(rows)[1]][:] if labelled and not self._is_chat(rows) else [None] * len(rows)
+        labels = [self._single(label, "train") for label in labels]
+        shuffled = _shuffled(rows)
+        of_label: dict[Any, list[int]] = {}
+        for index in shuffled:
+            of_label.setdefault(labels[index], []).append(index)
+        limit = self.train_per_class or len(rows)
+        train, validation = set(), set()
+        for indices in of_label.values():
+            spare = max(0, len(indices) - limit)
+            count = min(held_out, max(spare, int(len(indices) * LARGEST_HELD_OUT)))
+            kept = min(limit, len(indices) - count)
+            train.update(indices[:kept])
+            validation.update(indices[kept : kept + count])
+        order = range(len(rows)) if self.train_per_class is None else shuffled
+        return [i for i in order if i in train], [i for i in shuffled if i in validation]
+
+    def _rows(self, split: str) -> Dataset:
+        """The rows of a split as they are stored, with the columns that are needed."""
+        source = {"train": self.train, "validation": self.validation, "test": self.test}[split]
+        rows = self._read(self.train if source is None else source, split)
+        if not self._is_chat(rows):
+            text, label = self._columns(rows)
+            for column in (*[part for _, part in self._text_parts(text) if part is not None], label):
+                if column not in rows.column_names:
+                    raise UserError(
+                        f"The {split} rows of task {self.name!r} have no column {column!r}; found "
+                        f"{rows.column_names}. Set `text` and `label` of the task."
+                    )
+            names = getattr(rows.features[label], "names", None)
+            if names and self.options is None and self.label_names is None:
+                self.options = list(names)
+        if TASK_METRICS[self.metric].needs == "options" and self.options is None:
+            raise UserError(
+                f"`metric: {self.metric}` of task {self.name!r} compares the options, but the task has none. List "
+                "`options`, or use `exact_match`."
+            )
+        if len(rows) == 0:
+            raise UserError(f"The {split} split of task {self.name!r} is empty. Give it at least one row.")
+        return rows
+
+    def _read(self, source: str | Dataset | DatasetDict, split: str) -> Dataset:
+        where = f"the {split} rows of task {self.name!r}"
+        stored = {"train": self.train_split, "validation": self.validation_split or "validation"}
+        stored = stored.get(split, self.test_split)
+        if isinstance(source, Dataset):
+            return source
+        if isinstance(source, DatasetDict):
+            if stored not in source:
+                raise UserError(
+                    f"There is no split {stored!r} for {where}; found {list(source)}. Set `{split}_split`."
+                )
+            return source[stored]
+        is_file = Path(source).suffix in LOADERS
+        if is_file and not Path(source).is_file():
+            raise UserError(f"There is no file {source!r} for {where}. Correct the path or set `data_dir`.")
+        if not is_file and Path(source).is_file():
+            raise UserError(f"{source!r}, {where}, has an ending that is not known. Use one of {', '.join(LOADERS)}.")
+        try:
+            if is_file:
+                return read_file(source)
+            return load_dataset(source, name=self.config, revision=self.revision, split=stored)
+        # RuntimeError: `datasets` no longer runs the scripts that some Hub datasets still consist of.
+        except (OSError, ValueError, TypeError, KeyError, RuntimeError, StopIteration, DatasetsError) as error:
+            cache = place_problem(HF_DATASETS_CACHE)
+            if cache is not None:
+                raise UserError(
+                    f"The cache of `datasets` cannot be used: {cache}. Set `HF_HOME` to a folder."
+                ) from error
+            remedy = "Correct the file" if is_file else "Check the id and the network"
+            raise UserError(
+                f"Cannot load {where} from {source!r}: {cause_of(error)} {remedy}, or point `data_dir` to a folder "
+                f"with {self.name}/{split}.jsonl (columns `text` and `label`)."
+            ) from error
+
+    def _columns(self, rows: Dataset) -> tuple[str, str]:
+        """Columns with text and answer: the task's, or those of a known kind of file."""
+        if (self.text, self.label) != COLUMN_PAIRS[0]:
+            return self.text, self.label
+        return next((pair for pair in COLUMN_PAIRS if set(pair) <= set(rows.column_names)), COLUMN_PAIRS[0])
+
+    def _is_chat(self, rows: Dataset) -> bool:
+        text, _ = self._columns(rows)
+        return text == "messages" or (text == "text" not in rows.column_names and "messages" in rows.column_names)
+
+    def _finish(self, rows: Dataset, split: str, positions: Sequence[int]) -> Dataset:
+        """The rows at some positions, with exactly the columns that the prompts are made of."""
+        if self._is_chat(rows):
+            return self._conversations(rows, split, positions)
+        text, label = self._columns(rows)
+        parts = self._text_parts(text)
+        chosen = rows.select(positions)
+        columns = {name: chosen[name][:] for name in (*[part for _, part in parts if part is not None], label)}
+        for name, values in columns.items():
+            # A table says NaN where it has nothing.
+            empty = next((i for i, value in enumerate(values) if value is None or value != value), None)
+            if empty is not None:
+                raise UserError(
+                    f"Row {positions[empty]} of the {split} rows of task {self.name!r} has nothing in the column "
+                    f"{name!r}. Fill it in or remove the row."
+                )
+        texts = [
+            "".join(literal + ("" if part is None else str(columns[part][i])) for literal, part in parts)
+            for i in range(len(positions))
+        ]
+        return Dataset.from_dict({"text": texts, "label": [self._answer(value, split) for value in columns[label]]})
+
+    def _conversations(self, rows: Dataset, split: str, positions: Sequence[int]) -> Dataset:
+        """Text, answer and the turns before them."""
+        if "messages" not in rows.column_names:
+            raise UserError(
+                f"The {split} rows of task {self.name!r} have no column 'messages'; found {rows.column_names}. Set "
+                "`text` and `label` of the task."
+            )
+        found: list[dict[str, Any]] = []
+        for position, turns in zip(positions, rows.select(positions)["messages"][:], strict=True):
+            try:
+                text, answer, history = split_conversation(turns)
+            except ValueError as error:
+                raise UserError(
+                    f"Row {position} of the {split} rows of task {self.name!r} is no conversation with an answer: "
+                    f"{error}. Correct the row."
+                ) from error
+            found.append({"text": text, "label": self._answer(answer, split), "history": history})
+        return Dataset.from_list(found)
+
+    def _single(self, value: Any, split: str) -> Any:
+        if isinstance(value, list | dict):
+            raise UserError(
+                f"The {split} rows of task {self.name!r} hold the label {value!r}, but a row has one answer, a text "
+                "or a number. Correct the data or the task's `label`."
+            )
+        return value
+
+    def _answer(self, value: Any, split: str) -> str:
+        value = self._single(value, split)
+        if self.label_names is not None:
+            if str(value) not in self.label_names:
+                raise UserError(
+                    f"The {split} rows of task {self.name!r} hold the label {value!r}, which is not among "
+                    f"`label_names` {self.label_names}. Correct the data or the task's `label_names`."
+                )
+            value = self.label_names[str(value)]
+        if self.options is None:
+            return str(value)
+        if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < len(self.options):
+            return self.options[value]
+        if str(value) not in self.options:
+            raise UserError(
+                f"The {split} rows of task {self.name!r} hold the label {value!r}, which is not among the options "
+                f"{self.options}. Correct the data or the task's `options`."
+            )
+        return str(value)
+
+    # ---- Values -------------------------------------------------------------------------------------------------
+
+    def _answers(self, key: str, values: Any) -> list[str]:
+        if not isinstance(values, list | tuple):
+            raise UserError(f"`{key}` of task {self.name!r} must be a list, but got {values!r}.")
+        if any(isinstance(value, bool) for value in values):
+            raise UserError(
+                f"`{key}` of task {self.name!r} holds {list(values)}: YAML reads the words yes, no, on, off, true and "
+                "false as truth values. Put quotes around them."
+            )
+        return [str(value) for value in values]
+
+    def _parts(self, key: str, text: str) -> list[tuple[str, str | None]]:
+        try:
+            return format_parts(text)
+        except ValueError as error:
+            raise UserError(
+                f"`{key}` of task {self.name!r} is no format of plain {{names}}: {text!r} ({error}). Write {{{{ and "
+                "}} for braces."
+            ) from error
+
+    def _text_parts(self, text: str) -> list[tuple[str, str | None]]:
+        return self._parts("text", text) if "{" in text else [("", text)]
+
+    @staticmethod
+    def has_splits(source: Any) -> bool:
+        """Whether one source has the rows of several splits: a `DatasetDict` or a Hub dataset."""
+        return isinstance(source, DatasetDict) or (isinstance(source, str) and Path(source).suffix not in LOADERS)
+
+    def described(self, prompt: str = "plain") -> list[Any]:
+        """What a model sees of the task besides its rows, and what is done with them, as plain JSON.
+
+        A part that has its default is left out, so that a new one does not change old fingerprints.
+        """
+        later = ("metric", "cut", *(["template"] if prompt == "published" else []))
+        new = {item.name: getattr(self, item.name) for item in fields(self) if item.name in later}
+        defaults = {item.name: item.default for item in fields(self)}
+        changed = {key: value for key, value in new.items() if value != defaults[key]}
+        return [self.name, self.instruction, self.options, *([changed] if changed else [])]
+
+
+class TaskStream(Sequence[Task]):
+    """Tasks in the order in which they are learned.
+
+    Args:
+        tasks (`Sequence[Task | dict]`): At least one; names must be unique. A mapping becomes a task by
+            [`Task.from_dict`].
+
+    Raises:
+        UserError: If the stream is empty or a name occurs twice.
+    """
+
+    def __init__(self, tasks: Sequence[Task | dict[str, Any]]) -> None:
+        self.tasks = [task if isinstance(task, Task) else Task.from_dict(task) for task in tasks]
+        names = [task.name for task in self.tasks]
+        if not names:
+            raise UserError("The stream has no tasks. List at least one under `tasks`.")
+        for name in names:
+            if names.count(name) > 1:
+                raise UserError(
+                    f"Task name {name!r} occurs {names.count(name)} times. Names must be unique: rename one."
+                )
+
+    def __len__(self) -> int:
+        return len(self.tasks)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.tasks[index]
+
+    def __iter__(self) -> Iterator[Task]:
+        return iter(self.tasks)
+
+    @property
+    def names(self) -> list[str]:
+        return [task.name for task in self.tasks]
+
+    @classmethod
+    def from_dicts(cls, items: Any, data_dir: str | None = None) -> "TaskStream":
+        """A stream from a recipe's `tasks`; rows that an item does not name are looked up in `data_dir`."""
+        if not isinstance(items, list):
+            raise UserError(f"`tasks` must be a list of mappings, but got {items!r}.")
+        if data_dir is not None:
+            items = [
+                local_files(str(item.get("name")), data_dir) | item
+                if isinstance(item, dict)
+                and not ("train" in item and ("test" in item or Task.has_splits(item["train"])))
+                else item
+                for item in items
+            ]
+        return cls(items)
+
+
+def _shuffled(rows: Dataset) -> list[int]:
+    """Positions of the rows in the order of `Dataset.shuffle`, always the same."""
+    return np.random.default_rng(EVAL_SUBSET_SEED).permutation(len(rows)).tolist()
+
+
+def subset(rows: Dataset, limit: int | None, seed: int) -> Dataset:
+    """At most `limit` rows, drawn without replacement with `seed`; all rows in their order if they are fewer."""
+    return rows if limit is None or limit >= len(rows) else rows.shuffle(seed=seed).select(range(limit))

@@ -1,0 +1,1 @@
+"""Base + ledger -> weights: adapters, the untouched base, merging arithmetic, folding, curvature state files."""

@@ -1,0 +1,398 @@
+"""The only module that knows PEFT's internals: attaching one LoRA adapter, reading its updates, starting it afresh."""
+
+import json
+import math
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
+from peft.utils.other import ModulesToSaveWrapper, get_pattern_key
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import PreTrainedModel, set_seed
+
+from ..errors import UserError, cause_of
+from ..store.disk import whole
+from ..store.ledger import SETTINGS, WEIGHTS
+from ..store.tensorfiles import read_header, read_tensor
+
+
+# Trainer and PEFT misbehave with other names (transformers#28531), so the adapter in training always has this one.
+ADAPTER = "default"
+PREFIX = "base_model.model."
+# In the header of the weights: parameter name -> module path of its factors, number of experts, transposed.
+PARAMETERS = "hf_pm.parameters"
+
+
+class Update(NamedTuple):
+    """delta = scale * B @ A, transposed where the layer stores its weight as (in, out).
+
+    A is (r, in), B is (out, r), both float32 on the CPU; those of expert parameters are (experts, r, in) and
+    (experts, out, r).
+    """
+
+    A: torch.Tensor
+    B: torch.Tensor
+    scale: float
+    transposed: bool
+
+    def factors(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """`left` and `right` in the orientation of the live weight, (..., out, r) and (..., r, in): delta is their
+        product."""
+        scaled = self.B * self.scale
+        return (self.A.mT, scaled.mT) if self.transposed else (scaled, self.A)
+
+    def shape(self) -> tuple[int, ...]:
+        """Of the live weight, were it not quantised."""
+        left, right = self.factors()
+        return (*left.shape[:-1], right.shape[-1])
+
+    def delta(self) -> torch.Tensor:
+        """The dense update in the shape and orientation of the live weight, float32."""
+        dense = (self.B @ self.A).mul_(self.scale)
+        return dense.mT.contiguous() if self.transposed else dense
+
+
+def check_config(config: LoraConfig, task_type: str) -> None:
+    """Refuse adapters whose merged weight is not `W + scale * B @ A`.
+
+    Raises:
+        UserError: Names the setting, why it cannot be merged with a coefficient, and what to set instead.
+    """
+    if not isinstance(config, LoraConfig):
+        raise UserError(f"`peft_config` must be a `LoraConfig`, but got {type(config).__name__}. Use LoRA.")
+    refused = {
+        "use_dora=True": (config.use_dora, "DoRA renormalises the sum, so a fraction of its update is not a merge"),
+        f"bias={config.bias!r}": (config.bias != "none", "trained biases are not part of scale * B @ A"),
+        "lora_bias=True": (config.lora_bias, "the bias of lora_B is not part of scale * B @ A"),
+        f"init_lora_weights={config.init_lora_weights!r}": (
+            config.init_lora_weights not in (True, "gaussian"),
+            "it changes the base weights, which must stay as published",
+        ),
+        "layer_replication": (config.layer_replication, "replicated layers have no weight of their own in the base"),
+        f"lora_dropout={config.lora_dropout}": (
+            config.lora_dropout and config.target_parameters,
+            "with `target_parameters` there is no input between the factors to drop",
+        ),
+        "trainable_token_indices": (config.trainable_token_indices, "embedding rows are not part of scale * B @ A"),
+    }
+    if task_type != "SEQ_CLS":
+        refused["modules_to_save"] = (config.modules_to_save, "a fully trained module is not part of scale * B @ A")
+    for setting, (given, reason) in refused.items():
+        if given:
+            raise UserError(f"`{setting}` is not supported: {reason}. Remove it from the LoRA settings.")
+
+
+def attach(model: PreTrainedModel, config: LoraConfig, task_type: str) -> PeftModel:
+    """Wrap `model` with one fresh adapter.
+
+    Raises:
+        UserError: An unsupported setting, or targets that match nothing, an embedding or a convolution.
+    """
+    check_config(config, task_type)
+    config.task_type = task_type
+    output = model.get_output_embeddings()
+    try:
+        wrapped = get_peft_model(model, config, adapter_name=ADAPTER)
+    except (ValueError, re.error) as error:
+        raise _unmatched(model, config, f"{str(error).splitlines()[0].rstrip('.')}.") from error
+    layers = lora_layers(wrapped)
+    for target in config.target_parameters or ():
+        if not any(is_experts(layer) and f".{name}".endswith(f".{target}") for name, layer in layers.items()):
+            raise _unmatched(model, config, f"There is no parameter {target!r}.")
+    for name, layer in layers.items():
+        kind = type(layer.get_base_layer()).__name__
+        if is_experts(layer) and not base_weight(layer).is_floating_point():
+            raise UserError(
+                f"The LoRA target {name!r} holds quantised values, to which nothing can be added. Use "
+                "`target_modules` for quantised layers."
+            )
+        if is_experts(layer) and not isinstance(layer.get_base_layer(), nn.Embedding):
+            continue
+        if kind not in ("Linear", "Conv1D", "Linear4bit", "Linear8bitLt", "NonDynamicallyQuantizableLinear"):
+            raise UserError(
+                f"The LoRA target {name!r} is a {kind}; only linear layers are supported. Remove it from LoRA targets."
+            )
+        if kind == "Linear4bit":
+            # bitsandbytes 0.50 repacks 4-bit weights on the first CPU evaluation and cannot read them back.
+            layer.get_base_layer().support_avx512bf16_for_cpu = False
+    if output is not None and any(layer.get_base_layer() is output for layer in layers.values()):
+        raise UserError(
+            "The LoRA targets include the output embeddings, which many models tie to the input embeddings. Leave "
+            "them out (`all-linear` does)."
+        )
+    if not any(parameter.requires_grad for parameter in wrapped.parameters()):
+        raise UserError("The adapter has no trainable parameter. Set `inference_mode=False` in the LoRA settings.")
+    return wrapped
+
+
+def _unmatched(model: nn.Module, config: LoraConfig, reason: str) -> UserError:
+    linear = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    stacked = {name.rsplit(".", 1)[-1] for name, parameter in model.named_parameters() if parameter.ndim == 3}
+    targets = [
+        f"{kind} {sorted(given) if isinstance(given, set) else given}"
+        for kind, given in (("modules", config.target_modules), ("parameters", config.target_parameters))
+        if given
+    ]
+    return UserError(
+        f"The LoRA target {' and '.join(targets)} cannot be adapted: {reason} Linear layers of this model: "
+        f"{', '.join(sorted(linear))}." + (f" Expert parameters: {', '.join(sorted(stacked))}." if stacked else "")
+    )
+
+
+def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
+    """Adapted layers by their name in the base model, in module order.
+
+    The name of a bare parameter (`target_parameters`) is its module's and its own, such as
+    `model.layers.0.mlp.experts.down_proj`.
+    """
+    return {name: layer for name, (_, layer) in _wrapped(model).items()}
+
+
+def _wrapped(model: nn.Module) -> dict[str, tuple[str, LoraLayer]]:
+    """Name -> module path of the adapted layer, and the layer.
+
+    PEFT nests wrappers where several parameters of one module are adapted, so that a path is not a name: `experts` may
+    be the wrapper of `down_proj` around that of `gate_up_proj`.
+    """
+    found = {}
+    for path, module in model.named_modules():
+        if isinstance(module, LoraLayer):
+            path = path.removeprefix(PREFIX)
+            name = ".".join(part for part in path.split(".") if part != "base_layer")
+            found[f"{name}.{module.parameter_name}" if is_experts(module) else name] = (path, module)
+    return found
+
+
+def is_experts(layer: LoraLayer) -> bool:
+    """Whether `layer` adapts a bare parameter (`target_parameters`), such as the weights of all experts (3-D) or of
+    their router (2-D)."""
+    return isinstance(layer, ParamWrapper)
+
+
+def base_weight(layer: LoraLayer) -> torch.Tensor:
+    """The frozen live weight that `layer` adapts, (out, in) or (experts, ...) as the layer stores it."""
+    return layer.get_param() if is_experts(layer) else layer.get_base_layer().weight
+
+
+def live_delta(layer: LoraLayer) -> torch.Tensor:
+    """The live update of `layer` in the shape of its weight, float32, on its device."""
+    return layer.get_delta_weight(ADAPTER).detach().float()
+
+
+def updates(model: nn.Module) -> dict[str, Update]:
+    """The live adapter's update of every target, copied to the CPU."""
+    found = {}
+    for name, layer in lora_layers(model).items():
+        A, B = (part[ADAPTER].weight.detach().float().cpu().clone() for part in (layer.lora_A, layer.lora_B))
+        experts, transposed = _layout(layer)
+        found[name] = Update(*_by_expert(A, B, experts), float(layer.scaling[ADAPTER]), transposed)
+    return found
+
+
+def _layout(layer: LoraLayer) -> tuple[int | None, bool]:
+    """Number of experts of a layer with three dimensions, and whether its weight is the transpose of B @ A."""
+    if not is_experts(layer):
+        return None, bool(getattr(layer, "fan_in_fan_out", False))
+    if base_weight(layer).ndim == 2:
+        return None, False
+    return layer.num_experts, bool(getattr(layer.get_base_layer(), "is_transposed", False))
+
+
+def _by_expert(A: torch.Tensor, B: torch.Tensor, experts: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """PEFT's (experts * r, in) and (out, r * experts) as (experts, r, in) and (experts, out, r)."""
+    if experts is None:
+        return A, B
+    return A.reshape(experts, -1, A.shape[-1]), B.reshape(len(B), -1, experts).permute(2, 0, 1).contiguous()
+
+
+def _stored_config(folder: Path) -> LoraConfig:
+    path = folder / SETTINGS
+    try:
+        if not path.is_file():  # PEFT would ask the Hub for a repo of that name
+            raise FileNotFoundError("it is missing")
+        config = LoraConfig.from_pretrained(folder)
+        numbers = [config.lora_alpha, *(config.alpha_pattern or {}).values()]
+        if not all(type(number) in (int, float) and math.isfinite(number) for number in numbers):
+            raise TypeError(f"`lora_alpha` is {numbers}")
+        for pattern in config.alpha_pattern or {}:
+            re.compile(pattern)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, re.error) as error:
+        raise UserError(
+            f"{str(path)!r} does not describe a LoRA adapter: {cause_of(error)} Restore the file from a copy."
+        ) from error
+    check_config(config, "SEQ_CLS")  # only these have a head, and what an adapter for them may have, any may
+    return config
+
+
+class StoredAdapter:
+    """Updates of an adapter folder, read one matrix at a time.
+
+    Args:
+        folder (`Path`): With `adapter_config.json` and `adapter_model.safetensors`.
+
+    Raises:
+        UserError: If the weights are not a whole safetensors file, or adapt bare parameters and were not written by
+            [`save`] or [`save_stacked`]; or if the settings are not those of an update scale * B @ A.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / WEIGHTS
+        self._config = _stored_config(folder)
+        self._tensors, metadata = read_header(self.path)
+        parameters = json.loads(metadata.get(PARAMETERS, "{}"))
+        if self._config.target_parameters and not parameters:
+            raise UserError(
+                f"{str(self.path)!r} does not say which factors belong to which of the parameters "
+                f"{sorted(self._config.target_parameters)}. Load it with PEFT and write it with "
+                "`hf_pm.weights.adapters.save`."
+            )
+        self._layouts = {name: tuple(layout) for name, layout in parameters.items()}
+        paths = {path for path, _, _ in self._layouts.values()}
+        ending = ".lora_A.weight"
+        for key in self._tensors:
+            path = key.removeprefix(PREFIX).removesuffix(ending)
+            if key.endswith(ending) and path not in paths:
+                self._layouts[path] = path, None, bool(self._config.fan_in_fan_out)
+        self.names = sorted(self._layouts)
+
+    def read(self, name: str) -> Update:
+        """The update of the matrix `name`, float32."""
+        path, experts, transposed = self._layouts[name]
+        A, B = (
+            read_tensor(self.path, self._tensors[f"{PREFIX}{path}.lora_{part}.weight"]).float() for part in ("A", "B")
+        )
+        A, B = _by_expert(A, B, experts)
+        rank = A.shape[-2]
+        alphas = self._config.alpha_pattern or {}
+        alpha = alphas.get(get_pattern_key(alphas.keys(), name), self._config.lora_alpha)
+        return Update(A, B, alpha / (math.sqrt(rank) if self._config.use_rslora else rank), transposed)
+
+    def head(self) -> dict[str, torch.Tensor]:
+        """Tensors of modules that were trained whole (classification heads), by their PEFT key."""
+        return {key: value for key, value in load_file(self.path).items() if ".lora_" not in key}
+
+
+def save(model: PeftModel, folder: Path, base_model: str, revision: str | None) -> None:
+    """Write the live adapter in PEFT's format; `folder` appears whole or not at all.
+
+    Which factors belong to which bare parameter follows in PEFT from the order of the parameters in the live module.
+    The header of the weights says it, so that the adapter can be read without that module.
+
+    Args:
+        model (`PeftModel`): With the adapter.
+        folder (`Path`): Replaced if it exists.
+        base_model (`str`): Id recorded as `base_model_name_or_path`.
+        revision (`str`, *optional*): Recorded as its revision.
+    """
+    usual = None, bool(model.peft_config[ADAPTER].fan_in_fan_out)
+    layouts = {name: (path, *_layout(layer)) for name, (path, layer) in _wrapped(model).items()}
+    layouts = {name: layout for name, layout in layouts.items() if layout != (name, *usual)}
+    with whole(folder) as part:
+        # "auto" would ask the Hub whether the vocabulary was resized.
+        model.save_pretrained(part, save_embedding_layers=False)
+        (part / "README.md").unlink(missing_ok=True)
+        if layouts:
+            noted = {"format": "pt", PARAMETERS: json.dumps(layouts, sort_keys=True)}
+            save_file(load_file(part / WEIGHTS), part / "noted", metadata=noted)
+            os.replace(part / "noted", part / WEIGHTS)
+        _change_config(part, base_model_name_or_path=base_model, revision=revision)
+
+
+def _change_config(folder: Path, **changes: Any) -> None:
+    """Set fields of the adapter_config.json of a folder; the same adapter, the same bytes."""
+    path = folder / SETTINGS
+    config = json.loads(path.read_text()) | changes
+    if isinstance(config.get("target_modules"), list):  # a set in PEFT, whose order changes from process to process
+        config["target_modules"].sort()
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def save_stacked(folder: Path, updates: Mapping[str, Sequence[tuple[float, Update]]], like: Path) -> None:
+    """Write sums of updates as ONE adapter, exact for plain PEFT.
+
+    Factors are stacked, never added: B = [c_1 s_1 B_1 | c_2 s_2 B_2 | ...], A = [A_1; A_2; ...], scale 1. The rank is
+    the sum of the ranks.
+
+    Args:
+        folder (`Path`): Created if need be; gets the config and the weights.
+        updates (`Mapping`): Matrix name -> (coefficient, update) of every task.
+        like (`Path`): Adapter folder whose config has the targets.
+    """
+    stored = StoredAdapter(like)
+    rank = max(sum(update.A.shape[-2] for _, update in parts) for parts in updates.values())
+    tensors = {}
+    for name, parts in updates.items():
+        path, experts, _ = stored._layouts[name]
+        A = torch.cat([update.A for _, update in parts], dim=-2)
+        B = torch.cat([update.B * (update.scale * coefficient) for coefficient, update in parts], dim=-1)
+        # One rank for all: a matrix of smaller rank is filled up with zeros, which add nothing.
+        missing = rank - A.shape[-2]
+        A, B = nn.functional.pad(A, (0, 0, 0, missing)), nn.functional.pad(B, (0, missing))
+        if experts is not None:
+            A, B = A.flatten(0, 1), B.permute(1, 2, 0).flatten(1)
+        tensors[f"{PREFIX}{path}.lora_A.weight"] = A.contiguous()
+        tensors[f"{PREFIX}{path}.lora_B.weight"] = B.contiguous()
+    config = _stored_config(like)
+    config.r = config.lora_alpha = rank
+    config.rank_pattern, config.alpha_pattern, config.use_rslora = {}, {}, False
+    config.inference_mode = True
+    folder.mkdir(parents=True, exist_ok=True)
+    config.save_pretrained(folder)
+    _change_config(folder)
+    save_file(tensors, folder / WEIGHTS, metadata=read_header(stored.path).metadata)
+
+
+def _heads(model: nn.Module) -> Iterator[tuple[str, ModulesToSaveWrapper]]:
+    for name, module in model.named_modules():
+        if isinstance(module, ModulesToSaveWrapper):
+            yield name, module
+
+
+def reset(model: PeftModel, seed: int) -> None:
+    """Start a fresh adapter in place: A random, B zero, heads as in the base. Depends on `seed` only."""
+    set_seed(seed)
+    for layer in lora_layers(model).values():
+        layer.reset_lora_parameters(ADAPTER, model.peft_config[ADAPTER].init_lora_weights)
+    for _, wrapper in _heads(model):
+        wrapper.modules_to_save[ADAPTER].load_state_dict(wrapper.original_module.state_dict())
+
+
+def load_head(model: PeftModel, tensors: dict[str, torch.Tensor]) -> None:
+    """Put a task's own classification head into the live model."""
+    with torch.no_grad():
+        for name, wrapper in _heads(model):
+            for key, parameter in wrapper.modules_to_save[ADAPTER].named_parameters():
+                parameter.copy_(tensors[f"{name}.{key}"])
+
+
+def restore(model: PeftModel, stored: StoredAdapter) -> None:
+    """Put the factors of a stored adapter into the live one, its head too."""
+    with torch.no_grad():
+        for name, layer in lora_layers(model).items():
+            update = stored.read(name)
+            # Experts: (experts, r, in) and (experts, out, r) back to PEFT's (experts * r, in) and (out, r * experts).
+            B = update.B if update.B.ndim == 2 else update.B.permute(1, 2, 0).flatten(1)
+            layer.lora_A[ADAPTER].weight.copy_(update.A.flatten(0, -2))
+            layer.lora_B[ADAPTER].weight.copy_(B)
+    head = stored.head()
+    if head:
+        load_head(model, head)
+
+
+def quantised(model: nn.Module) -> bool:
+    """Whether some adapted weight is stored in fewer bits than a float has."""
+    return any(not base_weight(layer).is_floating_point() for layer in lora_layers(model).values())
+
+
+def silence(model: PeftModel) -> None:
+    """Make the adapter contribute exactly nothing: B is zero."""
+    with torch.no_grad():
+        for layer in lora_layers(model).values():
+            layer.lora_B[ADAPTER].weight.zero_()

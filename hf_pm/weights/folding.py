@@ -1,0 +1,306 @@
+"""Base + ledger -> weights. The base is never modified, sums are made in float32, and rounded once.
+
+W_t = cast(float32(W_0) + sum_j alpha_j * s_j * B_j A_j)
+
+Every way to the merged weights (live model, checkpoint, `Folder.merged`) goes through `fold_blocks`: the terms are
+added task by task to blocks of rows whose size follows from the matrix's shape alone, each by one single-threaded
+matrix product. The bits of a product depend on its shape and on its threads, so this is what makes them the same on
+every path, whatever the number of threads, workers or shards.
+"""
+
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from torch import nn
+
+from ..errors import UserError
+from ..store.disk import whole
+from ..store.ledger import Entry, Ledger
+from ..store.tensorfiles import Stored, allocate, copy_range, overwrite, read_into, write_at
+from .adapters import StoredAdapter, base_weight, lora_layers, save_stacked, silence
+from .bases import BaseCheckpoint, Names, Piece
+
+
+# Elements of a block of rows: 1 MiB in float32, which stays in a core's cache while the terms are added.
+BLOCK = 1 << 18
+# Bytes of untouched tensors that one job copies.
+COPY = 1 << 26
+MAX_WORKERS = 8
+# Finished jobs of a file after which it goes to the disk, which then works while the rest is computed.
+SYNC_EVERY = 16
+
+
+def fold_blocks(
+    path: Path, where: Stored, terms: Sequence[tuple[float, torch.Tensor, torch.Tensor]]
+) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Blocks of rows of float32(W) + sum of c * left @ right, for one matrix W of a file.
+
+    The one place where merged weights are computed. A block is added to in the order of `terms`, by products whose
+    shapes follow from the shapes of W and of the factors. Run it with one torch thread.
+
+    Args:
+        path (`Path`): A safetensors file.
+        where (`Stored`): The matrix in it.
+        terms (`Sequence[tuple]`): c, left (rows, r) and right (r, columns), float32, contiguous and on the CPU.
+
+    Yields:
+        `tuple`: The rows and their values, float32, in a buffer that the next block overwrites.
+    """
+    rows, columns = where.shape
+    height = max(1, BLOCK // max(columns, 1))
+    raw = torch.empty(min(height, rows), columns, dtype=where.dtype)
+    buffer = torch.empty(raw.shape)
+    with open(path, "rb", buffering=0) as handle:
+        for start in range(0, rows, height):
+            part = slice(start, min(start + height, rows))
+            stored, block = raw[: part.stop - start], buffer[: part.stop - start]
+            read_into(handle.fileno(), stored, where.begin + start * columns * where.dtype.itemsize)
+            block.copy_(stored)
+            for coefficient, left, right in terms:
+                block.addmm_(left[part], right, alpha=coefficient)
+            yield part, block
+
+
+@contextmanager
+def single_threaded_workers(workers: int | None = None) -> Iterator[ThreadPoolExecutor]:
+    """Threads that each run torch on one thread; what has not started is dropped when one of them fails.
+
+    Args:
+        workers (`int`, *optional*): As many as torch has threads by default, at most 8.
+    """
+    threads = torch.get_num_threads()
+    pool = ThreadPoolExecutor(workers or min(threads, MAX_WORKERS), initializer=torch.set_num_threads, initargs=(1,))
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+        # A worker's number is also what threads to come start from.
+        torch.set_num_threads(threads)
+
+
+class Folder:
+    """Rebuilds merged weights of a run from its base and its ledger.
+
+    Args:
+        base (`BaseCheckpoint`): The base.
+        ledger (`Ledger`): The committed tasks.
+        names (`Mapping`): Adapted matrix -> where its weight is in the base (see `stored_names`).
+    """
+
+    def __init__(self, base: BaseCheckpoint, ledger: Ledger, names: Names) -> None:
+        self.base = base
+        self.ledger = ledger
+        self.names = dict(names)
+        self._pieces = {name: self._pieces_of(given) for name, given in self.names.items()}
+        self._checked: dict[tuple[str, str], StoredAdapter] = {}
+
+    def _pieces_of(self, given: str | Sequence[Piece]) -> list[Piece]:
+        if not isinstance(given, str):
+            return [Piece(*piece) for piece in given]
+        *experts, rows, columns = self.base.where(given)[1].shape
+        indices = range(experts[0]) if experts else (None,)
+        return [Piece(given, index, index, (0, rows), (0, columns), False) for index in indices]
+
+    def _adapters(self, task_number: int | None) -> list[tuple[StoredAdapter, Entry]]:
+        """The active entries and their adapters, whose hashes are checked once."""
+        adapters = []
+        for entry in self.ledger.active(task_number):
+            key = entry.adapter, entry.adapter_sha256
+            if key not in self._checked:
+                path = self.ledger.run_dir / entry.adapter
+                problem = entry.adapter_problem(self.ledger.run_dir)
+                if problem is not None:
+                    raise UserError(
+                        f"{problem} (task {entry.name!r}). Restore the file from a copy; nothing is folded from "
+                        "altered weights."
+                    )
+                self._checked[key] = StoredAdapter(path)
+            adapter = self._checked[key]
+            if set(adapter.names) != set(self.names):
+                raise UserError(
+                    f"The adapter of task {entry.name!r} targets {adapter.names}, but this run's adapter targets "
+                    f"{sorted(self.names)}. The LoRA targets must not change along a stream."
+                )
+            adapters.append((adapter, entry))
+        return adapters
+
+    def _blocks(
+        self, name: str, pieces: Iterable[Piece], adapters: Sequence[tuple[StoredAdapter, Entry]]
+    ) -> Iterator[tuple[Piece, Stored, slice, torch.Tensor]]:
+        """Merged blocks of some pieces of a live weight; the factors of all tasks are read once."""
+        factors = [(entry.alpha(name), *adapter.read(name).factors()) for adapter, entry in adapters]
+        for piece in pieces:
+            path, where = self.base.where(piece.stored, piece.index)
+            terms = [(alpha, *piece.factors(left, right)) for alpha, left, right in factors]
+            for rows, block in fold_blocks(path, where, terms):
+                yield piece, where, rows, block
+
+    def _fill(self, target: torch.Tensor, name: str, adapters: Sequence[tuple[StoredAdapter, Entry]]) -> torch.Tensor:
+        for piece, _, rows, block in self._blocks(name, self._pieces[name], adapters):
+            piece.of(target)[rows].copy_(block)
+        return target
+
+    def _empty(self, name: str, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """In the shape of the live weight."""
+        pieces = self._pieces[name]
+        matrix = max(piece.rows[1] for piece in pieces), max(piece.columns[1] for piece in pieces)
+        experts = () if pieces[0].expert is None else (1 + max(piece.expert for piece in pieces),)
+        return torch.empty(*experts, *matrix, dtype=dtype)
+
+    def merged(self, name: str, task_number: int | None = None) -> torch.Tensor:
+        """The float32 weight of the adapted matrix `name` after `task_number` tasks (all by default)."""
+        with single_threaded_workers(1) as pool:
+            return pool.submit(self._fill, self._empty(name), name, self._adapters(task_number)).result()
+
+    def into_model(self, model: PeftModel, task_number: int | None = None, workers: int | None = None) -> None:
+        """Write the merged weights into the live model and silence its adapter.
+
+        Only the adapted matrices are read from the base. A 4-bit or 8-bit layer is quantised afresh from the values of
+        the release, never from quantised weights: loading the release in quantised form gives the same bits.
+
+        Args:
+            model (`PeftModel`): With the adapter that `names` was made for.
+            task_number (`int`, *optional*): Of the last task to take; all by default.
+            workers (`int`, *optional*): Matrices folded at a time; torch's number of threads by default.
+        """
+        adapters = self._adapters(task_number)
+
+        @torch.no_grad()
+        def fold(name: str, layer: nn.Module) -> None:
+            weight = base_weight(layer)
+            if not weight.is_floating_point():
+                _requantize(layer.get_base_layer(), self._fill(self._empty(name, self._dtype(name)), name, adapters))
+            elif weight.device.type == "cpu":
+                self._fill(weight.data, name, adapters)
+            else:
+                weight.copy_(self._fill(self._empty(name, weight.dtype), name, adapters))
+
+        with single_threaded_workers(workers) as pool:
+            for job in [pool.submit(fold, name, layer) for name, layer in lora_layers(model).items()]:
+                job.result()
+        silence(model)
+
+    def _dtype(self, name: str) -> torch.dtype:
+        """Of the weight in the base, and so in every release."""
+        piece = self._pieces[name][0]
+        return self.base.where(piece.stored)[1].dtype
+
+    def policy(self, model: PeftModel) -> str:
+        """How the live weights come from the sum, for the record."""
+        said = set()
+        for name, layer in lora_layers(model).items():
+            weight = base_weight(layer)
+            if weight.is_floating_point():
+                rounded = "" if weight.dtype == torch.float32 else f", rounded once to {_short(weight.dtype)}"
+                said.add(f"float32 sum{rounded}")
+            else:
+                dtype, kind = self._dtype(name), getattr(weight, "quant_type", "int8")
+                rounded = "" if dtype == torch.float32 else f", rounded to {_short(dtype)}"
+                said.add(f"float32 sum of the full-precision base{rounded}, quantised once to {kind}")
+        return "; ".join(sorted(said))
+
+    def into_checkpoint(self, folder: Path, task_number: int | None = None, workers: int | None = None) -> None:
+        """Write the merged model as a checkpoint that `from_pretrained` loads: the base's files with the adapted
+        matrices replaced.
+
+        Shard layout, tensor names, order and dtype are the base's; what is not adapted is copied as bytes. A worker
+        holds one block of rows at a time, and the factors of its matrix. `folder` appears whole or not at all.
+
+        Args:
+            folder (`Path`): Replaced if it exists.
+            task_number (`int`, *optional*): Of the last task to take; all by default.
+            workers (`int`, *optional*): Jobs done at a time; torch's number of threads by default.
+        """
+        adapters = self._adapters(task_number)
+        with whole(folder) as part:
+            part.mkdir()
+            for file in self.base.folder.iterdir():
+                # `.py`: what a model brings that is loaded with `trust_remote_code`.
+                if file.suffix in (".json", ".model", ".txt", ".jinja", ".py"):
+                    shutil.copyfile(file, part / file.name)
+            # Files are closed after the last job: the workers know them by their numbers.
+            with ExitStack() as files, single_threaded_workers(workers) as pool, ThreadPoolExecutor(1) as syncing:
+                written = []
+                for file in self.base.files:
+                    source = files.enter_context(open(self.base.folder / file, "rb", buffering=0)).fileno()
+                    target = files.enter_context(open(part / file, "wb", buffering=0)).fileno()
+                    allocate(target, os.fstat(source).st_size)
+                    written.append((target, [pool.submit(*job) for job in self._jobs(file, source, target, adapters)]))
+                syncs = []
+                for target, jobs in written:
+                    for number, job in enumerate(jobs, start=1):
+                        job.result()
+                        if number % SYNC_EVERY == 0 or number == len(jobs):
+                            syncs.append(syncing.submit(os.fsync, target))
+                for sync in syncs:
+                    sync.result()
+
+    def _jobs(
+        self, file: str, source: int, target: int, adapters: Sequence[tuple[StoredAdapter, Entry]]
+    ) -> Iterator[tuple[Callable[..., None], ...]]:
+        """What has to be done to write one file: calls that touch different bytes."""
+        header = self.base.headers[file]
+        places = []
+        for name, pieces in self._pieces.items():
+            here = [piece for piece in pieces if piece.stored in header]
+            places += [self.base.where(piece.stored, piece.index)[1] for piece in here]
+            if here:
+                yield self._write, target, name, here, adapters
+        position = 0
+        size = os.fstat(source).st_size
+        for begin, end in [*sorted((where.begin, where.end) for where in places), (size, size)]:
+            for start in range(position, begin, COPY):
+                yield copy_range, source, target, start, min(start + COPY, begin)
+            position = end
+
+    def _write(
+        self, target: int, name: str, pieces: Sequence[Piece], adapters: Sequence[tuple[StoredAdapter, Entry]]
+    ) -> None:
+        for _, where, rows, block in self._blocks(name, pieces, adapters):
+            row_bytes = where.shape[1] * where.dtype.itemsize
+            write_at(target, block.to(where.dtype), where.begin + rows.start * row_bytes)
+
+    def into_adapter(self, folder: Path, task_number: int | None = None) -> None:
+        """Write the merged model as ONE LoRA adapter for the untouched base, exact for plain PEFT.
+
+        Its rank is the sum of the tasks' ranks; see `adapters.save_stacked`.
+        """
+        adapters = self._adapters(task_number)
+        updates = {
+            name: [(entry.alpha(name), adapter.read(name)) for adapter, entry in adapters] for name in self.names
+        }
+        save_stacked(folder, updates, like=adapters[-1][0].path.parent)
+
+    def replace_tensors(self, folder: Path, tensors: dict[str, torch.Tensor]) -> None:
+        """Overwrite whole tensors of a checkpoint written by `into_checkpoint`."""
+        for file, header in self.base.headers.items():
+            overwrite(folder / file, {name: tensor for name, tensor in tensors.items() if name in header})
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _requantize(layer: nn.Module, weight: torch.Tensor) -> None:
+    """Give a bitsandbytes layer new weights with its own settings, as loading them from a checkpoint would."""
+    from bitsandbytes.nn import Int8Params, Params4bit
+
+    old = layer.weight
+    if type(layer).__name__ == "Linear8bitLt":
+        layer.weight = Int8Params(weight, requires_grad=False, has_fp16_weights=False).to(old.device)
+        layer.init_8bit_state()
+        return
+    layer.weight = Params4bit(
+        weight.to(old.quant_state.dtype),
+        requires_grad=False,
+        blocksize=old.blocksize,
+        compress_statistics=old.compress_statistics,
+        quant_type=old.quant_type,
+        quant_storage=old.quant_storage,
+    ).to(old.device)
