@@ -302,7 +302,8 @@ def test_line_search_finds_the_minimum_of_a_parabola(loss, best):
 
 
 def test_import_needs_no_transformers():
-    code = "import sys, hf_pm.weights.merging; assert not {'transformers', 'peft', 'datasets', 'accelerate'} & set(sys.modules)"
+    pure = "assert not {'transformers', 'peft', 'datasets', 'accelerate'} & set(sys.modules)"
+    code = f"import sys, hf_pm.weights.merging; {pure}"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

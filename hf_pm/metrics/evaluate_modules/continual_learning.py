@@ -1,4 +1,4 @@
-"""Continual-learning metrics of a score matrix, for `evaluate.load` by path; `hf_pm.metrics.continual` has the formulas.
+"""Continual-learning metrics of a score matrix, for `evaluate.load` by path; formulas in `hf_pm.metrics.continual`.
 
 ```python
 metric = evaluate.load("hf_pm/metrics/evaluate_modules/continual_learning.py")
