@@ -57,6 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     text = "Say what a recipe will take (disk, memory, scores) and check its input, without training."
     plan = add("plan", plan_command, text, "hf-pm plan RECIPE [--key value ...]")
     plan.add_argument("recipe", help="a YAML file")
+    add("methods", methods_command, "List the methods: paper, parts, what each keeps between tasks.")
     report = add("report", report_command, "Write report.html of a run.")
     report.add_argument("run", help="a run folder")
     compare = add("compare", compare_command, "Compare runs: one table and one page.")
@@ -120,6 +121,15 @@ def run_recipe(recipe: Any) -> dict[str, Any]:
     if trainer.is_world_process_zero():
         print(f"Results, report and releases: {recipe.output_dir}")
     return results
+
+
+def methods_command(options: argparse.Namespace, words: list[str]) -> None:
+    from .methods.parts import describe
+
+    for record in describe():
+        print(record.pop("method"))
+        for key, value in record.items():
+            print(f"  {key:<10} {value}")
 
 
 def plan_command(options: argparse.Namespace, words: list[str]) -> int:

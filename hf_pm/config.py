@@ -17,12 +17,12 @@ from transformers import Seq2SeqTrainingArguments, TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 
 from .errors import UserError, choose
-from .methods.table import METHODS, PERTURBATIONS, Method
+from .methods.parts import Parts, resolve
+from .methods.table import Method
 from .recipefiles import coerce, parse_words, read_recipe
 from .store.environment import check_environment, check_token, join_ranks, place_problem
 from .store.hub_metadata import check_license, check_repo_id, check_tags, is_hub_id, missing_base_id
 from .tasks.encoding import PROMPTS
-from .weights.merging import COEFFICIENTS
 
 
 CHOICES = {
@@ -75,14 +75,27 @@ class PMConfig(TrainingArguments):
 
     Args:
         method (`str`, *optional*, defaults to `"pm"`):
-            Row of the table in `methods/table.py`: `pm`, `merge-only`, `gaussian`, `sequential`, `average`, `fixed`,
-            `joint` or `single`.
+            Row of the table in `methods/table.py`, which `hf-pm methods` prints. The next five keys override parts of
+            it; a combination that makes no sense is refused with the reason.
+        start (`str`, *optional*):
+            Overrides where a task begins: `merged` (the merged model so far) or `base`.
+        penalty (`str` or `list[str]`, *optional*):
+            Overrides what is added to the loss: `ewc`, `lwf`, several of them, or `[]` for nothing.
+        replay (`str`, *optional*):
+            Overrides which rows of earlier tasks are kept and trained on again: `buffer` or `none`.
         merge (`str`, *optional*):
-            Overrides the method's merge: `pm`, `last`, `average` or `fixed`.
-        merge_coefficient (`float`, *optional*, defaults to `0.5`):
-            alpha of `merge: fixed` from the second task on, in [0, 1].
+            Overrides the method's merge: `pm`, `last`, `average`, `fixed` or `ties`.
         perturbation (`str`, *optional*):
             Overrides the method's perturbation: `task_vector`, `gaussian` or `none`.
+
+    > Parameters of single parts
+
+    Args:
+        method_kwargs (`dict[str, float]`, *optional*):
+            Settings of the parts in use, such as `{ewc_strength: 1000, replay_fraction: 0.02}`; `hf-pm methods` lists
+            them with their defaults.
+        merge_coefficient (`float`, *optional*, defaults to `0.5`):
+            alpha of `merge: fixed` from the second task on, in [0, 1].
         perturbation_epsilon (`float`, *optional*, defaults to `0.5`):
             Size of the perturbation, in [0, 1): a step sees the update scaled by 1, 1 + epsilon or 1 - epsilon.
         perturbation_probability (`float`, *optional*, defaults to `1/3`):
@@ -180,9 +193,13 @@ class PMConfig(TrainingArguments):
     disable_tqdm: bool | None = _knob(False, "No progress bars.")
 
     method: str = _knob("pm", "Row of the method table.")
+    start: str | None = _knob(None, "Overrides where a task begins.")
+    penalty: str | list[str] | None = _knob(None, "Overrides what is added to the loss.")
+    replay: str | None = _knob(None, "Overrides which rows of earlier tasks are trained on again.")
     merge: str | None = _knob(None, "Overrides the method's merge.")
-    merge_coefficient: float = _knob(0.5, "alpha of `merge: fixed`, in [0, 1].")
     perturbation: str | None = _knob(None, "Overrides the method's perturbation.")
+    method_kwargs: dict[str, float] | None = _knob(None, "Settings of the parts in use.")
+    merge_coefficient: float = _knob(0.5, "alpha of `merge: fixed`, in [0, 1].")
     perturbation_epsilon: float = _knob(0.5, "Size of the perturbation, in [0, 1).")
     perturbation_probability: float = _knob(1 / 3, "Probability of each of 1 + epsilon and 1 - epsilon.")
     perturbation_draw: str = _knob("step", "`step` or `micro_step`.")
@@ -217,11 +234,7 @@ class PMConfig(TrainingArguments):
             for item in dataclasses.fields(self)
             if item.init and not item.name.endswith("token") and getattr(self, item.name) not in (None, _default(item))
         }
-        choose("`method`", self.method, METHODS)
-        if self.merge is not None:
-            choose("`merge`", self.merge, COEFFICIENTS)
-        if self.perturbation is not None:
-            choose("`perturbation`", self.perturbation, PERTURBATIONS)
+        Parts(self.resolved_method(), self)  # checks `method_kwargs`
         for name, known in CHOICES.items():
             choose(f"`{name}`", getattr(self, name), known)
         _require(
@@ -290,9 +303,12 @@ class PMConfig(TrainingArguments):
         return {name: None if name.endswith("token") else value for name, value in self.__dict__.items()}
 
     def resolved_method(self) -> Method:
-        """The row of the method table with this config's overrides."""
-        overrides = {"perturbation": self.perturbation, "merge": self.merge}
-        return METHODS[self.method]._replace(**{part: value for part, value in overrides.items() if value is not None})
+        """The row of the method table with this config's overrides.
+
+        Raises:
+            UserError: An unknown method or part.
+        """
+        return resolve(self)
 
 
 @dataclass
@@ -366,6 +382,7 @@ class Recipe(PMConfig):
                 f"Exactly one of `stream` and `tasks` must be given, but the recipe has {given}. `stream` names a "
                 "published order, `tasks` lists your own."
             )
+        Parts(self.resolved_method(), self).check(self.task_type)
         if self.push_to_hub and self.base_model_id is None and os.path.isdir(self.model_name_or_path):
             raise UserError(missing_base_id(self.model_name_or_path))
         _require(self.lora_r >= 1, "lora_r", self.lora_r, "must be at least 1", "8 is a common choice.")

@@ -11,6 +11,7 @@ from accelerate import init_empty_weights
 
 from .config import PMConfig, Recipe
 from .loading import ARCHITECTURES, LOADING_ERRORS, cannot_load, recipe_lora, recipe_stream
+from .methods.parts import Parts
 from .tasks.encoding import Encoder
 from .tasks.rows import StreamRows
 from .weights import adapters
@@ -22,8 +23,9 @@ from .weights.states import state_bytes
 class Plan(NamedTuple):
     """Sizes in bytes and counts of a whole stream.
 
-    `disk` is what the run folder holds at the end; `merge_memory` what a merge adds to the live model: the curvature F
-    of every matrix, and S, R, and the dense update of the largest one.
+    `disk` is what the run folder holds at the end; `state` and `dense` are what a method keeps after a task, and what
+    it stores as a task's payload beside the adapter; `merge_memory` is what a merge adds to the live model: what was
+    measured of every matrix, and what is kept of the largest one.
     """
 
     tasks: list[str]
@@ -39,6 +41,7 @@ class Plan(NamedTuple):
     adapter: int
     state: int
     state_files: int
+    dense: int
     release: int
     releases: int
     disk: int
@@ -46,24 +49,35 @@ class Plan(NamedTuple):
     merge_memory: int
 
 
-def curvature_bytes(shapes: Mapping[str, Sequence[int]], config: PMConfig) -> tuple[int, int]:
-    """Bytes of one state file, and of what a merge holds in memory.
+class MethodBytes(NamedTuple):
+    """What a method adds: the state file after a task, a task's dense update, and the memory that a merge takes."""
+
+    state: int
+    dense: int
+    merge_memory: int
+
+
+def method_bytes(shapes: Mapping[str, Sequence[int]], config: PMConfig) -> MethodBytes:
+    """Bytes that follow from what the parts of the method declare.
 
     Args:
         shapes (`Mapping`): Matrix name -> shape.
-        config (`PMConfig`): Estimator and dtype.
-
-    Returns:
-        `tuple`: both 0 where the method's merge needs no curvature.
+        config (`PMConfig`): Method, estimator and dtype.
     """
-    if config.resolved_method().merge != "pm":
-        return 0, 0
-    factored = config.curvature_estimator != "diagonal"
-    stored = state_bytes(shapes, factored=factored, dtype=config.curvature_dtype, rank=MAX_RANK)
-    measured = state_bytes(shapes, factored=factored, dtype="float32", rank=0) // (1 if factored else 2)
-    largest = max(math.prod(shape) for shape in shapes.values())
-    # F; then, for one matrix at a time, old and new S and R and the dense update.
-    return stored, measured + 4 * 5 * largest
+    parts = Parts(config.resolved_method(), config)
+    keeps, dense = parts.keeps(), parts.merge.dense
+    measured = 0
+    if "curvature" in parts.measures():
+        form = "dense" if config.curvature_estimator == "diagonal" else "factored"
+        measured = state_bytes({"F": form}, shapes, dtype="float32", rank=0)
+    # For one matrix at a time, old and new values of everything that is kept, and dense updates.
+    at_once = 2 * len(keeps) + 1 if keeps else 0
+    at_once += 3 if dense else 0
+    return MethodBytes(
+        state=state_bytes(keeps, shapes, dtype=config.curvature_dtype, rank=MAX_RANK),
+        dense=4 * sum(math.prod(shape) for shape in shapes.values()) if dense else 0,
+        merge_memory=measured + 4 * at_once * max(math.prod(shape) for shape in shapes.values()),
+    )
 
 
 def plan_recipe(recipe: Recipe) -> Plan:
@@ -85,7 +99,7 @@ def plan_recipe(recipe: Recipe) -> Plan:
     model = adapters.attach(model, peft_config, recipe.task_type)
     shapes = {name: tuple(adapters.base_weight(layer).shape) for name, layer in adapters.lora_layers(model).items()}
     encoder = Encoder(tokenizer, recipe.task_type, recipe.max_length, recipe.prompt)
-    rows = StreamRows(stream, encoder, recipe.resolved_method(), recipe)
+    rows = StreamRows(stream, encoder, recipe.resolved_method().stream, recipe)
     return estimate(recipe, rows, shapes, base_bytes=_size(base), adapter_bytes=_trainable(model))
 
 
@@ -110,7 +124,9 @@ def estimate(
         adapter_bytes (`int`): Trainable parameters of one adapter.
     """
     stages = rows.stages
-    train_rows = [sum(len(rows.train[t]) for t in stage.learns) for stage in stages]
+    own_rows = [sum(len(rows.train[t]) for t in stage.learns) for stage in stages]
+    replay = Parts(config.resolved_method(), config).replay
+    train_rows = [own + replay.added(own, own_rows[:number]) for number, own in enumerate(own_rows)]
     test_rows = [len(split) for split in rows.test]
     batch = config.per_device_train_batch_size * config.gradient_accumulation_steps * config.world_size
     epochs = [rows.epochs(stage) for stage in stages]
@@ -118,7 +134,7 @@ def estimate(
         steps = config.max_steps * len(stages)
     else:
         steps = sum(math.ceil(math.ceil(n / batch) * e) for n, e in zip(train_rows, epochs, strict=True))
-    state, merge_memory = curvature_bytes(shapes, config)
+    state, dense, merge_memory = method_bytes(shapes, config)
     state_files = len(stages) if config.curvature_history == "all" else 1
     # An adapter release holds all adapters so far, stacked.
     merged = base_bytes if config.release in ("merged", "both") else 0
@@ -143,7 +159,8 @@ def estimate(
         state_files=state_files,
         release=merged + stacked,
         releases=releases,
-        disk=len(stages) * adapter_bytes + state_files * state + releases,
+        dense=dense,
+        disk=len(stages) * (adapter_bytes + dense) + state_files * state + releases,
         free=shutil.disk_usage(path).free,
         merge_memory=merge_memory,
     )
@@ -157,8 +174,8 @@ def format_plan(plan: Plan) -> str:
         ("scores", f"{plan.cells} cells, {plan.scored_rows:,} rows in all"),
         ("adapted", f"{plan.matrices} matrices, {plan.adapted_weights:,} weights; one adapter {_bytes(plan.adapter)}"),
         ("base", _bytes(plan.base)),
-        ("curvature", f"{_bytes(plan.state)} a state file, {plan.state_files} kept; {_bytes(plan.merge_memory)} "
-         "of memory while merging"),
+        ("state", f"{_bytes(plan.state)} a file, {plan.state_files} kept; {_bytes(plan.merge_memory)} of memory while "
+         "merging" + (f"; a dense update of {_bytes(plan.dense)} a task" if plan.dense else "")),
         ("releases", f"{_bytes(plan.release)} the first, {_bytes(plan.releases)} all"),
         ("run folder", f"{_bytes(plan.disk)} at the end; {_bytes(plan.free)} free"),
     ]  # fmt: skip

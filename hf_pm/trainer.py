@@ -35,10 +35,12 @@ from .evaluation import panel
 from .evaluation.answers import evaluating, predict
 from .evaluation.scoring import Cell, Scorer, metric_of
 from .hub.outbox import Outbox
-from .methods.coefficients import Coefficient, Measured, check_search, find, held_out_rows, measure, search
+from .methods.contract import Ended, Measured, Merged, Task
 from .methods.curvature import row_losses
+from .methods.line_search import check_search, held_out_rows, search
+from .methods.measuring import measure
 from .methods.parity import PROBE_ROWS, Parity
-from .methods.perturbation import Perturbation
+from .methods.parts import Parts
 from .progress import StreamProgress
 from .report import page
 from .runs import recovery
@@ -50,7 +52,6 @@ from .tasks.rows import Stage, StreamRows
 from .tasks.stream import TaskStream, subset
 from .weights import adapters
 from .weights.folding import Folder
-from .weights.merging import NEEDS_CURVATURE
 
 
 logger = logging.getLogger(__name__)
@@ -97,8 +98,9 @@ class PMTrainerMixin:
         if isinstance(model, str):
             safe = {"use_safetensors": True, "trust_remote_code": False}
             model = AutoModelForCausalLM.from_pretrained(model, dtype="auto", **safe)
-        self.method = args.resolved_method()
         self.task_type = _task_type(model)
+        self.parts = Parts(args.resolved_method(), args)
+        self.parts.check(self.task_type)
         if isinstance(model, PeftModel):
             adapters.check_config(model.peft_config[adapters.ADAPTER], self.task_type)
             if peft_config is not None:
@@ -115,7 +117,7 @@ class PMTrainerMixin:
             self.encoder = Encoder(processing_class, self.task_type, args.max_length, args.prompt)
             self.stream_collator = self._collator(model, args, kwargs)
             data_collator = data_collator or self.stream_collator
-            self.rows = StreamRows(stream, self.encoder, self.method, args)
+            self.rows = StreamRows(stream, self.encoder, self.parts.method.stream, args)
             self.stages = self.rows.stages
             for task in stream:
                 metric_of(task, self.task_type)
@@ -127,14 +129,13 @@ class PMTrainerMixin:
             self._selects = args.eval_strategy != IntervalStrategy.NO and kwargs.get("eval_dataset") is None
             if self._selects:
                 kwargs["eval_dataset"] = self.rows.selection(self.stages[0])
-        self.perturbation = Perturbation(
-            model, self.method.perturbation, args.perturbation_epsilon, args.perturbation_probability, args.seed
-        )
+        self.parts.attach(model)
         self.task_number = 1
         self._checkpoint_dir: Path | None = None
         self._micro_step = 0
         self._last_step = -1
         self._factors: list[float] = []
+        self._penalties: dict[str, list[torch.Tensor]] = {}
         self._loss: torch.Tensor | None = None
         self._resumed: tuple[Path, float] | None = None  # the checkpoint that is being loaded, and its loss
         self.interruption = recovery.Interruption()
@@ -156,18 +157,52 @@ class PMTrainerMixin:
         self._micro_step = self._micro_step + 1 if step == self._last_step else 0
         self._last_step = step
         micro_step = self._micro_step if self.args.perturbation_draw == "micro_step" else 0
-        with self.perturbation.step(self.task_number, step, micro_step) as factor:
+        with self.parts.perturbation.step(self.task_number, step, micro_step) as factor:
             self._factors.append(factor)
             self._loss = super().training_step(*args, **kwargs)
             return self._loss
 
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """HF's `compute_loss` plus the penalties of the method, while a task is trained."""
+        if not (self.parts.penalties and self.model.training):
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        batch = dict(inputs)  # `Trainer` may take the labels out
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        terms = self.parts.losses(self.model, batch, outputs, self.accelerator.autocast)
+        for name, term in terms.items():
+            self._penalties.setdefault(name, []).append(term.detach())
+            loss = loss + term / self._micro_steps_in(num_items_in_batch)
+        return (loss, outputs) if return_outputs else loss
+
+    def _micro_steps_in(self, num_items_in_batch: torch.Tensor | int | None) -> int:
+        """What a mean over one micro-batch is divided by: 1 where `Trainer` divides the loss later."""
+        scaled = self.loss_is_scaled_for_ga
+        if scaled is None:
+            by_items = self.model_accepts_loss_kwargs and num_items_in_batch is not None
+            scaled = by_items or self.compute_loss_func is not None
+        return self.current_gradient_accumulation_steps if scaled else 1
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """The optimizer of the method, or the one that `optim` names."""
+        if self.optimizer is None:
+            self.optimizer = self.parts.optimizer.create(self.model)
+        return super().create_optimizer(*args, **kwargs)
+
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """HF's `log` with the mean factor of the steps since the last one (the step's own at `logging_steps: 1`)."""
+        """HF's `log` with the mean perturbation factor and the mean of each penalty since the last one."""
         if self._loss is not None:  # `Trainer` leaves such losses out of its means, and would train to the end
             self._require_finite(float(self._loss))
         if self._factors and "loss" in logs:
             logs["perturbation_factor"] = sum(self._factors) / len(self._factors)
             self._factors.clear()
+            logs |= {f"penalty/{name}": float(sum(terms) / len(terms)) for name, terms in self._penalties.items()}
+            self._penalties.clear()
         super().log(logs, *args, **kwargs)
 
     def _get_output_dir(self, trial: Any) -> str:
@@ -275,7 +310,7 @@ class PMTrainerMixin:
         self.run = RunFolder(args, [stage.name for stage in self.stages], self.is_world_process_zero())
         base, names = self.run.resolve_base(self.model, self.task_type)
         folder = Folder(base, self.run.ledger, names)
-        self.run.open(folder, self.rows, self.model.peft_config[adapters.ADAPTER], self.task_type)
+        self.run.open(folder, self.rows, self.model.peft_config[adapters.ADAPTER], self.task_type, self.parts)
         repo_id = self.hub_model_id if args.push_to_hub else None
         self.outbox = Outbox.prepare(self.run, args, self.processing_class, self.stream, self.task_type, repo_id)
         self.accelerator.wait_for_everyone()
@@ -298,19 +333,36 @@ class PMTrainerMixin:
             self.live = number
         self.scorer.state_key = self.run.state_key(number)
 
+    def starts_from(self, number: int) -> int:
+        """Number of tasks whose merged weights task `number` begins on."""
+        return 0 if self.parts.start.on_base else number - 1
+
     def _begin(self, number: int) -> None:
-        """Merged weights live, fresh adapter, no optimizer, no schedule."""
-        self.rebuild(0 if self.method.start == "base" else number - 1)
-        adapters.reset(self.model, self._task_seed(number))
+        """Weights live, adapter started, no optimizer, no schedule, and the parts know what they kept."""
+        self.rebuild(self.starts_from(number))
+        stage = self.stages[number - 1]
+        task = Task(
+            number,
+            stage.name,
+            self.model,
+            list(self.parts.layers),
+            self.run.read_state(),
+            lambda name: self.rows.encoded_train(self.stages[self.rows.stream.names.index(name)]),
+            self._task_seed(number),
+        )
+        self.parts.start.adapter(task)
+        self.parts.begin(task)
         self.optimizer = self.lr_scheduler = None
+        self._own_rows = self.rows.encoded_train(stage)
+        self.train_dataset = self.parts.replay.join(self._own_rows)
         self.task_number = number
         self._last_step = -1
         self._factors.clear()
+        self._penalties.clear()
 
     def _train(self, number: int, stage: Stage) -> None:
         """HF's own `train`, from the last checkpoint inside this task if there is one."""
         started = time.monotonic()
-        self.train_dataset = self.rows.encoded_train(stage)
         if self._selects:
             self.eval_dataset = self.rows.selection(stage)
         rows = [sum(len(self.rows.train[t]) for t in other.learns) for other in self.stages]
@@ -335,7 +387,7 @@ class PMTrainerMixin:
 
     def _resume_point(self, number: int) -> tuple[Path, float] | None:
         """The newest checkpoint of this task that is whole; what is not is taken away."""
-        self._starts_from = self.run.state_key(0 if self.method.start == "base" else number - 1)
+        self._starts_from = self.run.state_key(self.starts_from(number))
         found = recovery.newest_checkpoint(self._checkpoint_dir, self._starts_from)
         self.accelerator.wait_for_everyone()
         if self.is_world_process_zero():
@@ -344,34 +396,49 @@ class PMTrainerMixin:
         return found
 
     def _measure(self, stage: Stage) -> Measured | None:
-        """Curvature at the end of the task, if the merge needs it."""
-        if self.method.merge not in NEEDS_CURVATURE:
+        """What the parts want to know at the end of the task, in one pass."""
+        wanted = self.parts.measures()
+        if not wanted:
             return None
         started = time.monotonic()
-        measured = measure(self, self._curvature_rows(), stage.name, self._task_seed(self.task_number))
+        measured = measure(self, self._curvature_rows(), wanted, stage.name, self._task_seed(self.task_number))
         self._seconds["curvature_seconds"] = time.monotonic() - started
         return measured
 
     def _curvature_rows(self) -> Dataset:
-        return by_length(subset(self.train_dataset, self.args.curvature_num_samples, self.args.seed))
+        return by_length(subset(self._own_rows, self.args.curvature_num_samples, self.args.seed))
 
     def _merge(self, number: int, measured: Measured | None) -> None:
-        """Find the coefficient and commit the task."""
+        """Decide what of the update is kept, and commit the task."""
         started = time.monotonic()
-        args, name = self.args, self.stages[number - 1].name
-        before = self.run.read_states()
-        how = {"fixed": args.merge_coefficient, "scope": args.coefficient_scope}
-        coefficient = find(self.method.merge, measured, before, number, name, **how)
+        args, folder, on_base = self.args, self.run.folder, self.parts.start.on_base
+        updates = measured.updates if measured is not None else adapters.updates(self.model)
+
+        def task_vector(name: str, i: int) -> torch.Tensor:
+            return folder.task_vector(name, i, updates[name] if i == number else None, on_base)
+
+        ended = Ended(
+            number,
+            self.stages[number - 1].name,
+            measured,
+            updates,
+            self.run.read_state(),
+            self.run.ledger.entries,
+            task_vector,
+            self._own_rows,
+            self._task_seed(number),
+        )
+        merged = self.parts.solve(ended)
         record = self._seconds
         if args.coefficient_search != "off" and number > 1:
             found = search(self, held_out_rows(self.rows, args, number))
-            record["coefficient_search"] = found._asdict() | {"closed_form": coefficient.alpha}
+            record["coefficient_search"] = found._asdict() | {"closed_form": merged.alpha}
             if args.coefficient_search == "use":
-                coefficient = Coefficient(found.best, None, coefficient.record)
-        self.parity.expect(number, coefficient.alpha, coefficient.per_matrix)
+                merged = Merged(found.best, None, merged.record)
+        self.parity.expect(number, merged)
         if self.is_world_process_zero():
             record |= {"merge_seconds": time.monotonic() - started, "peak_memory_bytes": _peak_memory()}
-            self.run.commit(number, self.model, coefficient, measured, before, self.method.start, record)
+            self.run.commit(ended._replace(merged=merged), self.model, self.parts, record)
         self.accelerator.wait_for_everyone()
         self.run.ledger.reload()
 
@@ -385,16 +452,14 @@ class PMTrainerMixin:
         cells: list[Cell | None] = [None] * len(self.stream)
         for t in stage.scores:
             if self.task_type == "SEQ_CLS":
-                entry = self.run.ledger.entries[0 if self.method.stream == "joint" else t]
+                learned = next(n for n, other in enumerate(self.stages) if t in other.learns)
+                entry = self.run.ledger.entries[learned]
                 adapters.load_head(self.model, adapters.StoredAdapter(self.run.path / entry.adapter).head())
             cells[t] = self.scorer.score_task(t)
-        scores = [cells[t].score for t in stage.scores]
-        rows = results["matrix"]
-        if self.method.stream == "joint":
-            rows = [[None] * (t + 1) for t in range(len(scores) - 1)]
-        elif self.method.start == "base" and rows:
-            # A bank of one adapter per task never changes what it has: earlier scores stand.
-            scores = [*rows[-1], *scores]
+        # A row for each task seen. Where a stage scores no earlier task (a bank of adapters), their scores stand.
+        tasks = range(max(stage.scores) + 1)
+        rows = results["matrix"] + [[None] * (t + 1) for t in range(len(results["matrix"]), len(tasks) - 1)]
+        scores = [cells[t].score if cells[t] is not None else rows[-1][t] for t in tasks]
         general = self._measure_general_ability(number)
         extra = {"parity": parity, "evaluate_seconds": time.monotonic() - started}
         self.run.record_scores(number, [*rows, scores], cells, general, extra)
@@ -432,7 +497,7 @@ class PMTrainerMixin:
         whole = (
             self.task_type != "CAUSAL_LM"
             or "logits_to_keep" not in inspect.signature(model.get_base_model().forward).parameters
-            or type(self).compute_loss is not Trainer.compute_loss
+            or any("compute_loss" in vars(cls) for cls in type(self).__mro__ if cls not in (PMTrainerMixin, Trainer))
             or any(given.get(name) is not None for name in ("compute_loss_func", "compute_metrics"))
             or args.n_gpu > 1
         )

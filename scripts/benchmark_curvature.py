@@ -21,7 +21,9 @@ import numpy as np
 from hf_pm import PMTrainer
 from hf_pm.config import parse_recipe
 from hf_pm.loading import build_trainer, quiet
-from hf_pm.methods.coefficients import Measured, measure, search
+from hf_pm.methods.contract import Measured
+from hf_pm.methods.line_search import search
+from hf_pm.methods.measuring import MEASURES, measure
 from hf_pm.weights.merging import (
     Factored,
     matrix_terms,
@@ -43,8 +45,8 @@ def variants(trainer: PMTrainer, stage_name: str, rows: object, seed: int) -> di
     for labels in ("empirical", "sampled"):
         for normalization in ("sequence", "token"):
             args.curvature_labels, args.curvature_normalization = labels, normalization
-            args.coefficient_first_order = normalization == "token"
-            one = measure(trainer, rows, stage_name, seed)
+            wanted = MEASURES if normalization == "token" else {"curvature"}
+            one = measure(trainer, rows, wanted, stage_name, seed)
             plain = one._replace(gradient={})
             found[f"diagonal {labels} {normalization}"] = plain
             if normalization == "sequence":

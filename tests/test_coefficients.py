@@ -11,12 +11,12 @@ from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
 from hf_pm import PMConfig, PMTrainer, Task, TaskStream, UserError
-from hf_pm.methods.coefficients import held_out_rows, search
+from hf_pm.methods.line_search import held_out_rows, search
 from hf_pm.methods.perturbation import scaled_update
 from hf_pm.store.ledger import Ledger
 from hf_pm.weights.adapters import StoredAdapter, lora_layers
 from hf_pm.weights.merging import MAX_RANK
-from hf_pm.weights.states import StoredStates, state_bytes, write_states
+from hf_pm.weights.states import StoredState, state_bytes, write_state
 
 
 @pytest.fixture
@@ -155,7 +155,7 @@ def test_line_search_can_decide(train):
 
 def test_search_restores_the_scale(train):
     trainer, _ = train(coefficient_search="report", validation_samples=6)
-    layers = trainer.perturbation.layers
+    layers = trainer.parts.perturbation.layers
     nominal = [layer.scaling["default"] for layer in layers]
     search(trainer, held_out_rows(trainer.rows, trainer.args, 1))
     assert [layer.scaling["default"] for layer in layers] == nominal
@@ -182,7 +182,7 @@ def test_no_curvature_falls_back_to_uniform_averaging(train, monkeypatch, caplog
 def test_a_loss_that_is_not_finite_commits_nothing(train, monkeypatch):
     def broken(self, stage):
         with torch.no_grad():
-            self.perturbation.layers[0].lora_B["default"].weight[0, 0] = float("nan")
+            self.parts.perturbation.layers[0].lora_B["default"].weight[0, 0] = float("nan")
         return PMTrainer.__mro__[1]._measure(self, stage)
 
     monkeypatch.setattr(PMTrainer, "_measure", broken)
@@ -220,18 +220,27 @@ def test_state_file_round_trip_and_size(tmp_path, factored, dtype):
         else:
             states[name] = State(random(*experts, rows, cols), random(*experts, rows, cols))
     path = tmp_path / "state.safetensors"
-    write_states(path, shapes, states.__getitem__, factored=factored, dtype=dtype)
-    stored = StoredStates(path)
+    keeps = {"S": "factored", "R": "low_rank"} if factored else {"S": "dense", "R": "dense"}
+    beside = {"rows/a": torch.tensor([3, 1 << 40]), "digest/a": torch.tensor([255], dtype=torch.uint8)}
+    write_state(path, keeps, shapes, lambda name: states[name]._asdict(), dtype=dtype, beside=beside)
+    stored = StoredState(path)
+    assert {name: tensor.tolist() for name, tensor in stored.beside("rows").items()} == {"a": [3, 1 << 40]}
+    stored.check(keeps, shapes)
+    for wrong in ({"S": "factored" if not factored else "dense"}, {"T": "dense"}):
+        with pytest.raises(UserError, match="is not the state of this method.*missing"):
+            stored.check(wrong, shapes)
+    with pytest.raises(UserError, match="has the shape"):
+        stored.check(keeps, {"a": (6, 7), "b": (3, 4, 6)})
     for name, (S, R) in states.items():
-        back = stored.get(name)
+        back = State(stored.get("S", name), stored.get("R", name))
         if factored:
             assert all(torch.equal(x, y) for x, y in zip((*S, *R), (*back.S, *back.R), strict=True))
         else:
             assert torch.equal(S, back.S) and torch.equal(R, back.R)
     header = json.loads(path.read_bytes()[8 : 8 + int.from_bytes(path.read_bytes()[:8], "little")])
     data = max(entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__")
-    assert data == state_bytes(shapes, factored=factored, dtype=dtype, rank=2)
-    assert StoredStates(None).get("a") is None and MAX_RANK >= 2
+    assert data == state_bytes(keeps, shapes, dtype=dtype, rank=2) + 17
+    assert StoredState(None).get("S", "a") is None and MAX_RANK >= 2
 
 
 def test_targets_that_differ_from_the_ledgers_are_refused(train, lora):

@@ -36,7 +36,9 @@ from hf_pm.errors import UserError
 from hf_pm.hub.cards import Card
 from hf_pm.hub.outbox import Outbox
 from hf_pm.hub.releases import Releases, base_of, kind_of
-from hf_pm.methods.coefficients import Coefficient, Measured, find
+from hf_pm.methods.contract import Ended, Measured, Merged
+from hf_pm.methods.merges.coefficients import closed_form
+from hf_pm.methods.parts import Parts
 from hf_pm.report import figures
 from hf_pm.report import page as report
 from hf_pm.runs import folder as runs
@@ -48,7 +50,7 @@ from hf_pm.store.lock import only_process
 from hf_pm.weights import adapters
 from hf_pm.weights.folding import Folder
 from hf_pm.weights.merging import Factored
-from hf_pm.weights.states import StoredStates
+from hf_pm.weights.states import StoredState
 
 
 NAMES = ("one", "two", "three", "four")
@@ -244,14 +246,17 @@ def commit(world: World, session: tuple, lesson: Lesson, number: int, start: str
     if len(run.ledger) >= number:
         return
     factored = run.args.curvature_estimator != "diagonal"
-    model, before = lesson.model(world), run.read_states()
+    model, before = lesson.model(world), run.read_state()
     measured = Measured(lesson.curvature(factored), {}, adapters.updates(model), 0.5, 1.0)
-    coefficient = find("pm", measured, before, number, NAMES[number - 1], fixed=1.0, scope=lesson.scope)
+    merged = closed_form(measured, before, number, NAMES[number - 1], lesson.scope)
     if lesson.alpha is not None:
-        coefficient = Coefficient(lesson.alpha, None, coefficient.record)
+        merged = Merged(lesson.alpha, None, merged.record)
+    nothing = {"entries": (), "task_vector": None, "train_rows": None, "seed": 0}
+    ended = Ended(number, NAMES[number - 1], measured, measured.updates, before, merged=merged, **nothing)
+    parts = Parts(run.args.resolved_method()._replace(start=start), run.args)
     with only_process(run.path):
         (run.task_dir(number) / "checkpoints" / "checkpoint-1").mkdir(parents=True, exist_ok=True)
-        run.commit(number, model, coefficient, measured, before, start, {"train_seconds": 1.0})
+        run.commit(ended, model, parts, {"train_seconds": 1.0})
     run.ledger.reload()
 
 
@@ -528,11 +533,11 @@ class LedgerMachine(RuleBasedStateMachine):
             return
         newest = self.entries[-1]
         assert sha256((self.path / newest["state"]).read_bytes()).hexdigest() == newest["state_sha256"]
-        states = StoredStates(self.path / newest["state"])
+        states = StoredState(self.path / newest["state"])
         factored = self.overrides["curvature_estimator"] == "factored"
         learned = [self.lessons[entry["adapter_sha256"]].curvature(factored) for entry in self.entries]
         for name in TARGETS:
-            S, found = states.get(name).S, [each[name] for each in learned]
+            S, found = states.get("S", name), [each[name] for each in learned]
             parts = [(S, found)] if not factored else list(zip(S, zip(*found, strict=True), strict=True))
             for part, terms in parts:
                 assert torch.allclose(part, torch.stack(list(terms)).sum(0), rtol=1e-5)

@@ -1,4 +1,5 @@
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -7,7 +8,7 @@ from peft import LoraConfig
 from reference import merge_into_dense
 
 from hf_pm import PMTrainer
-from hf_pm.methods.perturbation import Perturbation, draw_sign, scaled_update
+from hf_pm.methods.perturbation import Gaussian, draw_sign, scaled_update
 from hf_pm.weights.adapters import attach, lora_layers
 
 
@@ -64,7 +65,9 @@ def test_scale_is_put_back_to_the_bit_even_after_an_error(adapted):
 def test_gaussian_noise_has_the_updates_norm_and_leaves_no_trace(adapted):
     layers = lora_layers(adapted)
     before = {name: layer.get_base_layer().weight.clone() for name, layer in layers.items()}
-    perturbation = Perturbation(adapted, "gaussian", 0.5, 0.5, seed=0)
+    args = SimpleNamespace(seed=0, perturbation_epsilon=0.5, perturbation_probability=0.5)
+    perturbation = Gaussian(args)
+    perturbation.attach(adapted)
     step = next(step for step in range(100) if draw_sign(0, 1, step, 0, 0.5) != 0)
     with perturbation.step(1, step):
         for name, layer in layers.items():

@@ -29,7 +29,7 @@ def load(tokenizer, config):
         settings.setdefault("max_length", 64)
         args = config(prompt=prompt, **settings)
         encoder = Encoder(tokenizer, "CAUSAL_LM", args.max_length, prompt)
-        return StreamRows(TaskStream(tasks), encoder, METHODS["pm"], args)
+        return StreamRows(TaskStream(tasks), encoder, METHODS["pm"].stream, args)
 
     return make
 

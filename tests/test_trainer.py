@@ -19,6 +19,8 @@ from transformers import (
 )
 
 from hf_pm import PMConfig, PMSeq2SeqConfig, PMSeq2SeqTrainer, PMTrainer, Task, TaskStream, UserError
+from hf_pm.methods.contract import Perturbation
+from hf_pm.methods.perturbation import Gaussian
 from hf_pm.metrics import continual as cl_metrics
 from hf_pm.store.ledger import Ledger
 from hf_pm.weights.adapters import StoredAdapter, lora_layers
@@ -106,11 +108,11 @@ def test_evaluation_prediction_and_saving_never_see_a_perturbed_scale(tmp_path):
 
     class Watch(PMTrainer):
         def prediction_step(self, *args, **kwargs):
-            seen.append(self.perturbation.layers[0].scaling["default"])
+            seen.append(self.parts.perturbation.layers[0].scaling["default"])
             return super().prediction_step(*args, **kwargs)
 
         def _save_checkpoint(self, *args, **kwargs):
-            seen.append(self.perturbation.layers[0].scaling["default"])
+            seen.append(self.parts.perturbation.layers[0].scaling["default"])
             return super()._save_checkpoint(*args, **kwargs)
 
     args = PMConfig(output_dir=str(tmp_path), perturbation_probability=0.5, eval_strategy="steps", eval_steps=1,
@@ -262,7 +264,7 @@ def test_a_wrong_fold_is_reported(model, stream, tokenizer, lora, config, caplog
             super().rebuild(number)
             if number == 2:
                 with torch.no_grad():
-                    self.perturbation.layers[3].get_base_layer().weight.mul_(1.5)
+                    self.parts.perturbation.layers[3].get_base_layer().weight.mul_(1.5)
 
     _, results = trained(model, stream, tokenizer, lora, config(release="none"), cls=Wrong)
     first, second = (task["parity"] for task in results["per_task"])
@@ -345,11 +347,11 @@ def test_a_checkpoint_is_selected_on_rows_held_out_of_training(model, stream, to
 
 
 METHODS = {
-    "merge-only": ("none", lambda alphas: alphas[0] == 1 and 0 < alphas[1] < 1),
-    "gaussian": ("gaussian", lambda alphas: alphas[0] == 1 and 0 < alphas[1] < 1),
-    "sequential": ("none", lambda alphas: alphas == [1, 1]),
-    "average": ("none", lambda alphas: alphas == [1, 0.5]),
-    "fixed": ("none", lambda alphas: alphas == [1, 0.3]),
+    "merge-only": (Perturbation, lambda alphas: alphas[0] == 1 and 0 < alphas[1] < 1),
+    "gaussian": (Gaussian, lambda alphas: alphas[0] == 1 and 0 < alphas[1] < 1),
+    "sequential": (Perturbation, lambda alphas: alphas == [1, 1]),
+    "average": (Perturbation, lambda alphas: alphas == [1, 0.5]),
+    "fixed": (Perturbation, lambda alphas: alphas == [1, 0.3]),
 }
 
 
@@ -358,13 +360,13 @@ def test_rows_of_the_method_table(method, model, stream, tokenizer, lora, config
     args = config(method=method, merge_coefficient=0.3, release="none")
     trainer, results = trained(model, stream, tokenizer, lora, args)
     perturbation, alphas = METHODS[method]
-    assert trainer.perturbation.kind == perturbation and alphas(results["coefficients"])
+    assert type(trainer.parts.perturbation) is perturbation and alphas(results["coefficients"])
     assert (Path(args.output_dir) / "curvature").exists() == (method in ("merge-only", "gaussian"))
 
 
 def test_overriding_a_part(model, stream, tokenizer, lora, config):
     trainer, results = trained(model, stream, tokenizer, lora, config(merge="average", perturbation="gaussian"))
-    assert results["coefficients"] == [1, 0.5] and trainer.perturbation.kind == "gaussian"
+    assert results["coefficients"] == [1, 0.5] and type(trainer.parts.perturbation) is Gaussian
 
 
 def test_joint_trains_once_on_everything(model, stream, tokenizer, lora, config):
@@ -379,7 +381,7 @@ class Starts(PMTrainer):
 
     def _begin(self, number):
         super()._begin(number)
-        layer = self.perturbation.layers[0]
+        layer = next(iter(self.parts.layers.values()))
         tensors = layer.get_base_layer().weight, layer.lora_A["default"].weight, layer.lora_B["default"].weight
         self.starts = [*getattr(self, "starts", []), [tensor.detach().clone() for tensor in tensors]]
         assert self.optimizer is None and self.lr_scheduler is None
@@ -601,7 +603,7 @@ def test_composes_with_trls_sft_trainer(model, stream, tokenizer, lora, config):
     trainer, results = trained(again(model), stream, tokenizer, lora, sft, cls=PMSFTTrainer)
     assert results["coefficients"][0] == 1 and 0 < results["coefficients"][1] < 1
     assert results["matrix"][0][0] > results["base_row"][0]
-    assert len(trainer.perturbation.layers) == 14
+    assert len(trainer.parts.perturbation.layers) == 14
 
 
 def test_four_bit_base_is_quantised_once_from_the_full_precision_sum(model, stream, tokenizer, lora, config):

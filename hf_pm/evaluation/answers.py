@@ -34,12 +34,18 @@ def predict(model: nn.Module, batch: Mapping[str, Any]) -> tuple[torch.Tensor, t
         a classification head (rows, classes) and (rows,).
     """
     inputs = {key: value for key, value in batch.items() if key not in ("labels", "shift_labels")}
-    labels = batch["labels"]
     if model.config.is_encoder_decoder:
-        inputs["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels=labels)
-        return model(**inputs).logits, labels
-    logits = model(**inputs).logits
-    if logits.ndim == 2:
+        inputs["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels=batch["labels"])
+    return aligned(model(**inputs).logits, batch, model.config.is_encoder_decoder)
+
+
+def aligned(
+    logits: torch.Tensor, batch: Mapping[str, Any], is_encoder_decoder: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits of a teacher-forced forward pass over `batch`, and what each of their positions should predict; returns
+    as [`predict`]."""
+    labels = batch["labels"]
+    if is_encoder_decoder or logits.ndim == 2:
         return logits, labels
     if "shift_labels" in batch:
         return logits, batch["shift_labels"]

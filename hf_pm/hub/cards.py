@@ -25,7 +25,7 @@ AUTO_CLASSES = {
     "text2text-generation": "ForSeq2SeqLM",
     "text-classification": "ForSequenceClassification",
 }
-# Row of `merging.COEFFICIENTS` -> how the card explains alpha.
+# Merge -> how the card explains alpha.
 ALPHA = {
     "pm": "the closed form (q + l - g) / (q + p), clipped to [0, 1].\n"
     "q is the curvature of the new task along its update, p that of all tasks before, l the slope of theirs, and g "
@@ -34,6 +34,8 @@ ALPHA = {
     "average": "uniform averaging, 1/t.",
     "fixed": "the constant `merge_coefficient` of the\nrecipe; the first task is kept whole.",
     "last": "1, every update is kept whole.",
+    "ties": "none here.\nTIES merges the task vectors so far into one dense update, in which no task has a fraction "
+    "of its own.",
 }
 # Part of a parity certificate -> what it compares.
 COMPARED = {"folded": "merged with adapter", "reloaded": "release with merged"}
@@ -113,7 +115,9 @@ class Card:
             `"merged"` for a whole checkpoint, `"adapter"` for a PEFT adapter, `"both"` for a checkpoint with the
             adapter in its folder `adapter`.
         merge (`str`, *optional*):
-            Row of `merging.COEFFICIENTS` that gave the coefficients.
+            The merge that gave the coefficients, a key of `ALPHA`.
+        keeps_rows (`bool`, *optional*, defaults to `False`):
+            Whether rows of earlier tasks were kept and trained on again.
         spreads (`Sequence[tuple[float, float] | None]`, *optional*, defaults to `()`):
             Per task, the smallest and the largest alpha where each matrix has its own.
         picture (`bool`, *optional*, defaults to `False`):
@@ -140,6 +144,7 @@ class Card:
     pipeline_tag: str = "text-generation"
     kind: str = "merged"
     merge: str | None = None
+    keeps_rows: bool = False
     spreads: Sequence[tuple[float, float] | None] = ()
     picture: bool = False
     restorable: bool = False
@@ -261,7 +266,7 @@ class Card:
                     "alpha": alphas[j] if j < len(alphas) else None,
                     "spread": self.spreads[j] if j < len(self.spreads) else None,
                     "uniform": 1 / (j + 1),
-                    "terms": [terms.get(key) for key in TERMS] if terms else None,
+                    "terms": [terms.get(key) for key in TERMS] if terms.keys() & set(TERMS) else None,
                     "samples": samples[j] if j < len(samples) else None,
                 }
             )

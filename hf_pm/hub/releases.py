@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 
 from ..config import PMConfig
 from ..errors import UserError
+from ..methods.parts import Parts
 from ..metrics.continual import summarize
 from ..report import figures
 from ..store.disk import check_space, link, whole
@@ -52,7 +53,7 @@ class Facts:
         stages (`list[str]`): Name of each training run of the stream, in order.
         names (`dict`): Adapted matrix -> where its weight is in the base (see `bases.stored_names`).
         kind (`str`): `merged`, `adapter`, `both` or `none`.
-        merge (`str`): Row of `merging.COEFFICIENTS`.
+        merge (`str`): Name of the merge part, or `search`.
         base_model (`str`, *optional*): Hub id of the base.
         base_name (`str`): What the base is called otherwise: the last part of its path.
         base_revision (`str`, *optional*): Its commit on the Hub.
@@ -64,6 +65,7 @@ class Facts:
         private (`bool`, *optional*): Visibility of a repository that is created.
         curvature (`bool`): Whether S and R are pushed.
         tokenizer (`list[str]`): Names of the tokenizer's files.
+        keeps_rows (`bool`): Whether the method trains on rows of earlier tasks.
     """
 
     task_type: str
@@ -82,6 +84,7 @@ class Facts:
     private: bool | None = None
     curvature: bool = True
     tokenizer: list[str] = field(default_factory=list)
+    keeps_rows: bool = False
 
     @classmethod
     def of_run(
@@ -90,13 +93,14 @@ class Facts:
         """What the configuration of a run says."""
         learned = [[task] for task in stream] if len(stages) == len(list(stream)) else [list(stream)]
         search = args.coefficient_search == "use"
-        merge, base = args.resolved_method().merge, folder.base
+        method, base = args.resolved_method(), folder.base
         return cls(
             task_type=task_type,
             stages=stages,
             names=folder.names,
             kind=args.release,
-            merge="search" if search and merge == "pm" else merge,
+            merge="search" if search and method.merge == "pm" else method.merge,
+            keeps_rows=Parts(method, args).keeps_rows,
             base_model=args.base_model_id or (base.model_id if on_hub(base.model_id) else None),
             base_name=last_part(base.model_id),
             base_revision=base.revision,
@@ -270,6 +274,7 @@ class Releases:
             pipeline_tag=PIPELINE_TAGS[facts.task_type],
             kind=kind,
             merge=facts.merge,
+            keeps_rows=facts.keeps_rows,
             spreads=[_spread(entry) for entry in self.ledger.entries[:number]],
             picture=True,
             restorable=restorable,
@@ -366,6 +371,8 @@ class Releases:
             kind = kind_of(part)
             for k, entry in enumerate(self.ledger.entries[:number], start=1):
                 self._stage_adapter(part / "adapters" / self.facts.tag(k), k, entry, kind, repo_id)
+                if entry.dense is not None:
+                    link(self.path / entry.dense, part / "hf_pm" / entry.dense)
                 record = self.path / "tasks" / Path(entry.adapter).parent.name / "task.json"
                 link(record, part / "hf_pm" / "tasks" / f"{k:02d}.json")
             newest = self.ledger.entries[number - 1]
@@ -398,11 +405,14 @@ class Releases:
         state = (
             "it" if first else f"its state after the tasks before (`{repo_id}`, tag `{self.facts.tag(number - 1)}`)"
         )
+        kept = "It went into a dense update of the merged model."
+        if entry.coefficient is not None:
+            kept = f"Of this update the fraction {entry.coefficient:.6g} was kept."
         relation = f"base_model: {facts.base_model}\nbase_model_relation: adapter\n" if facts.base_model else ""
         (folder / "README.md").write_text(
             f"---\n{relation}library_name: peft\ntags:\n- hf-pm\n---\n\n# {facts.tag(number)}\n\nThe update that task "
             f"{number} ({entry.name}) of a stream learned, as it was trained. Root base: {named}; it was trained on "
-            f"{state}. Of this update the fraction {entry.coefficient:.6g} was kept.\n",
+            f"{state}. {kept}\n",
             encoding="utf-8",
         )
 

@@ -17,7 +17,7 @@ the batch size: it is not done. Expert weights (`target_parameters`) have no inp
 gradient is taken where the adapted weight enters the layer, with one row at a time.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
@@ -44,13 +44,15 @@ class Measurement(NamedTuple):
     """Sums over the rows of one process; ranks add theirs, and the mean is over all rows.
 
     `curvature`: matrix name -> F (empty for `directional`). `slopes`: matrix name -> sum of w_n <G_n, delta>^2 of that
-    matrix alone; `slope`: the same for all matrices together, cross terms included. `rows`: their number.
+    matrix alone; `slope`: the same for all matrices together, cross terms included. `rows`: their number. `gradient`:
+    matrix name -> gradient of the training loss, where it was asked for.
     """
 
     curvature: dict[str, Curvature]
     slopes: dict[str, float]
     slope: float
     rows: int
+    gradient: dict[str, torch.Tensor]
 
 
 def row_losses(
@@ -87,6 +89,7 @@ def measure_curvature(
     estimator: str = "diagonal",
     normalization: str = "token",
     generator: torch.Generator | None = None,
+    gradient: bool = False,
     autocast: Callable[[], Any] = nullcontext,
     task_name: str = "",
 ) -> Measurement:
@@ -99,6 +102,8 @@ def measure_curvature(
         estimator (`str`): One of `ESTIMATORS`; see the table above.
         normalization (`str`): `sequence`, or `token` (also what `trace` starts from).
         generator (`torch.Generator`, *optional*): Draws labels from the model (true Fisher) instead of the data's.
+        gradient (`bool`, *optional*, defaults to `False`): Sum up the gradient of the training loss in the same pass,
+            as [`mean_gradient`] does in one of its own. It is that of the labels in use.
         autocast (`Callable`, *optional*): Context manager factory for the forward pass.
         task_name (`str`, *optional*): For messages.
 
@@ -115,7 +120,10 @@ def measure_curvature(
     together = torch.zeros((), dtype=torch.float64)
     rows = 0
     power = 2 if normalization == "sequence" else 1
-    for gradients in _row_gradients(model, batches, collect, curvature, generator, autocast, task_name, power):
+    sums: dict[str, torch.Tensor] = {}
+    collectors = [(collect, curvature, power)] if collect is not None else []
+    collectors += [(_add_gradients, sums, 1)] if gradient else []
+    for gradients in _row_gradients(model, batches, collectors, generator, autocast, task_name, power):
         weights = gradients.weights.double().cpu()
         values = {name: value.double().cpu() for name, value in gradients.slopes.items()}
         for name, value in values.items():
@@ -134,7 +142,8 @@ def measure_curvature(
                 f"The squared gradients of {name!r} in the curvature pass of task {task_name!r} overflow float32. "
                 "Nothing was committed; lower `learning_rate`."
             )
-    return Measurement(curvature, {name: float(value) for name, value in slopes.items()}, float(together), rows)
+    by_matrix = {name: float(value) for name, value in slopes.items()}
+    return Measurement(curvature, by_matrix, float(together), rows, sums)
 
 
 def mean_gradient(
@@ -153,7 +162,7 @@ def mean_gradient(
     """
     totals: dict[str, torch.Tensor] = {}
     rows = 0
-    for gradients in _row_gradients(model, batches, _add_gradients, totals, None, autocast, task_name, 1):
+    for gradients in _row_gradients(model, batches, [(_add_gradients, totals, 1)], None, autocast, task_name, 1):
         rows = gradients.last_row
     return totals, rows
 
@@ -169,18 +178,19 @@ class _Batch(NamedTuple):
 def _row_gradients(
     model: PeftModel,
     batches: Iterable[Mapping[str, Any]],
-    collect: Callable[..., None] | None,
-    totals: dict[str, Any],
+    collectors: Sequence[tuple[Callable[..., None], dict[str, Any], int]],
     generator: torch.Generator | None,
     autocast: Callable[[], Any],
     task_name: str,
     power: int,
 ) -> Iterator[_Batch]:
-    """One forward and backward pass a batch; `collect(totals, name, x, d, weights, transposed)` sees x (rows, tokens,
-    in) and d (rows, tokens, out) of every layer, as soon as its gradient exists."""
+    """One forward and backward pass a batch. A collector is a function, its totals, and the power of a row's number of
+    targets that the row is divided by: `collect(totals, name, x, d, weights, transposed)` sees x (rows, tokens, in)
+    and d (rows, tokens, out) of every layer, as soon as its gradient exists."""
     layers = lora_layers(model)
     experts = any(is_experts(layer) for layer in layers.values())
     weights: torch.Tensor = torch.empty(0)
+    counts: torch.Tensor = torch.empty(0)
     slopes: dict[str, torch.Tensor] = {}
     norms: torch.Tensor = torch.empty(0)
     seen = 0
@@ -194,6 +204,9 @@ def _row_gradients(
         tensor = tensor if tensor.dtype == torch.float64 else tensor.float()
         return tensor.reshape(len(weights), -1, tensor.shape[-1])
 
+    def by_targets(power: int) -> torch.Tensor:
+        return 1.0 / counts**power
+
     def on_output(name: str, transposed: bool, module: nn.Module, args: tuple[torch.Tensor, ...], out: Any) -> None:
         # Detached: a hook that holds a tensor of the graph it hangs on is a cycle that nobody collects.
         inputs = args[0].detach()
@@ -201,7 +214,9 @@ def _row_gradients(
         def on_gradient(gradient: torch.Tensor) -> None:
             d = by_row(name, gradient.detach())
             norms.add_(d.square().sum((1, 2)))
-            collect(totals, name, by_row(name, inputs), d, weights, transposed)
+            x = by_row(name, inputs)
+            for collect, totals, power in collectors:
+                collect(totals, name, x, d, by_targets(power), transposed)
 
         if out.requires_grad:
             out.register_hook(on_gradient)
@@ -223,8 +238,8 @@ def _row_gradients(
             gradient = gradient.detach().float()
             norms.add_(gradient.square().sum())
             slopes[name] = (gradient * live_delta(layer)).sum()[None]
-            if collect is not None:
-                collect(totals, name, None, gradient, weights, False)
+            for collect, totals, power in collectors:
+                collect(totals, name, None, gradient, by_targets(power), False)
 
         weight = getattr(module, layer.parameter_name)
         if weight.requires_grad:
@@ -243,7 +258,7 @@ def _row_gradients(
                     hooks.callback(factor.requires_grad_, True)
                     factor.requires_grad_(False)
                 handles = [layer.lora_A[ADAPTER].register_forward_hook(partial(on_down_projection, name))]
-                if collect is not None:
+                if collectors:
                     transposed = bool(getattr(layer, "fan_in_fan_out", False))
                     handles.append(layer.register_forward_hook(partial(on_output, name, transposed)))
             for handle in handles:
@@ -256,7 +271,8 @@ def _row_gradients(
                 logits, targets = predict(model, batch)
             losses, counts = row_losses(logits, targets, generator)
             _require_finite(losses, "loss", seen, task_name)
-            weights = 1.0 / counts.clamp(min=1).to(losses.dtype) ** power
+            counts = counts.clamp(min=1).to(losses.dtype)
+            weights = by_targets(power)
             norms = torch.zeros_like(losses.detach())
             slopes = {}
             if losses.requires_grad:  # unless every adapter is frozen

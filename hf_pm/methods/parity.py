@@ -15,7 +15,8 @@ import transformers
 from peft import PeftModel
 
 from ..evaluation.answers import probe_logits
-from ..weights.adapters import StoredAdapter, lora_layers, restore
+from ..weights.adapters import StoredAdapter, restore
+from .contract import Merged
 from .perturbation import scaled_update
 
 
@@ -55,12 +56,18 @@ def logit_parity(expected: torch.Tensor, actual: torch.Tensor) -> dict[str, floa
 
 
 def certificate(
-    expected: torch.Tensor, folded: torch.Tensor, *, dtype: torch.dtype, policy: str, exact: bool, task_name: str
+    expected: torch.Tensor | None,
+    folded: torch.Tensor,
+    *,
+    dtype: torch.dtype,
+    policy: str,
+    exact: bool,
+    task_name: str,
 ) -> dict[str, Any]:
     """The record of a task, `reloaded` still open; warns over the tolerance.
 
     Args:
-        expected (`torch.Tensor`): Logits of the adapter model at scale alpha.
+        expected (`torch.Tensor`, *optional*): Logits of the adapter model at scale alpha; `None` for a dense update.
         folded (`torch.Tensor`): Logits of the folded live model.
         dtype (`torch.dtype`): Of the live weights.
         policy (`str`): How weights were summed, rounded or quantised.
@@ -71,10 +78,11 @@ def certificate(
         "dtype": str(dtype).removeprefix("torch."),
         "policy": policy,
         "tolerance": TOLERANCE["exact" if exact else "rounded"],
-        "folded": logit_parity(expected, folded),
+        "folded": logit_parity(expected, folded) if expected is not None else None,
         "reloaded": None,
     }
-    _judge(record, "folded", "folded model", "adapter model", task_name)
+    if expected is not None:
+        _judge(record, "folded", "folded model", "adapter model", task_name)
     return record
 
 
@@ -142,17 +150,20 @@ class Parity:
         self._adapter: torch.Tensor | None = None
         self._folded: torch.Tensor | None = None
 
-    def expect(self, number: int, alpha: float, per_matrix: dict[str, float] | None) -> None:
-        """Keep what the fold has to reproduce: the logits of the live adapter model at the coefficient."""
-        self._adapter = self._logits_at(number, alpha, per_matrix)
+    def expect(self, number: int, merged: Merged) -> None:
+        """Keep what the fold has to reproduce: the logits of the live adapter model at the coefficient. A dense update
+        is no adapter model, and there is nothing to keep."""
+        self._adapter = None
+        if merged.dense is None:
+            self._adapter = self._logits_at(number, merged.alpha, merged.per_matrix)
 
     def certify(self, number: int) -> dict[str, Any]:
         """Make the merged weights live, and compare them with the adapter model they came from."""
         trainer = self.trainer
         expected, self._adapter = self._adapter, None
-        if expected is None:  # an earlier process trained it
-            entry = trainer.run.ledger.entries[number - 1]
-            trainer.rebuild(0 if trainer.method.start == "base" else number - 1)
+        entry = trainer.run.ledger.entries[number - 1]
+        if expected is None and entry.dense is None:  # an earlier process trained it
+            trainer.rebuild(trainer.starts_from(number))
             restore(trainer.model, StoredAdapter(trainer.run.path / entry.adapter))
             trainer.live = None
             expected = self._logits_at(number, entry.coefficient, entry.coefficients)
@@ -189,9 +200,8 @@ class Parity:
         trainer.run.write_results()
 
     def _logits_at(self, number: int, alpha: float, per_matrix: dict[str, float] | None) -> torch.Tensor:
-        names = lora_layers(self.trainer.model)
-        factors = alpha if per_matrix is None else [per_matrix[name] for name in names]
-        with scaled_update(self.trainer.perturbation.layers, factors):
+        factors = alpha if per_matrix is None else [per_matrix[name] for name in self.trainer.parts.layers]
+        with scaled_update(list(self.trainer.parts.layers.values()), factors):
             return self._logits(number)
 
     def _logits(self, number: int) -> torch.Tensor:

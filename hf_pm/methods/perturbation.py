@@ -6,13 +6,14 @@ the backward, and would otherwise see another scale without any error.
 
 import hashlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 
 from ..weights.adapters import ADAPTER, lora_layers
+from .contract import Perturbation
 
 
 def draw_sign(seed: int, task_number: int, step: int, micro_step: int, probability: float) -> int:
@@ -72,38 +73,33 @@ def gaussian_noise(layers: list[LoraLayer], factor: float, seed: int) -> Iterato
                 weight.copy_(original)
 
 
-class Perturbation:
-    """Draws the sign of each step and perturbs the model during it.
+class TaskVector(Perturbation):
+    """The update scaled by 1 + epsilon, 1 - epsilon or 1 (arXiv 2505.22389): a one-pass estimate of the loss plus
+    probability * epsilon^2 * delta' H delta."""
 
-    Args:
-        model (`PeftModel`): With one adapter.
-        kind (`str`): `task_vector`, `gaussian` or `none`.
-        epsilon (`float`): Size, in [0, 1).
-        probability (`float`): Of each of the two signs.
-        seed (`int`): Of the run.
-    """
-
-    def __init__(self, model: PeftModel, kind: str, epsilon: float, probability: float, seed: int) -> None:
+    def attach(self, model: PeftModel) -> None:
         self.layers = list(lora_layers(model).values())
-        self.kind = kind
-        self.epsilon = epsilon
-        self.probability = probability
-        self.seed = seed
 
     @contextmanager
     def step(self, task_number: int, step: int, micro_step: int = 0) -> Iterator[float]:
-        """Perturb the model for one forward and backward pass; yields the factor `1 + sign * epsilon`."""
-        perturbed = self.kind != "none"
-        sign = draw_sign(self.seed, task_number, step, micro_step, self.probability) if perturbed else 0
-        factor = 1 + sign * self.epsilon
-        if factor == 1:
-            yield factor
-        elif self.kind == "gaussian":
-            noise_seed = int.from_bytes(
-                hashlib.blake2b(f"noise/{self.seed}/{task_number}/{step}".encode(), digest_size=7).digest(), "big"
-            )
-            with gaussian_noise(self.layers, sign * self.epsilon, noise_seed):
-                yield factor
-        else:
-            with scaled_update(self.layers, factor):
-                yield factor
+        args = self.args
+        sign = draw_sign(args.seed, task_number, step, micro_step, args.perturbation_probability)
+        if sign == 0 or args.perturbation_epsilon == 0:
+            yield 1.0
+            return
+        with self.perturbed(sign * args.perturbation_epsilon, task_number, step):
+            yield 1 + sign * args.perturbation_epsilon
+
+    def perturbed(self, size: float, task_number: int, step: int) -> AbstractContextManager[None]:
+        """The model perturbed by `size`, a signed epsilon."""
+        return scaled_update(self.layers, 1 + size)
+
+
+class Gaussian(TaskVector):
+    """Noise of the update's own norm times epsilon in place of the update: the paper's ablation."""
+
+    def perturbed(self, size: float, task_number: int, step: int) -> AbstractContextManager[None]:
+        key = f"noise/{self.args.seed}/{task_number}/{step}".encode()
+        return gaussian_noise(
+            self.layers, size, seed=int.from_bytes(hashlib.blake2b(key, digest_size=7).digest(), "big")
+        )

@@ -2,37 +2,49 @@
 
 | part | question it answers |
 |---|---|
+| `start` | on which weights does a task begin, and with which adapter? |
 | `perturbation` | at which scale does a training step see the update? |
-| `merge` | what of the trained update is kept? (the functions are in `merging.COEFFICIENTS`) |
-| `start` | from which weights does a task begin: the merged model or the untouched base? |
-| `stream` | are the tasks seen one after another or all at once? |
+| `penalties` | what is added to the loss? |
+| `replay` | which rows of earlier tasks join the training rows? |
+| `optimizer` | which optimizer moves the adapter? |
+| `merge` | what of the trained update is kept? |
+| `serve` | how is the result run? |
+| `stream` | are the tasks seen one after another (`sequence`), all at once (`joint`), or each by itself (`bank`)? |
+
+The names are those of `parts.PARTS`, which maps each to the class that does it.
 """
 
 from typing import NamedTuple
 
 
 class Method(NamedTuple):
-    perturbation: str
-    merge: str
+    """One row: the paper, and the name of each part."""
+
+    paper: str
+    perturbation: str = "none"
+    merge: str = "last"
+    penalties: tuple[str, ...] = ()
+    replay: str = "none"
     start: str = "merged"
+    optimizer: str = "optim"
+    serve: str = "folded"
     stream: str = "sequence"
 
 
 METHODS: dict[str, Method] = {
-    # Perturb-and-Merge, arXiv 2505.22389.
-    "pm": Method("task_vector", "pm"),
-    # Its ablations: the closed form without perturbation (LoRA-M), and isotropic noise of the same norm.
-    "merge-only": Method("none", "pm"),
-    "gaussian": Method("gaussian", "pm"),
-    # Every update is kept whole (IncLoRA in arXiv 2310.14152): what people do today.
-    "sequential": Method("none", "last"),
-    # Running model averaging, alpha_t = 1/t.
-    "average": Method("none", "average"),
-    # CoMA with a constant weight (Marouf et al., ECCV 2024).
-    "fixed": Method("none", "fixed"),
+    "pm": Method("Perturb-and-Merge, arXiv 2505.22389", "task_vector", "pm"),
+    # Its ablations: the closed form without perturbation, and isotropic noise of the same norm.
+    "merge-only": Method("LoRA-M in arXiv 2505.22389", "none", "pm"),
+    "gaussian": Method("LoRA-M with Gaussian noise in arXiv 2505.22389", "gaussian", "pm"),
+    # Every update is kept whole: what people do today.
+    "sequential": Method("IncLoRA in arXiv 2310.14152", merge="last"),
+    "average": Method("running model averaging, alpha_t = 1/t", merge="average"),
+    "fixed": Method("CoMA, Marouf et al., ECCV 2024", merge="fixed"),
+    "ties": Method("TIES-Merging, arXiv 2306.01708", merge="ties", start="base"),
+    "ewc": Method("EWC, arXiv 1612.00796; online form of arXiv 1805.06370", penalties=("ewc",)),
+    "lwf": Method("Learning without Forgetting, arXiv 1606.09282", penalties=("lwf",)),
+    "replay": Method("experience replay, arXiv 1902.10486", replay="buffer"),
     # Upper bounds in the same harness: all tasks shuffled together, and one adapter per task on the base.
-    "joint": Method("none", "last", stream="joint"),
-    "single": Method("none", "last", start="base"),
+    "joint": Method("upper bound: multi-task training", stream="joint"),
+    "single": Method("upper bound: one adapter per task", start="base", stream="bank"),
 }
-
-PERTURBATIONS = ("task_vector", "gaussian", "none")

@@ -72,6 +72,10 @@ def examine_run(path: Path, base: str | None = None) -> Iterator[Finding]:
             right = settings.is_file() and sha256_settings(settings) == entry.settings_sha256
             sound &= right
             yield Finding(f"{entry.adapter}/{SETTINGS}", None if right else "is missing or altered")
+        if entry.dense is not None:
+            finding = _check(path, entry.dense, entry.dense_sha256)
+            sound &= finding.problem is None
+            yield finding
         # Of the earlier states any may have been let go; the newest is needed.
         if entry.state is not None and (number == len(ledger) or (path / entry.state).is_file()):
             yield _check(path, entry.state, entry.state_sha256)

@@ -15,16 +15,17 @@ from peft import LoraConfig, PeftModel
 from ..config import LATER_TASKS_FIELDS, RUN_INVARIANT_FIELDS, PMConfig, settings
 from ..errors import UserError
 from ..evaluation.scoring import Cell, metric_of
-from ..methods.coefficients import Coefficient, Measured
+from ..methods.contract import Ended
+from ..methods.parts import Parts
 from ..metrics import continual
 from ..report import page
 from ..store.ledger import SETTINGS, Entry, Ledger, read_json, sha256_file, sha256_settings, write_json
+from ..store.tensorfiles import write_streaming
 from ..tasks.rows import StreamRows
 from ..weights import adapters
 from ..weights.bases import BaseCheckpoint, Names, snapshot_base, stored_names
 from ..weights.folding import Folder
-from ..weights.merging import State, update_state
-from ..weights.states import StoredStates, write_states
+from ..weights.states import StoredState, write_state
 
 
 logger = logging.getLogger(__name__)
@@ -87,7 +88,7 @@ class RunFolder:
             raise differs
         return base, names
 
-    def open(self, folder: Folder, rows: StreamRows, adapter: LoraConfig, task_type: str) -> None:
+    def open(self, folder: Folder, rows: StreamRows, adapter: LoraConfig, task_type: str, parts: Parts) -> None:
         """Adopt the folder, or create it.
 
         Args:
@@ -95,6 +96,7 @@ class RunFolder:
             rows (`StreamRows`): What is learned and scored.
             adapter (`LoraConfig`): The adapter of every task.
             task_type (`str`): `CAUSAL_LM`, `SEQ_2_SEQ_LM` or `SEQ_CLS`.
+            parts (`Parts`): Of the method; what they keep between tasks is kept here.
 
         Raises:
             UserError: If the folder belongs to another recipe, data or base, or a committed file was altered. Nothing
@@ -128,7 +130,8 @@ class RunFolder:
         elif len(self.ledger):
             raise UserError(f"{str(self.path)!r} has a ledger but no run.json. Use another `output_dir`.")
         self.ledger.verify()
-        self.read_states()  # is needed after the training only
+        self.keeps, self.keeps_rows = parts.keeps(), parts.keeps_rows
+        self.read_state().check(self.keeps, folder.shapes())  # needed after the training only
         self.base_sha256 = described["base"]["sha256"]
         self.results = {
             "schema": 1,
@@ -156,6 +159,8 @@ class RunFolder:
             results = read_json(self.path / "results.json")
             _check_kind(self.path / "results.json", results, self.results)
             fresh, self.results = self.results, results
+        if self.keeps_rows:
+            self.results["keeps_rows"] = True
         if self.writes and recorded is None:
             write_json(path, described)
         elif self.writes and changes:
@@ -186,7 +191,11 @@ class RunFolder:
     def state_key(self, number: int) -> str:
         """Names the merged weights after `number` tasks: the same key, the same bits."""
         entries = self.ledger.active(number) if number else []
-        parts = [[entry.adapter_sha256, entry.coefficient, entry.coefficients] for entry in entries]
+        parts = [
+            [entry.adapter_sha256, entry.coefficient, entry.coefficients]
+            + ([entry.dense_sha256] if entry.dense is not None else [])
+            for entry in entries
+        ]
         return sha256(json.dumps([self.base_sha256, parts]).encode()).hexdigest()
 
     def task_dir(self, number: int) -> Path:
@@ -194,45 +203,50 @@ class RunFolder:
 
     # ---- Committing a task --------------------------------------------------------------------------------------
 
-    def read_states(self) -> StoredStates:
-        """S and R of every matrix after the last entry."""
+    def read_state(self) -> StoredState:
+        """What the method keeps between tasks, after the last entry."""
         last = self.ledger.entries[-1].state if len(self.ledger) else None
-        return StoredStates(self.path / last if last is not None else None)
+        return StoredState(self.path / last if last is not None else None)
 
-    def commit(
-        self,
-        number: int,
-        model: torch.nn.Module,
-        coefficient: Coefficient,
-        measured: Measured | None,
-        before: StoredStates,
-        start: str,
-        record: dict[str, Any],
-    ) -> None:
-        """Adapter, curvature state and record onto the disk; then the ledger's entry, which commits the task."""
+    def commit(self, ended: Ended, model: torch.nn.Module, parts: Parts, record: dict[str, Any]) -> None:
+        """Adapter, payload, state and record onto the disk; then the ledger's entry, which commits the task.
+
+        Args:
+            ended (`Ended`): The task, with `merged`.
+            model (`torch.nn.Module`): With its adapter.
+            parts (`Parts`): Of the method.
+            record (`dict`): What is known of the task besides, for task.json.
+        """
+        number, merged = ended.number, ended.merged
         task_dir, base = self.task_dir(number), self.folder.base
         adapters.save(model, task_dir / "adapter", base.model_id, base.revision)
-        state_file = self._write_states(number, coefficient, measured, before) if measured is not None else None
+        dense_file = self._write_dense(task_dir, ended) if merged.dense is not None else None
+        state_file = self._write_state(ended, parts)
         record = {
             "name": self.stages[number - 1],
-            "coefficient": coefficient.alpha,
-            "coefficient_terms": coefficient.record,
+            "coefficient": merged.alpha,
+            "coefficient_terms": merged.record,
             **record,
             "state_bytes": state_file.stat().st_size if state_file else 0,
         }
+        if dense_file is not None:
+            record["dense_bytes"] = dense_file.stat().st_size
         write_json(task_dir / "task.json", record)
         self.ledger.commit(
             Entry(
                 name=record["name"],
-                coefficient=coefficient.alpha,
-                coefficients=coefficient.per_matrix,
+                coefficient=merged.alpha,
+                coefficients=merged.per_matrix,
                 adapter=str((task_dir / "adapter").relative_to(self.path)),
                 adapter_sha256=sha256_file(task_dir / "adapter" / adapters.WEIGHTS),
                 settings_sha256=sha256_settings(task_dir / "adapter" / SETTINGS),
-                start=start,
-                terms=coefficient.record,
+                start=parts.method.start,
+                terms=merged.record,
                 state=str(state_file.relative_to(self.path)) if state_file else None,
                 state_sha256=sha256_file(state_file) if state_file else None,
+                dense=str(dense_file.relative_to(self.path)) if dense_file else None,
+                dense_sha256=sha256_file(dense_file) if dense_file else None,
+                replaces=parts.start.on_base or merged.dense is not None,
                 provenance={
                     "seed": self.args.seed,
                     "data_fingerprint": self.results["data_fingerprint"],
@@ -243,21 +257,25 @@ class RunFolder:
         self._forget_states()
         shutil.rmtree(task_dir / "checkpoints", ignore_errors=True)
 
-    def _write_states(self, number: int, coefficient: Coefficient, measured: Measured, before: StoredStates) -> Path:
-        alphas = coefficient.per_matrix or dict.fromkeys(measured.curvature, coefficient.alpha)
+    def _write_dense(self, task_dir: Path, ended: Ended) -> Path:
+        path, shapes = task_dir / "update.safetensors", self.folder.shapes()
+        specs = {name: (torch.float32, shape) for name, shape in shapes.items()}
+        write_streaming(path, specs, ((name, ended.merged.dense(name)) for name in shapes))
+        return path
 
-        def state_of(name: str) -> State:
-            fisher, gradient = measured.curvature[name], measured.gradient.get(name)
-            return update_state(before.get(name), fisher, measured.delta(name), alphas[name], gradient)
-
-        path = self.path / "curvature" / f"state-{number:02d}.safetensors"
+    def _write_state(self, ended: Ended, parts: Parts) -> Path | None:
+        beside = parts.end(ended)
+        if not self.keeps and not beside:
+            return None
+        path = self.path / "curvature" / f"state-{ended.number:02d}.safetensors"
         path.parent.mkdir(exist_ok=True)
-        write_states(
+        write_state(
             path,
-            {name: measured.updates[name].shape() for name in measured.curvature},
-            state_of,
-            factored=self.args.curvature_estimator != "diagonal",
+            self.keeps,
+            {name: update.shape() for name, update in ended.updates.items()} if self.keeps else {},
+            lambda name: parts.end_matrix(ended, name),
             dtype=self.args.curvature_dtype,
+            beside=beside,
         )
         return path
 

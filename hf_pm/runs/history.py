@@ -71,6 +71,8 @@ def _rollback(path: Path, to: int, weights_only: bool) -> Path:
         )
     for entry in ledger.entries[:to]:
         _check_file(path, f"{entry.adapter}/{adapters.WEIGHTS}", entry.adapter_sha256, entry.name)
+        if entry.dense is not None:
+            _check_file(path, entry.dense, entry.dense_sha256, entry.name)
     if to and ledger.entries[to - 1].state is not None:
         kept = ledger.entries[to - 1]
         if (path / kept.state).is_file():
@@ -236,7 +238,9 @@ def _arrange(tree: Path, path: Path, repo_id: str, weights_only: bool) -> None:
         (folder / "README.md").unlink(missing_ok=True)
         name_base(folder, run["base"]["model"], run["base"]["revision"])
         shutil.copyfile(source / "tasks" / f"{number:02d}.json", folder.parent / "task.json")
-        problem = entry.adapter_problem(path)
+        if entry.dense is not None and (source / entry.dense).is_file():
+            (source / entry.dense).replace(path / entry.dense)
+        problem = entry.weights_problem(path)
         if problem is not None:
             raise UserError(f"{problem} (task {entry.name!r} of {repo_id!r}). Do not use it.")
     newest = ledger.entries[-1]
@@ -256,8 +260,9 @@ def _arrange(tree: Path, path: Path, repo_id: str, weights_only: bool) -> None:
 
 def _check_places(entry: Entry, number: int, repo_id: str) -> None:
     """A ledger from elsewhere must not name files outside of the run folder."""
-    task, state = rf"tasks/{number:02d}-[\w.-]+/adapter", rf"curvature/state-{number:02d}\.safetensors"
-    for place, pattern in ((entry.adapter, task), (entry.state, state)):
+    task, state = rf"tasks/{number:02d}-[\w.-]+", rf"curvature/state-{number:02d}\.safetensors"
+    places = ((entry.adapter, f"{task}/adapter"), (entry.state, state), (entry.dense, rf"{task}/update\.safetensors"))
+    for place, pattern in places:
         if place is not None and (not re.fullmatch(pattern, place, re.ASCII) or ".." in place):
             raise UserError(f"The ledger of {repo_id!r} names {place!r}, where no run has files. Do not trust it.")
 
@@ -298,7 +303,7 @@ def counterfactual(
     releases, target = Releases.open(run_dir, base), Path(to)
     entries = releases.ledger.active()
     names = [entry.name for entry in entries]
-    if task not in names or len(names) < 2:
+    if task not in names or len(names) < 2 or any(entry.dense is not None for entry in entries):
         raise UserError(
             f"Task {task!r} cannot be left out of {str(run_dir)!r}: its model is the sum of {names}. Name one of "
             "several such tasks."

@@ -92,7 +92,8 @@ class Entry:
 
     Args:
         name (`str`): The task.
-        coefficient (`float`): alpha, the fraction of the update that is kept.
+        coefficient (`float`, *optional*): alpha, the fraction of the adapter's update that is kept; `None` if the
+            payload is a dense update.
         adapter (`str`): Folder of the adapter, relative to the run folder.
         adapter_sha256 (`str`): Of its `adapter_model.safetensors`.
         start (`str`): `"merged"` if the task began from the entries before it, `"base"` if from the untouched base.
@@ -103,10 +104,15 @@ class Entry:
         coefficients (`dict[str, float]`, *optional*): alpha of each matrix where they differ; `coefficient` is then
             their mean.
         settings_sha256 (`str`, *optional*): Of its settings (`sha256_settings`), which scale the update.
+        dense (`str`, *optional*): File with the dense update of every matrix, relative to the run folder: the payload
+            of a merge that is no scaled adapter. It is added to the base in place of this entry's adapter.
+        dense_sha256 (`str`, *optional*): Of that file.
+        replaces (`bool`, *optional*): Whether the model after this task holds nothing of the entries before. Entries
+            of earlier versions do not say it: there, a task that started from the base stands alone.
     """
 
     name: str
-    coefficient: float
+    coefficient: float | None
     adapter: str
     adapter_sha256: str
     start: str = "merged"
@@ -116,17 +122,27 @@ class Entry:
     provenance: dict[str, Any] = field(default_factory=dict)
     coefficients: dict[str, float] | None = None
     settings_sha256: str | None = None
+    dense: str | None = None
+    dense_sha256: str | None = None
+    replaces: bool | None = None
+
+    @property
+    def stands_alone(self) -> bool:
+        """Whether nothing before this entry is part of the model after it."""
+        return self.start == "base" if self.replaces is None else self.replaces
 
     def alpha(self, name: str) -> float:
         """The fraction of the update of the matrix `name` that is kept."""
         return self.coefficient if self.coefficients is None else self.coefficients[name]
 
-    def adapter_problem(self, run_dir: Path) -> str | None:
-        """What is wrong with the files of the adapter, if anything."""
+    def weights_problem(self, run_dir: Path) -> str | None:
+        """What is wrong with the files that the weights are made from, if anything."""
         folder = run_dir / self.adapter
         checks = [(folder / WEIGHTS, self.adapter_sha256, sha256_file)]
         if self.settings_sha256 is not None:
             checks.append((folder / SETTINGS, self.settings_sha256, sha256_settings))
+        if self.dense is not None:
+            checks.append((run_dir / self.dense, self.dense_sha256, sha256_file))
         return next((found for check in checks if (found := file_problem(*check)) is not None), None)
 
     def problem(self) -> str | None:
@@ -135,9 +151,10 @@ class Entry:
         alphas = self.coefficients if self.coefficients is not None else {}
         if not all(isinstance(text, str) for text in texts) or not isinstance(alphas, dict):
             return "has values of other types"
-        if not all(isinstance(alpha, int | float) for alpha in (self.coefficient, *alphas.values())):
+        alphas = [*alphas.values(), *([self.coefficient] if self.dense is None else [])]
+        if not all(isinstance(alpha, int | float) for alpha in alphas):
             return "has a coefficient that is no number"
-        for place in (self.adapter, self.state):
+        for place in (self.adapter, self.state, self.dense):
             if place is not None and (not isinstance(place, str) or not _inside(place)):
                 return f"names {place!r}, which is outside of the run folder"
         return None
@@ -217,11 +234,11 @@ class Ledger:
     def active(self, task_number: int | None = None) -> list[Entry]:
         """The entries whose updates make up the model after `task_number` tasks (all by default).
 
-        A task that started from the base stands alone: nothing before it is part of its model.
+        What comes before an entry that stands alone is no part of the model.
         """
         entries = self.entries[: len(self.entries) if task_number is None else task_number]
         for position in range(len(entries) - 1, -1, -1):
-            if entries[position].start == "base":
+            if entries[position].stands_alone:
                 return entries[position:]
         return entries
 
@@ -235,7 +252,7 @@ class Ledger:
             UserError: Names the first file that is missing or differs.
         """
         for entry in self.entries:
-            problem = entry.adapter_problem(self.run_dir)
+            problem = entry.weights_problem(self.run_dir)
             if problem is None and entry is self.entries[-1] and entry.state is not None:
                 state = self.run_dir / entry.state
                 problem = file_problem(state, entry.state_sha256) if not weights_only or state.exists() else None

@@ -33,7 +33,8 @@ class StreamRows:
     Args:
         stream (`TaskStream`): The tasks.
         encoder (`Encoder`): Turns rows into token ids.
-        method (`Method`): Decides the stages: one per task, or one for all.
+        mode (`str`): `sequence` for one stage a task, `bank` for stages that score their own task only, `joint` for
+            one stage with all tasks.
         args (`PMConfig`): Limits and seeds.
 
     Attributes:
@@ -53,7 +54,7 @@ class StreamRows:
             or training split.
     """
 
-    def __init__(self, stream: TaskStream, encoder: Encoder, method: Any, args: Any) -> None:
+    def __init__(self, stream: TaskStream, encoder: Encoder, mode: str, args: Any) -> None:
         self.stream = stream
         self.encoder = encoder
         self.num_train_epochs = args.num_train_epochs
@@ -83,7 +84,7 @@ class StreamRows:
         orders = [length_order(rows) for rows in encoded]
         self.test = [rows.select(order) for rows, order in zip(encoded, orders, strict=True)]
         self.test_rows = [rows.select(order) for rows, order in zip(test_rows, orders, strict=True)]
-        self.stages = self._stages(method)
+        self.stages = self._stages(mode)
 
     def _equal_splits(self, splits: list[tuple[Dataset, Dataset, Dataset | None]], args: Any) -> set[Any]:
         """The pairs of splits of one task that have the same rows; refused where a checkpoint is selected on them."""
@@ -131,17 +132,17 @@ class StreamRows:
                 )
         return pairs
 
-    def _stages(self, method: Any) -> list[Stage]:
+    def _stages(self, mode: str) -> list[Stage]:
         tasks = list(self.stream)
         everything = list(range(len(tasks)))
-        if method.stream == "joint":
+        if mode == "joint":
             if self.encoder.task_type == "SEQ_CLS" and len({tuple(task.options or ()) for task in tasks}) > 1:
                 raise UserError(
                     "`method: joint` trains one head, but the tasks have different options. Use a language model "
                     "(`task_type: CAUSAL_LM`), or another method."
                 )
             return [Stage("joint", everything, everything)]
-        if method.start == "base":
+        if mode == "bank":
             return [Stage(task.name, [t], [t]) for t, task in enumerate(tasks)]
         return [Stage(task.name, [t], everything[: t + 1]) for t, task in enumerate(tasks)]
 

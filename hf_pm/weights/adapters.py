@@ -196,6 +196,13 @@ def updates(model: nn.Module) -> dict[str, Update]:
     return found
 
 
+def live_update(layer: LoraLayer, scale: float) -> Update:
+    """The live adapter's update of one layer at `scale`, float32, in the graph of its factors and on their device."""
+    A, B = (part[ADAPTER].weight.float() for part in (layer.lora_A, layer.lora_B))
+    experts, transposed = _layout(layer)
+    return Update(*_by_expert(A, B, experts), scale, transposed)
+
+
 def _layout(layer: LoraLayer) -> tuple[int | None, bool]:
     """Number of experts of a layer with three dimensions, and whether its weight is the transpose of B @ A."""
     if not is_experts(layer):

@@ -2,6 +2,8 @@
 
 W_t = cast(float32(W_0) + sum_j alpha_j * s_j * B_j A_j)
 
+An entry whose payload is a dense update adds that in place of its scaled adapter.
+
 Every way to the merged weights (live model, checkpoint, `Folder.merged`) goes through `fold_blocks`: the terms are
 added task by task to blocks of rows whose size follows from the matrix's shape alone, each by one single-threaded
 matrix product. The bits of a product depend on its shape and on its threads, so this is what makes them the same on
@@ -22,8 +24,17 @@ from torch import nn
 from ..errors import UserError
 from ..store.disk import whole
 from ..store.ledger import Entry, Ledger
-from ..store.tensorfiles import Stored, allocate, copy_range, overwrite, read_into, write_at
-from .adapters import StoredAdapter, base_weight, lora_layers, save_stacked, silence
+from ..store.tensorfiles import (
+    Stored,
+    allocate,
+    copy_range,
+    overwrite,
+    read_header,
+    read_into,
+    read_tensor,
+    write_at,
+)
+from .adapters import StoredAdapter, Update, base_weight, lora_layers, save_stacked, silence
 from .bases import BaseCheckpoint, Names, Piece
 
 
@@ -32,14 +43,15 @@ BLOCK = 1 << 18
 # Bytes of untouched tensors that one job copies.
 COPY = 1 << 26
 MAX_WORKERS = 8
+# What an entry of the ledger adds to a matrix (rows, columns): c, left (rows, r) and right (r, columns), or a dense
+# update.
+Term = tuple[float, torch.Tensor, torch.Tensor] | torch.Tensor
 # Finished jobs of a file after which it goes to the disk, which then works while the rest is computed.
 SYNC_EVERY = 16
 
 
-def fold_blocks(
-    path: Path, where: Stored, terms: Sequence[tuple[float, torch.Tensor, torch.Tensor]]
-) -> Iterator[tuple[slice, torch.Tensor]]:
-    """Blocks of rows of float32(W) + sum of c * left @ right, for one matrix W of a file.
+def fold_blocks(path: Path, where: Stored, terms: Sequence[Term]) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Blocks of rows of float32(W) + the sum of `terms`, for one matrix W of a file.
 
     The one place where merged weights are computed. A block is added to in the order of `terms`, by products whose
     shapes follow from the shapes of W and of the factors. Run it with one torch thread.
@@ -47,7 +59,7 @@ def fold_blocks(
     Args:
         path (`Path`): A safetensors file.
         where (`Stored`): The matrix in it.
-        terms (`Sequence[tuple]`): c, left (rows, r) and right (r, columns), float32, contiguous and on the CPU.
+        terms (`Sequence[Term]`): Float32, on the CPU; factors contiguous.
 
     Yields:
         `tuple`: The rows and their values, float32, in a buffer that the next block overwrites.
@@ -62,9 +74,19 @@ def fold_blocks(
             stored, block = raw[: part.stop - start], buffer[: part.stop - start]
             read_into(handle.fileno(), stored, where.begin + start * columns * where.dtype.itemsize)
             block.copy_(stored)
-            for coefficient, left, right in terms:
-                block.addmm_(left[part], right, alpha=coefficient)
+            add_terms(block, terms, part)
             yield part, block
+
+
+def add_terms(block: torch.Tensor, terms: Sequence[Term], part: slice) -> torch.Tensor:
+    """Add the rows `part` of every term to `block`, in place and in order."""
+    for term in terms:
+        if isinstance(term, torch.Tensor):
+            block.add_(term[part])
+        else:
+            coefficient, left, right = term
+            block.addmm_(left[part], right, alpha=coefficient)
+    return block
 
 
 @contextmanager
@@ -114,13 +136,14 @@ class Folder:
             key = entry.adapter, entry.adapter_sha256
             if key not in self._checked:
                 path = self.ledger.run_dir / entry.adapter
-                problem = entry.adapter_problem(self.ledger.run_dir)
+                problem = entry.weights_problem(self.ledger.run_dir)
                 if problem is not None:
                     raise UserError(
                         f"{problem} (task {entry.name!r}). Restore the file from a copy; nothing is folded from "
                         "altered weights."
                     )
                 self._checked[key] = StoredAdapter(path)
+                self._check_dense(entry)
             adapter = self._checked[key]
             if set(adapter.names) != set(self.names):
                 raise UserError(
@@ -133,25 +156,82 @@ class Folder:
     def _blocks(
         self, name: str, pieces: Iterable[Piece], adapters: Sequence[tuple[StoredAdapter, Entry]]
     ) -> Iterator[tuple[Piece, Stored, slice, torch.Tensor]]:
-        """Merged blocks of some pieces of a live weight; the factors of all tasks are read once."""
-        factors = [(entry.alpha(name), *adapter.read(name).factors()) for adapter, entry in adapters]
+        """Merged blocks of some pieces of a live weight; the payloads of all tasks are read once."""
+        payloads = [self._payload(name, adapter, entry) for adapter, entry in adapters]
         for piece in pieces:
             path, where = self.base.where(piece.stored, piece.index)
-            terms = [(alpha, *piece.factors(left, right)) for alpha, left, right in factors]
-            for rows, block in fold_blocks(path, where, terms):
+            for rows, block in fold_blocks(path, where, [_of_piece(piece, payload) for payload in payloads]):
                 yield piece, where, rows, block
+
+    def _payload(self, name: str, adapter: StoredAdapter, entry: Entry) -> Term:
+        """What an entry adds to the live weight `name`."""
+        if entry.dense is None:
+            return entry.alpha(name), *adapter.read(name).factors()
+        path = self.ledger.run_dir / entry.dense
+        return read_tensor(path, read_header(path).tensors[name])
+
+    def _check_dense(self, entry: Entry) -> None:
+        if entry.dense is None:
+            return
+        path = self.ledger.run_dir / entry.dense
+        found = {name: (where.dtype, where.shape) for name, where in read_header(path).tensors.items()}
+        expected = {name: (torch.float32, shape) for name, shape in self.shapes().items()}
+        for name in sorted(found.keys() | expected.keys()):
+            if found.get(name) != expected.get(name):
+                raise UserError(
+                    f"{str(path)!r}, the dense update of task {entry.name!r}, has {found.get(name, 'nothing')} for "
+                    f"{name!r}, but this model's matrix needs {expected.get(name, 'nothing')}. Restore the file from "
+                    "a copy; nothing is folded from other weights."
+                )
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Adapted matrix -> shape of its live weight before quantization."""
+        return {name: self._shape(name) for name in self.names}
+
+    def task_vector(self, name: str, number: int, live: Update | None = None, on_base: bool = False) -> torch.Tensor:
+        """Weights of the matrix `name` after training task `number`, before its merge, minus the base; float32.
+
+        Args:
+            name (`str`): The matrix.
+            number (`int`): The task, counted from 1.
+            live (`Update`, *optional*): Its update, if the task is not committed yet.
+            on_base (`bool`, *optional*, defaults to `False`): Whether such a task began on the base.
+
+        Returns:
+            `torch.Tensor`: In the shape of the live weight.
+        """
+        entries = self.ledger.entries
+        if live is None:
+            own = StoredAdapter(self.ledger.run_dir / entries[number - 1].adapter).read(name)
+            on_base = entries[number - 1].start == "base"
+        else:
+            own = live
+        before = [] if on_base or number == 1 else self._adapters(number - 1)
+        payloads = [*(self._payload(name, adapter, entry) for adapter, entry in before), (1.0, *own.factors())]
+        total = torch.zeros(own.shape())
+        for payload in payloads:
+            if isinstance(payload, torch.Tensor):
+                total += payload
+            else:
+                coefficient, left, right = payload
+                total += coefficient * (left @ right)
+        return total
 
     def _fill(self, target: torch.Tensor, name: str, adapters: Sequence[tuple[StoredAdapter, Entry]]) -> torch.Tensor:
         for piece, _, rows, block in self._blocks(name, self._pieces[name], adapters):
             piece.of(target)[rows].copy_(block)
         return target
 
-    def _empty(self, name: str, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """In the shape of the live weight."""
+    def _shape(self, name: str) -> tuple[int, ...]:
+        """Shape of the live weight before quantization."""
         pieces = self._pieces[name]
         matrix = max(piece.rows[1] for piece in pieces), max(piece.columns[1] for piece in pieces)
         experts = () if pieces[0].expert is None else (1 + max(piece.expert for piece in pieces),)
-        return torch.empty(*experts, *matrix, dtype=dtype)
+        return (*experts, *matrix)
+
+    def _empty(self, name: str, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """In the shape of the live weight."""
+        return torch.empty(self._shape(name), dtype=dtype)
 
     def merged(self, name: str, task_number: int | None = None) -> torch.Tensor:
         """The float32 weight of the adapted matrix `name` after `task_number` tasks (all by default)."""
@@ -272,6 +352,12 @@ class Folder:
         Its rank is the sum of the tasks' ranks; see `adapters.save_stacked`.
         """
         adapters = self._adapters(task_number)
+        dense = [entry.name for _, entry in adapters if entry.dense is not None]
+        if dense:
+            raise UserError(
+                f"The model after task {dense[-1]!r} holds a dense update, which is no LoRA adapter. Write it as a "
+                "merged checkpoint."
+            )
         updates = {
             name: [(entry.alpha(name), adapter.read(name)) for adapter, entry in adapters] for name in self.names
         }
@@ -281,6 +367,14 @@ class Folder:
         """Overwrite whole tensors of a checkpoint written by `into_checkpoint`."""
         for file, header in self.base.headers.items():
             overwrite(folder / file, {name: tensor for name, tensor in tensors.items() if name in header})
+
+
+def _of_piece(piece: Piece, payload: Term) -> Term:
+    """The part of a live weight's update that belongs to one stored matrix."""
+    if isinstance(payload, torch.Tensor):
+        return piece.of(payload)
+    coefficient, left, right = payload
+    return coefficient, *piece.factors(left, right)
 
 
 def _short(dtype: torch.dtype) -> str:

@@ -1,26 +1,39 @@
-"""S and R of every matrix on disk, with one matrix in memory at a time."""
+"""What is kept between tasks, on disk: values of every adapted matrix, one matrix in memory at a time.
 
-from collections.abc import Callable, Mapping, Sequence
+One safetensors file after each task. A value of the matrix `layer` under the key `S` is the tensor `S/layer`, or
+several tensors where its form has several parts (`S_rows/layer`, `S_cols/layer`); whatever is kept beside the
+matrices is a tensor `key/name` of its own.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 
+from ..errors import UserError
 from ..store.tensorfiles import read_header, write_streaming
-from .merging import Factored, LowRank, State
+from .merging import Factored, LowRank
 
+
+Value = torch.Tensor | Factored | LowRank
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-# What a matrix's state is stored as: S and R, or the parts of their factored forms.
-DENSE = ("S", "R")
-FACTORED = ("S_rows", "S_cols", "R_left", "R_right")
+# Form -> class of a value and endings of the keys of its parts. Only a dense value is too large to hold for all
+# matrices at once.
+FORMS: dict[str, tuple[type, tuple[str, ...]]] = {
+    "dense": (torch.Tensor, ("",)),
+    "factored": (Factored, ("_rows", "_cols")),
+    "low_rank": (LowRank, ("_left", "_right")),
+}
 
 
-class StoredStates:
-    """The state after some task, read one matrix at a time.
+class StoredState:
+    """The state after some task.
 
     Args:
-        path (`Path`, *optional*): A file of [`write_states`]; `None` before the first task.
+        path (`Path`, *optional*): A file of [`write_state`]; `None` before the first task.
 
     Raises:
         UserError: If it is no whole safetensors file.
@@ -28,68 +41,111 @@ class StoredStates:
 
     def __init__(self, path: Path | None) -> None:
         self.path = path
-        self.names: set[str] = set()
-        if path is not None:
-            self.names = set(read_header(path).tensors)
+        self._tensors = read_header(path).tensors if path is not None else {}
 
-    def get(self, name: str) -> State | None:
-        """S and R of the matrix `name` as float32; `None` before the first task."""
-        if self.path is None:
-            return None
+    def get(self, key: str, name: str) -> Value | None:
+        """The value `key` of the matrix `name`, float32; `None` if there is none, as before the first task."""
+        for kind, endings in FORMS.values():
+            if all(f"{key}{ending}/{name}" in self._tensors for ending in endings):
+                parts = [self._read(f"{key}{ending}/{name}").float() for ending in endings]
+                return parts[0] if kind is torch.Tensor else kind(*parts)
+        return None
+
+    def beside(self, key: str) -> dict[str, torch.Tensor]:
+        """Name -> tensor of what is kept under `key` beside the matrices, as it was stored."""
+        return {name.removeprefix(f"{key}/"): self._read(name) for name in self._tensors if name.startswith(f"{key}/")}
+
+    def _read(self, name: str) -> torch.Tensor:
         with safe_open(self.path, "pt") as tensors:
+            return tensors.get_tensor(name)
 
-            def read(part: str) -> torch.Tensor:
-                return tensors.get_tensor(f"{part}/{name}").float()
+    def check(self, keeps: Mapping[str, str], shapes: Mapping[str, Sequence[int]]) -> None:
+        """Find out whether the file holds what a method keeps.
 
-            if f"S/{name}" in self.names:
-                return State(read("S"), read("R"))
-            return State(Factored(read("S_rows"), read("S_cols")), LowRank(read("R_left"), read("R_right")))
+        Args:
+            keeps (`Mapping`): Key -> form, as the parts of the method declare it.
+            shapes (`Mapping`): Adapted matrix -> shape.
+
+        Raises:
+            UserError: If a value is missing, has another form, or belongs to a matrix of another shape.
+        """
+        if self.path is None:
+            return
+        for key, form in keeps.items():
+            for name, shape in shapes.items():
+                *experts, rows, columns = shape
+                sizes = {"": shape, "_rows": (*experts, rows), "_cols": (*experts, columns)}
+                sizes |= {"_left": (*experts, rows, ...), "_right": (*experts, ..., columns)}
+                for ending in FORMS[form][1]:
+                    stored = self._tensors.get(f"{key}{ending}/{name}")
+                    if stored is None or not _fits(stored.shape, sizes[ending]):
+                        found = "is missing" if stored is None else f"has the shape {list(stored.shape)}"
+                        raise UserError(
+                            f"{str(self.path)!r} is not the state of this method: {key}{ending} of {name!r} {found}, "
+                            f"but the matrix has the shape {list(shape)} and its {key} is {form}. Use the settings "
+                            "that wrote the run folder, or another `output_dir`."
+                        )
 
 
-def write_states(
-    path: Path, shapes: Mapping[str, Sequence[int]], state_of: Callable[[str], State], *, factored: bool, dtype: str
+def _fits(shape: Sequence[int], expected: Sequence[int]) -> bool:
+    return len(shape) == len(expected) and all(b is ... or a == b for a, b in zip(shape, expected, strict=True))
+
+
+def write_state(
+    path: Path,
+    keeps: Mapping[str, str],
+    shapes: Mapping[str, Sequence[int]],
+    values_of: Callable[[str], Mapping[str, Value]],
+    *,
+    dtype: str,
+    beside: Mapping[str, torch.Tensor] | None = None,
 ) -> None:
-    """Write S and R of every matrix; `path` appears whole or not at all.
+    """Write the state after a task; `path` appears whole or not at all.
 
     Args:
         path (`Path`): A safetensors file.
+        keeps (`Mapping`): Key -> form of what is kept of every matrix.
         shapes (`Mapping`): Matrix name -> shape, in the order of the file.
-        state_of (`Callable`): Gives the state of a matrix; called once a matrix.
-        factored (`bool`): Whether the states are `Factored` and `LowRank`, a few numbers a row and column.
-        dtype (`str`): `float32`, or `bfloat16` for half the bytes: the sums are made in float32 and rounded here.
+        values_of (`Callable`): Gives the values of a matrix by key; called once a matrix, twice where `keeps` mixes
+            dense values with others.
+        dtype (`str`): `float32`, or `bfloat16` for half the bytes: sums are made in float32 and rounded here.
+        beside (`Mapping`, *optional*): Further tensors by their whole name, stored as they are.
     """
     stored = DTYPES[dtype]
-    if factored:
-        # Small: all of them together are a few adapters.
-        tensors = {}
-        for name in shapes:
-            S, R = state_of(name)
-            parts = zip(FACTORED, (*S, *R), strict=True)
-            tensors |= {f"{part}/{name}": tensor.to(stored) for part, tensor in parts}
-        specs = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
-        write_streaming(path, specs, tensors.items())
-        return
+    dense = [key for key, form in keeps.items() if form == "dense"]
+    # Small: all of them together are a few adapters.
+    small = dict(beside or {})
+    for name in shapes if len(dense) < len(keeps) else ():
+        values = values_of(name)
+        for key, form in keeps.items():
+            if form != "dense":
+                parts = zip(FORMS[form][1], values[key], strict=True)
+                small |= {f"{key}{ending}/{name}": tensor.to(stored) for ending, tensor in parts}
 
-    def dense():  # noqa: ANN202
-        for name in shapes:
-            for part, tensor in zip(DENSE, state_of(name), strict=True):
-                yield f"{part}/{name}", tensor.to(stored)
+    def tensors() -> Iterator[tuple[str, torch.Tensor]]:
+        for name in shapes if dense else ():
+            values = values_of(name)
+            for key in dense:
+                yield f"{key}/{name}", values[key].to(stored)
+        yield from small.items()
 
-    write_streaming(path, {f"{part}/{name}": (stored, shapes[name]) for name in shapes for part in DENSE}, dense())
+    specs = {f"{key}/{name}": (stored, tuple(shapes[name])) for name in shapes for key in dense}
+    specs |= {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in small.items()}
+    write_streaming(path, specs, tensors())
 
 
-def state_bytes(shapes: Mapping[str, Sequence[int]], *, factored: bool, dtype: str, rank: int) -> int:
-    """Bytes of the file that [`write_states`] writes, its header aside.
+def state_bytes(keeps: Mapping[str, str], shapes: Mapping[str, Sequence[int]], *, dtype: str, rank: int) -> int:
+    """Bytes of the file that [`write_state`] writes, its header and what is kept beside the matrices aside.
 
     Args:
-        shapes (`Mapping`): Matrix name -> shape.
-        factored (`bool`): As in [`write_states`].
-        dtype (`str`): As in [`write_states`].
-        rank (`int`): Of the factored R: `merging.MAX_RANK` once enough tasks were learned.
+        keeps (`Mapping`): As in [`write_state`].
+        shapes (`Mapping`): As in [`write_state`].
+        dtype (`str`): As in [`write_state`].
+        rank (`int`): Of low-rank values: `merging.MAX_RANK` once enough tasks were learned.
     """
     numbers = 0
     for shape in shapes.values():
         *experts, rows, columns = shape
-        matrices = torch.Size(experts).numel()
-        numbers += matrices * ((rows + columns) * (1 + rank) if factored else 2 * rows * columns)
+        each = {"dense": rows * columns, "factored": rows + columns, "low_rank": (rows + columns) * rank}
+        numbers += math.prod(experts) * sum(each[form] for form in keeps.values())
     return numbers * DTYPES[dtype].itemsize

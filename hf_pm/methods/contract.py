@@ -1,0 +1,262 @@
+"""The contract of a part of a method: what it may do, what it has measured, and what it keeps between tasks.
+
+A part overrides the hooks it needs and declares two things. The harness does everything else: the measuring pass
+computes the union of what the parts of a row want in one forward and backward pass, and what they keep is written
+with the task's commit, hashed, resumed, rolled back, pushed, restored, checked and planned for.
+
+| hook | when | of |
+|---|---|---|
+| `check` | before a model is loaded | every part |
+| `attach` | once, when the trainer has its model | every part |
+| `begin` | before the first step of a task, also when it is resumed | every part |
+| `adapter` | then: the adapter the task starts from | `Start` |
+| `join` | then: the training rows | `Replay` |
+| `create` | then: the optimizer | `Optimizer` |
+| `step` | around the forward and backward pass of a step | `Perturbation` |
+| `loss` | inside it, after the forward pass | `Penalty` |
+| `solve` | after training and measuring | `Merge` |
+| `end`, `end_matrix` | then: new state from the old and from what was measured | every part |
+
+`solve`, `end` and `end_matrix` are functions of what was saved, measured and trained: a process that dies between two
+stages does them again with the same bits.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from datasets import Dataset
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+
+from ..evaluation.answers import aligned
+from ..store.ledger import Entry
+from ..tasks.encoding import IGNORE_INDEX
+from ..weights import adapters
+from ..weights.merging import Curvature, LowRank
+from ..weights.states import StoredState, Value
+
+
+class Measured(NamedTuple):
+    """What the measuring pass found at the end of a task, by matrix name; means over the rows of all ranks.
+
+    `curvature` and `gradient` are empty where no part wants them. `exact` is delta' F delta with the full matrix F of
+    the task, cross terms between entries and matrices included: it costs nothing beside any estimator, and shows what
+    a diagonal loses. `calibration` is what the factored curvature was multiplied with to agree with it
+    (`curvature_estimator: directional`), else 1.
+    """
+
+    curvature: dict[str, Curvature]
+    gradient: dict[str, torch.Tensor]
+    updates: dict[str, adapters.Update]
+    exact: float
+    calibration: float
+
+    def delta(self, name: str) -> LowRank:
+        return LowRank(*self.updates[name].factors())
+
+
+class Merged(NamedTuple):
+    """What a merge keeps of a task: the payload of its ledger entry.
+
+    `alpha`: fraction of the adapter's update that is kept; `None` for a dense update. `per_matrix`: alpha of each
+    matrix where they differ. `record`: numbers that explain the result, for the ledger and the report. `dense`: gives
+    the update of a matrix, float32 in the shape of the live weight, if the payload is dense.
+    """
+
+    alpha: float | None
+    per_matrix: dict[str, float] | None = None
+    record: dict[str, Any] | None = None
+    dense: Callable[[str], torch.Tensor] | None = None
+
+    def alpha_of(self, name: str) -> float:
+        return self.alpha if self.per_matrix is None else self.per_matrix[name]
+
+
+class Task(NamedTuple):
+    """A task that is about to be trained.
+
+    `number`: counted from 1. `name`: of the task. `model`: with its adapter. `matrices`: adapted matrices by name.
+    `before`: the state after the task before. `rows_of`: gives the encoded training rows of an earlier task, by its
+    name. `seed`: of this task.
+    """
+
+    number: int
+    name: str
+    model: PeftModel
+    matrices: Sequence[str]
+    before: StoredState
+    rows_of: Callable[[str], Dataset]
+    seed: int
+
+
+class Ended(NamedTuple):
+    """A task that was trained and measured, and is about to be committed.
+
+    `measured`: `None` if no part wants anything measured. `updates`: the trained update by matrix name. `merged`: what
+    `Merge.solve` returned (`None` before it was called). `entries`: the ledger before this task. `task_vector(name,
+    i)`: weights after training task i, before its merge, minus the base; float32 in the shape of the live weight, for
+    i from 1 to `number`. `train_rows`: the task's own encoded training rows.
+    """
+
+    number: int
+    name: str
+    measured: Measured | None
+    updates: Mapping[str, adapters.Update]
+    before: StoredState
+    entries: Sequence[Entry]
+    task_vector: Callable[[str, int], torch.Tensor]
+    train_rows: Dataset
+    seed: int
+    merged: Merged | None = None
+
+
+class Step(NamedTuple):
+    """One training step, after its forward pass.
+
+    `model`: with its adapter. `batch`: model inputs with `labels`. `outputs`: of the model. `layers`, `scales`: every
+    adapted layer, and its nominal scale, which a perturbation does not change. `autocast`: context manager factory.
+    """
+
+    model: PeftModel
+    batch: Mapping[str, Any]
+    outputs: Any
+    layers: Mapping[str, LoraLayer]
+    scales: Mapping[str, float]
+    autocast: Callable[[], Any]
+
+    def updates(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Name and dense update of every adapted matrix, float32, in the graph of the adapter's factors."""
+        for name, layer in self.layers.items():
+            with torch.autocast(layer.lora_A[adapters.ADAPTER].weight.device.type, enabled=False):
+                delta = adapters.live_update(layer, self.scales[name]).delta()
+            yield name, delta
+
+    def answers(self) -> torch.Tensor:
+        """Logits of this step where an answer is predicted, (answer tokens, vocabulary)."""
+        logits, targets = aligned(self.outputs.logits, self.batch, self.model.config.is_encoder_decoder)
+        return logits[targets != IGNORE_INDEX]
+
+
+class Setting(NamedTuple):
+    """A knob of a part, for `method_kwargs` of the recipe: its default, the rule for its values in words, and as a
+    function."""
+
+    default: float
+    rule: str
+    holds: Callable[[float], bool]
+
+
+class Part:
+    """One answer to one question of the table.
+
+    `settings`: its own knobs, under names that no other part has. `measures`: what it wants of the measuring pass, out
+    of `measuring.MEASURES`. `growth`: how what it keeps grows, in words. `keeps_rows`: whether rows of earlier tasks
+    are trained on again.
+    """
+
+    settings: ClassVar[dict[str, Setting]] = {}
+    measures: ClassVar[frozenset[str]] = frozenset()
+    growth: ClassVar[str] = ""
+    keeps_rows: ClassVar[bool] = False
+
+    def __init__(self, args: Any) -> None:
+        """
+        Args:
+            args (`PMConfig`): Every knob.
+        """
+        self.args = args
+
+    def __getitem__(self, setting: str) -> float:
+        """The value of one of its `settings`: the recipe's, or the default."""
+        return float((self.args.method_kwargs or {}).get(setting, self.settings[setting].default))
+
+    def keeps(self) -> dict[str, str]:
+        """Key -> form (`weights.states.FORMS`) of what is kept of every adapted matrix. Parts that keep the same thing
+        use the same key, and it is stored once."""
+        return {}
+
+    def check(self, method: Any, task_type: str) -> str | None:
+        """Why this part cannot work in the row `method` (`Method`) with this kind of model, and what to do, as a
+        sentence; `None` if it can."""
+        return None
+
+    def attach(self, model: PeftModel) -> None:
+        """Meet the model, once, before any task."""
+
+    def begin(self, task: Task) -> None:
+        """Read what the steps of the task need."""
+
+    def end(self, ended: Ended) -> dict[str, torch.Tensor]:
+        """What is kept beside the matrices: small tensors by key, integers or floats."""
+        return {}
+
+    def end_matrix(self, ended: Ended, name: str) -> dict[str, Value]:
+        """What is kept of the matrix `name`, by the keys of `keeps`; float32."""
+        return {}
+
+
+class Start(Part):
+    """On which weights does a task begin, and with which adapter?"""
+
+    on_base: ClassVar[bool] = False
+
+    def adapter(self, task: Task) -> None:
+        """Start the adapter: fresh, with B = 0."""
+        adapters.reset(task.model, task.seed)
+
+
+class Perturbation(Part):
+    """At which scale does a training step see the update?"""
+
+    @contextmanager
+    def step(self, task_number: int, step: int, micro_step: int = 0) -> Iterator[float]:
+        """Encloses forward and backward; yields the factor that the update is scaled by."""
+        yield 1.0
+
+
+class Penalty(Part):
+    """What is added to the loss?"""
+
+    name: ClassVar[str]
+
+    def loss(self, step: Step) -> torch.Tensor | None:
+        """The term of one micro-batch, a scalar on the scale of a mean loss; `None` for nothing."""
+        raise NotImplementedError
+
+
+class Replay(Part):
+    """Which rows of earlier tasks join the training rows?"""
+
+    def join(self, rows: Dataset) -> Dataset:
+        """The rows that the task is trained on."""
+        return rows
+
+    def added(self, own: int, earlier: Sequence[int]) -> int:
+        """How many rows `join` adds to `own` rows after tasks of `earlier` rows, for `hf-pm plan`."""
+        return 0
+
+
+class Optimizer(Part):
+    """Which optimizer moves the adapter?"""
+
+    def create(self, model: PeftModel) -> torch.optim.Optimizer | None:
+        """A fresh optimizer for one task; `None` for what `optim` names."""
+        return None
+
+
+class Merge(Part):
+    """What of the trained update is kept?
+
+    `dense`: whether its payload is a dense update, which takes the place of all entries before.
+    """
+
+    dense: ClassVar[bool] = False
+
+    def solve(self, ended: Ended) -> Merged:
+        raise NotImplementedError
+
+
+class Serve(Part):
+    """How is the result run?"""

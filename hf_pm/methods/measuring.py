@@ -1,0 +1,78 @@
+"""The measuring pass at the end of a task: what the parts of a method want, all in one forward and backward."""
+
+import math
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from datasets import Dataset
+
+from ..weights import adapters
+from ..weights.merging import Curvature, Factored, mean_entry, quadratic, scaled
+from .contract import Measured
+from .curvature import mean_gradient, measure_curvature
+
+
+# What a part may ask for (`Part.measures`), by matrix: the curvature F as `curvature_estimator` keeps it, and the
+# mean gradient of the task's loss on the data's own labels.
+MEASURES = ("curvature", "gradient")
+
+
+def measure(trainer: Any, rows: Dataset, wanted: Collection[str], task_name: str, seed: int) -> Measured:
+    """Measure the task just trained, at the unperturbed adapter model.
+
+    Args:
+        trainer (`PMTrainerMixin`): Gives the model, this rank's batches, the accelerator and the settings.
+        rows (`Dataset`): Encoded training rows, at most `curvature_num_samples` of them.
+        wanted (`Collection[str]`): Out of `MEASURES`.
+        task_name (`str`): For messages.
+        seed (`int`): Of the sampled labels.
+    """
+    args, accelerator = trainer.args, trainer.accelerator
+    sampled = args.curvature_labels == "sampled"
+    generator = torch.Generator().manual_seed(seed + args.process_index) if sampled else None
+    settings = {"autocast": accelerator.autocast, "task_name": task_name}
+    found = measure_curvature(
+        trainer.model,
+        trainer.batches(rows, args.curvature_batch_size, "curvature"),
+        # The exact form of the new task needs no memory of its own; what later tasks need of it is the factored one.
+        estimator="factored" if args.curvature_estimator == "directional" else args.curvature_estimator,
+        normalization=args.curvature_normalization,
+        generator=generator,
+        gradient="gradient" in wanted and not sampled,
+        **settings,
+    )
+    gradients = found.gradient
+    if "gradient" in wanted and sampled:  # of other labels than the curvature's: a pass of its own
+        batches = trainer.batches(rows, args.curvature_batch_size, "gradient")
+        gradients, _ = mean_gradient(trainer.model, batches, **settings)
+
+    def total(tensor: torch.Tensor) -> torch.Tensor:
+        return accelerator.reduce(tensor).cpu()
+
+    count, exact = total(torch.tensor([found.rows, found.slope], device=args.device, dtype=torch.float64)).tolist()
+    curvature: dict[str, Curvature] = {}
+    for name, fisher in found.curvature.items():
+        if isinstance(fisher, Factored):
+            curvature[name] = Factored(total(fisher.rows) / count, total(fisher.cols) / count)
+        else:
+            curvature[name] = total(fisher).div_(count)
+    exact /= count
+    gradient = {name: total(tensor).div_(count) for name, tensor in gradients.items()}
+    updates = adapters.updates(trainer.model)
+    factor = 1.0
+    if args.curvature_normalization == "trace":
+        mean = mean_entry(curvature, {name: math.prod(update.shape()) for name, update in updates.items()})
+        factor = 1 / mean if mean > 0 else 1.0
+    measured = Measured(curvature, gradient, updates, exact, 1.0)
+    if args.curvature_estimator == "directional":
+        along = math.fsum(quadratic(fisher, measured.delta(name).dense()) for name, fisher in curvature.items())
+        measured = measured._replace(calibration=exact / along if along > 0 else 1.0)
+    factor_of_f = factor * measured.calibration
+    if factor_of_f == 1:
+        return measured
+    return measured._replace(
+        curvature={name: scaled(fisher, factor_of_f) for name, fisher in curvature.items()},
+        gradient={name: tensor * factor for name, tensor in gradient.items()},
+        exact=exact * factor,
+    )

@@ -1,0 +1,1 @@
+"""What of a trained update is kept."""

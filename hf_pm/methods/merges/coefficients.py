@@ -1,0 +1,130 @@
+"""Merges that keep the fraction alpha of the update: the closed form of P&M, and fixed rules."""
+
+import logging
+import math
+from typing import Any, ClassVar
+
+from ...weights.merging import (
+    COEFFICIENTS,
+    State,
+    Terms,
+    matrix_terms,
+    pm_coefficient,
+    sum_terms,
+    trace,
+    update_state,
+)
+from ...weights.states import StoredState, Value
+from ..contract import Ended, Measured, Merge, Merged
+
+
+logger = logging.getLogger(__name__)
+
+
+class Coefficient(Merge):
+    """alpha by a rule of `merging.COEFFICIENTS` that needs no curvature."""
+
+    rule: ClassVar[str]
+
+    def check(self, method: Any, task_type: str) -> str | None:
+        if method.start == "base" and method.stream != "bank":
+            return (
+                f"`merge: {self.rule}` keeps a fraction of the update since the merged weights, but "
+                f"`start: {method.start}` trains every task from the base. Use `merge: ties`, or `start: merged`."
+            )
+        return None
+
+    def solve(self, ended: Ended) -> Merged:
+        return Merged(COEFFICIENTS[self.rule](None, ended.number, self.args.merge_coefficient))
+
+
+class Last(Coefficient):
+    """alpha = 1: every update is kept whole."""
+
+    rule = "last"
+
+
+class Average(Coefficient):
+    """alpha_t = 1/t: running model averaging."""
+
+    rule = "average"
+
+
+class Fixed(Coefficient):
+    """alpha_t = `merge_coefficient` from the second task on (CoMA, Marouf et al., ECCV 2024)."""
+
+    rule = "fixed"
+
+
+class ClosedForm(Coefficient):
+    """alpha of P&M (arXiv 2505.22389): the minimizer of the summed quadratic surrogates of all tasks so far.
+
+    Keeps S, the sum of the tasks' curvatures, and R, minus the gradient of their surrogates at the merged weights.
+    """
+
+    rule = "pm"
+    growth = "constant: S and R of every matrix"
+
+    @property
+    def measures(self) -> frozenset[str]:
+        return frozenset({"curvature", "gradient"} if self.args.coefficient_first_order else {"curvature"})
+
+    def keeps(self) -> dict[str, str]:
+        dense = self.args.curvature_estimator == "diagonal"
+        return {"S": "dense", "R": "dense"} if dense else {"S": "factored", "R": "low_rank"}
+
+    def solve(self, ended: Ended) -> Merged:
+        return closed_form(ended.measured, ended.before, ended.number, ended.name, self.args.coefficient_scope)
+
+    def end_matrix(self, ended: Ended, name: str) -> dict[str, Value]:
+        measured = ended.measured
+        state = update_state(
+            state_of(ended.before, name),
+            measured.curvature[name],
+            measured.delta(name),
+            ended.merged.alpha_of(name),
+            measured.gradient.get(name),
+        )
+        return {"S": state.S, "R": state.R}
+
+
+def state_of(stored: StoredState, name: str) -> State | None:
+    """S and R of a matrix; `None` before the first task."""
+    S = stored.get("S", name)
+    return None if S is None else State(S, stored.get("R", name))
+
+
+def closed_form(measured: Measured, before: StoredState, number: int, task_name: str, scope: str) -> Merged:
+    """alpha for all matrices together (`scope="global"`) or for each (`"module"`).
+
+    Args:
+        measured (`Measured`): Of the task.
+        before (`StoredState`): S and R of the tasks before.
+        number (`int`): Of the task, counted from 1.
+        task_name (`str`): For messages.
+        scope (`str`): `global` or `module`.
+    """
+    terms: dict[str, Terms] = {
+        name: matrix_terms(fisher, measured.delta(name), state_of(before, name), measured.gradient.get(name))
+        for name, fisher in measured.curvature.items()
+    }
+    together = sum_terms(terms.values())
+    if together.q + together.p <= 0:
+        logger.warning(
+            "Task %r has no curvature (a frozen adapter, or rows without answers): its update is merged with 1/%d, as "
+            "uniform averaging would.",
+            task_name,
+            number,
+        )
+    alpha = pm_coefficient(together, number)
+    record = together._asdict() | {
+        "uniform": 1 / number,
+        "unclipped": pm_coefficient(together, number, clip=False),
+        "curvature_trace": math.fsum(trace(fisher) for fisher in measured.curvature.values()),
+        "q_exact": measured.exact,
+        "calibration": measured.calibration,
+    }
+    if scope == "global":
+        return Merged(alpha, None, record)
+    per_matrix = {name: pm_coefficient(each, number) for name, each in terms.items()}
+    return Merged(math.fsum(per_matrix.values()) / len(per_matrix), per_matrix, record | {"global": alpha})

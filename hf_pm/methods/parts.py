@@ -1,0 +1,208 @@
+"""From a row of the table to its parts: which class does what, which combinations make sense, and all of them at once.
+
+To add a part: one class in a file of its own, one line here; then a row in `table.py` may name it.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from peft import PeftModel
+
+from ..errors import UserError, choose
+from ..weights import adapters
+from ..weights.states import Value
+from .contract import Ended, Merged, Optimizer, Part, Penalty, Perturbation, Replay, Serve, Start, Step, Task
+from .merges.coefficients import Average, ClosedForm, Fixed, Last
+from .merges.ties import Ties
+from .penalties.ewc import Ewc
+from .penalties.lwf import Lwf
+from .perturbation import Gaussian, TaskVector
+from .replay import Buffer
+from .table import METHODS, Method
+
+
+class OnBase(Start):
+    """Every task begins on the untouched base."""
+
+    on_base = True
+
+
+PARTS: dict[str, dict[str, type[Part]]] = {
+    "start": {"merged": Start, "base": OnBase},
+    "perturbation": {"none": Perturbation, "task_vector": TaskVector, "gaussian": Gaussian},
+    "penalty": {"ewc": Ewc, "lwf": Lwf},
+    "replay": {"none": Replay, "buffer": Buffer},
+    "optimizer": {"optim": Optimizer},
+    "merge": {"pm": ClosedForm, "last": Last, "average": Average, "fixed": Fixed, "ties": Ties},
+    "serve": {"folded": Serve},
+}
+
+
+class Parts:
+    """The parts of one method.
+
+    Args:
+        method (`Method`): The row, with the overrides of the recipe.
+        args (`PMConfig`): Every knob.
+
+    Raises:
+        UserError: If `method_kwargs` has a setting of no part of the row, or a value that breaks its rule.
+    """
+
+    def __init__(self, method: Method, args: Any) -> None:
+        self.method = method
+        self.args = args
+        self.start: Start = PARTS["start"][method.start](args)
+        self.perturbation: Perturbation = PARTS["perturbation"][method.perturbation](args)
+        self.penalties: list[Penalty] = [PARTS["penalty"][name](args) for name in method.penalties]
+        self.replay: Replay = PARTS["replay"][method.replay](args)
+        self.optimizer: Optimizer = PARTS["optimizer"][method.optimizer](args)
+        self.merge: Any = PARTS["merge"][method.merge](args)
+        self.serve: Serve = PARTS["serve"][method.serve](args)
+        known = {name: setting for part in self for name, setting in part.settings.items()}
+        for name, value in (args.method_kwargs or {}).items():
+            setting = known[choose(f"setting of `method: {args.method}` in `method_kwargs`", name, known)]
+            if type(value) not in (int, float) or not setting.holds(value):
+                raise UserError(
+                    f"`{name}` in `method_kwargs` {setting.rule}, but got {value!r}. Its default is "
+                    f"{setting.default:g}."
+                )
+
+    def __iter__(self) -> Iterator[Part]:
+        """In the order of the table."""
+        yield from (
+            self.start,
+            self.perturbation,
+            *self.penalties,
+            self.replay,
+            self.optimizer,
+            self.merge,
+            self.serve,
+        )
+
+    def check(self, task_type: str) -> None:
+        """Refuse a combination that makes no sense.
+
+        Args:
+            task_type (`str`): `CAUSAL_LM`, `SEQ_2_SEQ_LM` or `SEQ_CLS`.
+
+        Raises:
+            UserError: Says why, and what to use instead.
+        """
+        method, args = self.method, self.args
+        if self.penalties and (method.start == "base" or method.stream != "sequence"):
+            where = f"start: {method.start}" if method.start == "base" else f"stream: {method.stream}"
+            raise UserError(
+                f"`penalty: {', '.join(method.penalties)}` keeps a task near the merged model of those before it, but "
+                f"with `{where}` there is none. Remove the penalty, or use `start: merged`."
+            )
+        if self.merge.dense and args.release in ("adapter", "both"):
+            raise UserError(
+                f"`release: {args.release}` writes the merged model as one adapter, but `merge: {method.merge}` gives "
+                "a dense update, which is none. Use `release: merged`."
+            )
+        if self.merge.dense and args.coefficient_search != "off":
+            raise UserError(
+                f"`coefficient_search: {args.coefficient_search}` looks for alpha, but `merge: {method.merge}` has "
+                "none. Switch it off."
+            )
+        for part in self:
+            reason = part.check(method, task_type)
+            if reason is not None:
+                raise UserError(reason)
+
+    # ---- What the harness asks for ------------------------------------------------------------------------------
+
+    def measures(self) -> set[str]:
+        """The union of what the parts want measured."""
+        return {wanted for part in self for wanted in part.measures}
+
+    def keeps(self) -> dict[str, str]:
+        """Key -> form of everything the parts keep of a matrix; what several keep is there once."""
+        return {key: form for part in self for key, form in part.keeps().items()}
+
+    @property
+    def keeps_rows(self) -> bool:
+        return any(part.keeps_rows for part in self)
+
+    def attach(self, model: PeftModel) -> None:
+        """Introduce the model to every part."""
+        self.layers = adapters.lora_layers(model)
+        self.scales = {name: float(layer.scaling[adapters.ADAPTER]) for name, layer in self.layers.items()}
+        for part in self:
+            part.attach(model)
+
+    def begin(self, task: Task) -> None:
+        for part in self:
+            part.begin(task)
+
+    def losses(self, model: PeftModel, batch: Any, outputs: Any, autocast: Any) -> dict[str, torch.Tensor]:
+        """Penalty -> its term of one micro-batch."""
+        step = Step(model, batch, outputs, self.layers, self.scales, autocast)
+        terms = {penalty.name: penalty.loss(step) for penalty in self.penalties}
+        return {name: term for name, term in terms.items() if term is not None}
+
+    def solve(self, ended: Ended) -> Merged:
+        return self.merge.solve(ended)
+
+    def end(self, ended: Ended) -> dict[str, torch.Tensor]:
+        """What the parts keep beside the matrices."""
+        return {key: tensor for part in self for key, tensor in part.end(ended).items()}
+
+    def end_matrix(self, ended: Ended, name: str) -> dict[str, Value]:
+        """What the parts keep of a matrix."""
+        return {key: value for part in self for key, value in part.end_matrix(ended, name).items()}
+
+
+def resolve(args: Any) -> Method:
+    """The row of the table that a configuration names, with its overrides.
+
+    Args:
+        args (`PMConfig`): With `method`, and `start`, `perturbation`, `penalty`, `replay` and `merge` where the recipe
+            overrides a part.
+
+    Raises:
+        UserError: An unknown method or part; offers the nearest names.
+    """
+    method = METHODS[choose("`method`", args.method, METHODS)]
+    penalties = [args.penalty] if isinstance(args.penalty, str) else args.penalty
+    overrides = {kind: getattr(args, kind) for kind in ("start", "perturbation", "replay", "merge")}
+    for kind, names in (overrides | {"penalty": penalties}).items():
+        for name in names if isinstance(names, list) else [names]:
+            if name is not None:
+                choose(f"`{kind}`", name, PARTS[kind])
+    changes = {kind: name for kind, name in overrides.items() if name is not None}
+    return method._replace(**changes, penalties=method.penalties if penalties is None else tuple(penalties))
+
+
+def describe() -> list[dict[str, str]]:
+    """The table for people: one record a method."""
+    kinds = {"start": "start", "perturbation": "perturbation", "penalties": "penalty", "replay": "replay"}
+    kinds |= {"optimizer": "optimizer", "merge": "merge", "serve": "serve"}
+    usual = Method("")
+    records = []
+    for name, row in METHODS.items():
+        chosen = {field: getattr(row, field) for field in kinds}
+        classes = [
+            PARTS[kind][part]
+            for field, kind in kinds.items()
+            for part in (chosen[field] if isinstance(chosen[field], tuple) else [chosen[field]])
+        ]
+        special = {
+            field: ", ".join(value) if isinstance(value, tuple) else value
+            for field, value in (chosen | {"stream": row.stream}).items()
+            if value != getattr(usual, field) or field == "merge"
+        }
+        records.append(
+            {
+                "method": name,
+                "paper": row.paper,
+                "parts": "; ".join(f"{field} {value}" for field, value in special.items()),
+                "settings": ", ".join(f"{name} {s.default:g}" for part in classes for name, s in part.settings.items())
+                or "none of its own",
+                "keeps": "; ".join(part.growth for part in classes if part.growth) or "nothing beside the adapters",
+                "rows kept": "yes" if any(part.keeps_rows for part in classes) else "no",
+            }
+        )
+    return records
