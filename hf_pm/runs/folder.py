@@ -269,10 +269,12 @@ class RunFolder:
             return None
         path = self.path / "curvature" / f"state-{ended.number:02d}.safetensors"
         path.parent.mkdir(exist_ok=True)
+        # In the order in which the matrices were measured, as earlier versions wrote them: the same bytes.
+        names = ended.measured.curvature if ended.measured is not None else ended.updates
         write_state(
             path,
             self.keeps,
-            {name: update.shape() for name, update in ended.updates.items()} if self.keeps else {},
+            {name: ended.updates[name].shape() for name in names} if self.keeps else {},
             lambda name: parts.end_matrix(ended, name),
             dtype=self.args.curvature_dtype,
             beside=beside,
