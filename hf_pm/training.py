@@ -1,0 +1,159 @@
+"""What differs from HF's `Trainer` while one task is trained: perturbation, penalties, optimizer, checkpoints."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers.trainer_utils import rotate_checkpoints
+
+from .errors import UserError
+from .evaluation.answers import evaluating, predict
+from .methods.curvature import row_losses
+from .methods.parity import PROBE_ROWS
+from .methods.parts import Parts
+from .runs import recovery
+from .weights import adapters
+
+
+class TaskTraining:
+    """Overrides of `Trainer` for one task, in front of it among the bases.
+
+    Attributes:
+        parts (`Parts`): Of the method.
+        task_number (`int`): Of the task, counted from 1.
+    """
+
+    parts: Parts
+    task_number = 1
+    _checkpoint_dir: Path | None = None  # of the task, inside a stream
+    _starts_from = ""  # names the weights that the task began with
+    _resumed: tuple[Path, float] | None = None  # the checkpoint that is being loaded, and its loss
+    _micro_step = 0
+    _last_step = -1
+    _loss: torch.Tensor | None = None
+
+    def _forget_steps(self) -> None:
+        """Begin a task: nothing of the steps before it counts."""
+        self._last_step = -1
+        self._factors: list[float] = []
+        self._penalties: dict[str, list[torch.Tensor]] = {}
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """HF's `training_step`, forward and backward, at the perturbed scale."""
+        step = self.state.global_step
+        self._micro_step = self._micro_step + 1 if step == self._last_step else 0
+        self._last_step = step
+        micro_step = self._micro_step if self.args.perturbation_draw == "micro_step" else 0
+        with self.parts.perturbation.step(self.task_number, step, micro_step) as factor:
+            self._factors.append(factor)
+            self._loss = super().training_step(*args, **kwargs)
+            return self._loss
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """HF's `compute_loss` plus the penalties of the method, while a task is trained."""
+        if not (self.parts.penalties and self.model.training):
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        batch = dict(inputs)  # `Trainer` may take the labels out
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        terms = self.parts.losses(self.model, batch, outputs, self.accelerator.autocast)
+        for name, term in terms.items():
+            self._penalties.setdefault(name, []).append(term.detach())
+            loss = loss + term / self._micro_steps_in(num_items_in_batch)
+        return (loss, outputs) if return_outputs else loss
+
+    def _micro_steps_in(self, num_items_in_batch: torch.Tensor | int | None) -> int:
+        """What a mean over one micro-batch is divided by: 1 where `Trainer` divides the loss later."""
+        scaled = self.loss_is_scaled_for_ga
+        if scaled is None:
+            by_items = self.model_accepts_loss_kwargs and num_items_in_batch is not None
+            scaled = by_items or self.compute_loss_func is not None
+        return self.current_gradient_accumulation_steps if scaled else 1
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """The optimizer of the method, or the one that `optim` names."""
+        if self.optimizer is None:
+            self.optimizer = self.parts.optimizer.create(self.model)
+        return super().create_optimizer(*args, **kwargs)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """HF's `log` with the mean perturbation factor and the mean of each penalty since the last one."""
+        if self._loss is not None:  # `Trainer` leaves such losses out of its means, and would train to the end
+            self._require_finite(float(self._loss))
+        if self._factors and "loss" in logs:
+            logs["perturbation_factor"] = sum(self._factors) / len(self._factors)
+            self._factors.clear()
+            logs |= {f"penalty/{name}": float(sum(terms) / len(terms)) for name, terms in self._penalties.items()}
+            self._penalties.clear()
+        super().log(logs, *args, **kwargs)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self._checkpoint_dir) if self._checkpoint_dir is not None else super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        """HF's checkpoint; inside a stream it is sealed before an older one goes."""
+        if self._checkpoint_dir is None:
+            super()._save_checkpoint(model, trial)
+            return
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
+        loss = self._first_loss()
+        self._require_finite(loss)
+        self.accelerator.wait_for_everyone()
+        if self.is_world_process_zero() and not self.args.save_only_model:
+            recovery.seal(self._checkpoint_dir / f"checkpoint-{self.state.global_step}", self._starts_from, loss)
+            rotate_checkpoints(self._checkpoint_dir, limit, self.state.best_model_checkpoint, use_mtime=False)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        """HF's, which is silent if the adapter's names do not fit: so the loss is compared before the first step."""
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self._resumed is not None:
+            checkpoint, expected = self._resumed
+            recovery.check_loss(checkpoint, expected, self._first_loss(), self.exact)
+
+    @torch.no_grad()
+    def _first_loss(self) -> float:
+        """Mean loss of the first training rows of the task, unperturbed and in evaluation mode."""
+        batch = self._first_rows(self.train_dataset)
+        with evaluating(self.model), self.accelerator.autocast():
+            losses, counts = row_losses(*predict(self.model, batch))
+        return float(losses.sum() / counts.sum())
+
+    def _first_rows(self, rows: Dataset) -> dict[str, Any]:
+        """A few rows, the same on every rank."""
+        return self._prepare_input(
+            dict(self.stream_collator(rows.select(range(min(PROBE_ROWS, len(rows)))).to_list()))
+        )
+
+    def _label(self) -> str:
+        """Of the task that is being trained, for messages."""
+        return "the training" if self._checkpoint_dir is None else f"task {self.stages[self.task_number - 1].name!r}"
+
+    def _require_finite(self, loss: float) -> None:
+        if not math.isfinite(loss):
+            raise UserError(
+                f"The loss of {self._label()} is {loss} at step {self.state.global_step}. Nothing of this task is "
+                "kept from here on, all tasks before it are; lower `learning_rate` or `max_grad_norm`, or train in a "
+                "wider `dtype`."
+            )
+
+    @property
+    def exact(self) -> bool:
+        """Whether all that rounds is float32."""
+        plain = self.model.get_base_model().dtype == torch.float32 and not adapters.quantised(self.model)
+        return plain and self.accelerator.mixed_precision == "no"
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        # A stream publishes finished tasks; a half-trained adapter on `main` would be neither.
+        if self._checkpoint_dir is None:
+            super()._push_from_checkpoint(checkpoint_folder)
