@@ -536,7 +536,7 @@ def test_a_counterfactual_is_the_sum_without_one_update_and_scored_again(run, ba
 def test_a_bank_of_adapters_has_nothing_to_leave_out(run, tmp_path):
     ledger = read_json(run / "ledger.json")
     for entry in ledger["entries"]:
-        entry["start"] = "base"
+        entry |= {"start": "base", "replaces": None}  # as earlier versions wrote it
     (run / "ledger.json").write_text(json.dumps(ledger))
     with pytest.raises(UserError, match=r"its model is the sum of \['thing'\]"):
         counterfactual(run, "mood", tmp_path / "without", None)

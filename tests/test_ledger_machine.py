@@ -173,6 +173,8 @@ class World:
         self.trainer.args = copy.copy(self.trainer.args)
         for key, value in (overrides | {"output_dir": str(path)}).items():
             setattr(self.trainer.args, key, value)
+        self.trainer.parts = Parts(self.trainer.args.resolved_method(), self.trainer.args)
+        self.trainer.parts.attach(self.trainer.model)
         self.trainer._open_run()
         return self.trainer.run, self.trainer.outbox
 
