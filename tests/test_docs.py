@@ -103,6 +103,16 @@ def test_paths_in_the_readme_exist():
         assert (ROOT / name).exists(), name
 
 
+def test_the_diff_of_the_smallest_method_is_the_code():
+    (diff,) = re.findall(r"```diff\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.DOTALL)
+    for section in diff.split("--- ")[1:]:
+        file, *lines = section.splitlines()
+        added = [line[1:] for line in lines if line.startswith("+")]
+        code = (ROOT / file).read_text().splitlines()
+        assert added and all(line in code for line in added), file
+        assert not file.endswith("lwf.py") or added == code
+
+
 def test_every_wing_is_in_the_readmes_tree():
     names = {name if (PACKAGE / name).is_dir() else f"{name}.py" for name in WINGS}
     tree = re.findall(r"^  ([\w.]+)/? ", README.split("## What is where")[1], re.MULTILINE)

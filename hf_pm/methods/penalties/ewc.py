@@ -1,7 +1,5 @@
 """Elastic weight consolidation on the merged weights."""
 
-from typing import Any
-
 import torch
 
 from ...weights.merging import Curvature, Factored, scaled
@@ -27,10 +25,6 @@ class Ewc(Penalty):
     measures = frozenset({"curvature"})
     growth = "constant: Omega of every matrix"
 
-    def __init__(self, args: Any) -> None:
-        super().__init__(args)
-        self.omega: dict[str, Curvature] = {}
-
     @property
     def key(self) -> str:
         return "S" if self["ewc_decay"] == 1 else "importance"
@@ -40,7 +34,7 @@ class Ewc(Penalty):
 
     def begin(self, task: Task) -> None:
         device = task.model.device
-        self.omega = {}
+        self.omega: dict[str, Curvature] = {}
         if task.number > 1:
             for name in task.matrices:
                 omega = task.before.get(self.key, name)

@@ -20,14 +20,11 @@ class Lwf(Penalty):
     """
 
     name = "lwf"
+    active = False  # before the first task
     settings = {
         "lwf_strength": Setting(0.5, "must be at least 0", lambda value: value >= 0),
         "lwf_temperature": Setting(2.0, "must be more than 0", lambda value: value > 0),
     }
-
-    def __init__(self, args: Any) -> None:
-        super().__init__(args)
-        self.active = False
 
     def check(self, method: Any, task_type: str) -> str | None:
         if task_type == "SEQ_CLS":
