@@ -34,6 +34,7 @@ CHOICES = {
     "curvature_history": ("all", "last"),
     "coefficient_scope": ("global", "module"),
     "coefficient_search": ("off", "report", "use"),
+    "on_bad_row": ("error", "skip"),
     "prompt": PROMPTS,
     "release": ("merged", "adapter", "both", "none"),
 }
@@ -162,6 +163,9 @@ class PMConfig(TrainingArguments):
         validation_samples (`int`, *optional*):
             Training rows to hold out for validation, always the same ones: of each label where a task has options, of
             all rows where it has none, and never more than a fifth of them. By default nothing is held out.
+        on_bad_row (`str`, *optional*, defaults to `"error"`):
+            What to do with a row that has an empty field or a label that is no answer: `error` stops with its number,
+            `skip` leaves it out, counted in the log and in results.json.
         prompt (`str`, *optional*, defaults to `"plain"`):
             `plain` asks by instruction, options and text, without the name of the task. `published` prints each task's
             `template`, as its benchmark does. `chat` uses the tokenizer's chat template.
@@ -220,6 +224,7 @@ class PMConfig(TrainingArguments):
     max_train_samples: int | None = _knob(None, "Training rows per task.")
     max_eval_samples: int | None = _knob(None, "Evaluation rows per task.")
     validation_samples: int | None = _knob(None, "Training rows per label to hold out for validation.")
+    on_bad_row: str = _knob("error", "`error` or `skip`.")
     prompt: str = _knob("plain", "`plain`, `published` or `chat`.")
     release: str = _knob("merged", "`merged`, `adapter`, `both` or `none`.")
     base_model_id: str | None = _knob(None, "Hub id of a base that is read from a local folder.")

@@ -176,6 +176,9 @@ def coerce(key: str, value: Any, hint: Any) -> Any:
     options = typing.get_args(hint) if union else (hint,)
     if isinstance(value, bool) and str in options and bool not in options:
         value = "yes" if value else "no"  # YAML 1.1 reads the words yes and no as booleans
+    numbers = any(typing.get_args(option) == (str, float) for option in options)
+    if numbers and isinstance(value, dict):
+        value = {name: coerce(name, number, float | Any) for name, number in value.items()}
     if float in options and isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value):
         value = float(value)
     if float in options and isinstance(value, int) and not isinstance(value, bool) and int not in options:

@@ -330,7 +330,7 @@ MISTAKES = [
         lambda t: Task("a", "no.jsonl", "no.jsonl").load("train"),
         "There is no file 'no.jsonl' for the train rows of task 'a'. Correct the path or set `data_dir`",
     ),
-    (lambda t: Task("a", file(t, "x.tsv", "a\tb"), "y.csv").load("train"), "x.tsv', the train rows.*has an ending"),
+    (lambda t: Task("a", file(t, "x.xml", "a\tb"), "y.csv").load("train"), "x.xml', the train rows.*has an ending"),
     (
         lambda t: Task("a", "org/none", "org/none").load("test"),
         "Cannot load the test rows of task 'a' from 'org/none': .*Check the id and the network, or point `data_dir` "

@@ -225,7 +225,12 @@ def _stream(results: Mapping[str, Any]) -> list[dict[str, Any]]:
         row = {key: plain_text(task.get(key)) for key in keys}
         test_rows = task.get("test_rows")
         row["test_rows"] = plain_text(eval_rows_of(results, 0, j) if test_rows is None else test_rows)
-        rows.append({"name": name, "metric": plain_text(metric_of(results, j)), **row})
+        notes = [
+            f"labels of {split} read as positions in the options" for split in as_list(task.get("labels_by_position"))
+        ]
+        for split, reasons in as_record(task.get("skipped_rows")).items():
+            notes += [f"{count} {split} rows skipped: {reason}" for reason, count in as_record(reasons).items()]
+        rows.append({"name": name, "metric": plain_text(metric_of(results, j)), "notes": notes, **row})
     return rows
 
 

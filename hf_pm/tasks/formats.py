@@ -1,17 +1,19 @@
 """Rows in files, as users and the authors of benchmarks save them."""
 
+import csv
 import json
 import re
 from pathlib import Path
 from string import Formatter
 from typing import Any
 
-from datasets import Dataset, load_dataset
+from datasets import Dataset, Features, Value, load_dataset
 
 from ..errors import UserError
 
 
-LOADERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+LOADERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".tsv": "csv"}
+SEPARATORS = {".csv": ",", ".tsv": "\t"}
 # Input and answer: this project's files, O-LoRA's CL_Benchmark, TRACE, Super-NaturalInstructions.
 COLUMN_PAIRS = (("text", "label"), ("sentence", "label"), ("prompt", "answer"), ("input", "output"))
 ROLES = ("system", "user", "assistant")
@@ -20,7 +22,7 @@ SPLIT_NAMES = {"train": ("train",), "validation": ("validation", "dev", "eval"),
 
 
 def read_file(path: str) -> Dataset:
-    """The rows of a `.jsonl`, `.json`, `.parquet` or `.csv` file, as their columns are named there.
+    """The rows of a `.jsonl`, `.json`, `.parquet`, `.csv` or `.tsv` file, as their columns are named there.
 
     A task file of Super-NaturalInstructions (one JSON object with `Definition` and `Instances`) gives its instances;
     where an instance has several answers, the first one counts.
@@ -34,7 +36,31 @@ def read_file(path: str) -> Dataset:
     if task is not None:
         rows = [{"input": row["input"], "output": _first(row["output"])} for row in task["Instances"]]
         return Dataset.from_list(rows) if rows else Dataset.from_dict({"input": [], "output": []})
-    return load_dataset(LOADERS[Path(path).suffix], data_files=path, split="train")
+    suffix = Path(path).suffix
+    options = _table_options(path, SEPARATORS[suffix]) if suffix in SEPARATORS else {}
+    return load_dataset(LOADERS[suffix], data_files=path, split="train", **options)
+
+
+def _table_options(path: str, separator: str) -> dict[str, Any]:
+    """Every cell is the text that it holds, and only an empty one is missing. pandas would guess: 007 becomes 7.0,
+    1.50 becomes 1.5, the words None, NA and null become missing values, and a row with one cell too many is shifted.
+
+    Raises:
+        ValueError: If the file has no header, or a row has more cells than it.
+    """
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        rows = csv.reader(file, delimiter=separator)
+        header = next(rows, [])
+        if len(set(header)) < len(header):
+            raise ValueError(f"The header {header} names a column twice.")
+        for row in rows:
+            if len(row) > len(header):
+                raise ValueError(
+                    f"Line {rows.line_num} has {len(row)} cells, but the header has {len(header)}. Put quotes around "
+                    "a text that holds the separator."
+                )
+    features = Features({name: Value("string") for name in header})
+    return {"sep": separator, "features": features, "keep_default_na": False, "na_values": [""]}
 
 
 def definition(path: str) -> str | None:
@@ -120,8 +146,9 @@ def _check_text(path: str) -> None:
 
 def _missing(data_dir: str, file: str, others: str = "") -> UserError:
     return UserError(
-        f"`data_dir` {data_dir!r} has no {file} (nor .json, .parquet or .csv{others}). Each task of the stream needs "
-        "a train and a test file there, `<data_dir>/<task>/{train,test}.jsonl`, with the columns `text` and `label`."
+        f"`data_dir` {data_dir!r} has no {file} (nor .json, .parquet, .csv or .tsv{others}). Each task of the stream "
+        "needs a train and a test file there, `<data_dir>/<task>/{train,test}.jsonl`, with the columns `text` and "
+        "`label`."
     )
 
 

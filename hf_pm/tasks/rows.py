@@ -60,8 +60,10 @@ class StreamRows:
         self.num_train_epochs = args.num_train_epochs
         tasks = list(stream)
         data_seed = args.seed if args.data_seed is None else args.data_seed
-        train_rows, validation_rows = zip(*(task.load_train(args.validation_samples) for task in tasks), strict=True)
-        test_rows = [task.load("test") for task in tasks]
+        skip = args.on_bad_row == "skip"
+        loaded = [task.load_train(args.validation_samples, skip=skip) for task in tasks]
+        train_rows, validation_rows = zip(*loaded, strict=True)
+        test_rows = [task.load("test", skip=skip) for task in tasks]
         # Of all rows, not of those drawn with this run's seed: runs that differ in the seed alone must be comparable.
         limits = (args.max_train_samples, args.max_eval_samples)
         splits = list(zip(train_rows, test_rows, validation_rows, strict=True))
@@ -163,6 +165,9 @@ class StreamRows:
                 "validation_rows": 0 if validation is None else len(validation),
                 "test_rows": len(test),
                 "num_train_epochs": task.num_train_epochs,
+                # Only where there is something to say.
+                **({"labels_by_position": sorted(task.by_position)} if task.by_position else {}),
+                **({"skipped_rows": task.skipped} if task.skipped else {}),
             }
             for task, train, validation, test in zip(self.stream, self.train, self.validation, self.test, strict=True)
         ]

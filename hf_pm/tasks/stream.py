@@ -1,13 +1,15 @@
 """Tasks and streams: from files, Hub datasets or `datasets` objects to checked rows of text and answer."""
 
+import logging
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import Dataset, DatasetDict, load_dataset
+from datasets import ClassLabel, Dataset, DatasetDict, Value, load_dataset
 from datasets.config import HF_DATASETS_CACHE
 from datasets.exceptions import DatasetsError
 
@@ -15,7 +17,10 @@ from ..errors import UserError, cause_of, choose
 from ..metrics.task_metrics import TASK_METRICS
 from ..store.environment import place_problem
 from .formats import COLUMN_PAIRS, LOADERS, format_parts, local_files, read_file, split_conversation
+from .labels import Reading, read_labels
 
+
+logger = logging.getLogger(__name__)
 
 # A fixed seed: which test rows are scored must not depend on the seed of the run.
 EVAL_SUBSET_SEED = 0
@@ -35,8 +40,9 @@ class Task:
 
     Args:
         name (`str`): Unique within the stream; letters, digits, `.`, `_` and `-` only, since it names files and tags.
-        train (`str`, `Dataset` or `DatasetDict`): A `.jsonl`, `.json`, `.parquet` or `.csv` file, a Hub dataset id, or
-            rows.
+        train (`str`, `Dataset` or `DatasetDict`): A `.jsonl`, `.json`, `.parquet`, `.csv` or `.tsv` file, a Hub
+            dataset id, or rows. A cell of a `.csv` or `.tsv` file is the text that it holds; only an empty one is
+            missing.
         test (`str`, `Dataset` or `DatasetDict`): The same for the rows to evaluate on. It may be left out where
             `train` has splits: a Hub dataset or a `DatasetDict`.
         text (`str`, *optional*, defaults to `"text"`): Column with the input, or a format of several columns:
@@ -44,8 +50,9 @@ class Task:
         label (`str`, *optional*, defaults to `"label"`): Column with the answer. If neither `text` nor `label` is set,
             the pairs of `formats.COLUMN_PAIRS` are recognised too.
         instruction (`str`, *optional*, defaults to `""`): First line of the prompt.
-        options (`list[str]`, *optional*): The possible answers. Without them the answer is free text. An integer label
-            (a `datasets.ClassLabel`, say) is an index into the options.
+        options (`list[str]`, *optional*): The possible answers. Without them the answer is free text. A label that
+            equals an option as text is that option. Labels are positions in the options where the column is a
+            `datasets.ClassLabel`, or where none equals an option and all are positions; see `labels.py`.
         config (`str`, *optional*): Configuration name of a Hub dataset.
         revision (`str`, *optional*): Revision of a Hub dataset.
         train_split (`str`, *optional*, defaults to `"train"`): Split of a Hub dataset to train on.
@@ -61,6 +68,10 @@ class Task:
             `{instruction}` and `{options}`.
         cut (`str`, *optional*, defaults to `"end"`): Where a text that does not fit is cut, `end` or `middle`. A text
             that carries its own question in its last line must keep it.
+
+    Attributes:
+        by_position (`set[str]`): Splits whose labels were read as positions in the options.
+        skipped (`dict[str, dict[str, int]]`): Split -> reason -> number of rows that were left out.
 
     Raises:
         UserError: If a value breaks its rule.
@@ -88,6 +99,9 @@ class Task:
     cut: str = "end"
 
     def __post_init__(self) -> None:
+        self.by_position: set[str] = set()
+        self.skipped: dict[str, dict[str, int]] = {}
+        self._readings: dict[str, Reading] = {}
         for item in fields(self):
             value = getattr(self, item.name)
             if item.type in (str, str | None) and not isinstance(value, item.type):
@@ -175,8 +189,13 @@ class Task:
         """Whether the data come with validation rows."""
         return self.validation is not None or self.validation_split is not None
 
-    def load(self, split: str) -> Dataset:
+    def load(self, split: str, *, skip: bool = False) -> Dataset:
         """Rows of `split` (`"train"`, `"validation"` or `"test"`), at most those that the task's own limits allow.
+
+        Args:
+            split (`str`): Which rows.
+            skip (`bool`, *optional*, defaults to `False`): Leave out and count the rows that would be refused one by
+                one: an empty field, a label that is no answer, a broken conversation.
 
         Returns:
             `Dataset`: The columns `text` and `label`, strings. Rows of conversations have a third one, `history`: the
@@ -187,26 +206,28 @@ class Task:
                 that is not among the options.
         """
         if split == "train":
-            return self.load_train()[0]
-        rows = self._rows(split)
+            return self.load_train(skip=skip)[0]
+        rows = self._rows(split, skip)
         some = split == "test" and self.test_samples is not None and self.test_samples < len(rows)
         return self._finish(rows, split, _shuffled(rows)[: self.test_samples] if some else range(len(rows)))
 
-    def load_train(self, held_out: int | None = None) -> tuple[Dataset, Dataset | None]:
+    def load_train(self, held_out: int | None = None, *, skip: bool = False) -> tuple[Dataset, Dataset | None]:
         """The training rows, and validation rows that are never among them.
 
         Args:
             held_out (`int`, *optional*): Validation rows to cut from the training rows, of each label if there are
                 options and in all otherwise, but no more than a fifth of them. Without it validation is what the data
                 come with, or `None`, and training has every row.
+            skip (`bool`, *optional*, defaults to `False`): As in [`Task.load`].
 
         Raises:
             UserError: As [`Task.load`], and if nothing can be held out.
         """
-        rows = self._rows("train")
+        rows = self._rows("train", skip)
         if held_out is None:
             train, _ = self._divide(rows, 0)
-            return self._finish(rows, "train", train), self.load("validation") if self.has_validation else None
+            validation = self.load("validation", skip=skip) if self.has_validation else None
+            return self._finish(rows, "train", train), validation
         train, validation = self._divide(rows, held_out)
         if not validation:
             raise UserError(
@@ -235,8 +256,8 @@ class Task:
         order = range(len(rows)) if self.train_per_class is None else shuffled
         return [i for i in order if i in train], [i for i in shuffled if i in validation]
 
-    def _rows(self, split: str) -> Dataset:
-        """The rows of a split as they are stored, with the columns that are needed."""
+    def _rows(self, split: str, skip: bool = False) -> Dataset:
+        """The rows of a split as they are stored, with the columns that are needed; how labels are read is decided."""
         source = {"train": self.train, "validation": self.validation, "test": self.test}[split]
         rows = self._read(self.train if source is None else source, split)
         if not self._is_chat(rows):
@@ -247,6 +268,7 @@ class Task:
                         f"The {split} rows of task {self.name!r} have no column {column!r}; found "
                         f"{rows.column_names}. Set `text` and `label` of the task."
                     )
+                self._refuse_nested(rows, column, label, split)
             names = getattr(rows.features[label], "names", None)
             if names and self.options is None and self.label_names is None:
                 self.options = list(names)
@@ -257,7 +279,103 @@ class Task:
             )
         if len(rows) == 0:
             raise UserError(f"The {split} split of task {self.name!r} is empty. Give it at least one row.")
-        return rows
+        return self._without_bad_rows(rows, split, skip)
+
+    def _refuse_nested(self, rows: Dataset, column: str, label: str, split: str) -> None:
+        """Refuse a text column of lists or objects, which would be printed as Python writes them."""
+        feature = rows.features[column]
+        if column == label or isinstance(feature, Value | ClassLabel):
+            return
+        kind = "objects" if isinstance(feature, dict) else "lists"
+        raise UserError(
+            f"The column {column!r} of the {split} rows of task {self.name!r} holds {kind}, but a prompt is made of "
+            "texts and numbers. Write the text out in a column of its own."
+        )
+
+    def _without_bad_rows(self, rows: Dataset, split: str, skip: bool) -> Dataset:
+        """Decide how the label column is read, and leave out the rows that have no answer or nothing in a column.
+
+        Raises:
+            UserError: If the labels can be read in two ways; without `skip`, for the first bad row.
+        """
+        bad: dict[int, str] = {}
+        if self._is_chat(rows):
+            if not skip or "messages" not in rows.column_names:
+                return rows  # each is checked where it is read
+            for i, turns in enumerate(rows["messages"][:]):
+                try:
+                    _, answer, _ = split_conversation(turns)
+                except ValueError:
+                    bad[i] = "no conversation with an answer"
+                    continue
+                if read_labels([answer], self.options, self.label_names).answer(answer) is None:
+                    bad[i] = "a label that is no answer"
+        else:
+            text, label = self._columns(rows)
+            for column in (*[part for _, part in self._text_parts(text) if part is not None], label):
+                for i, value in enumerate(rows[column][:]):
+                    if value is None or value != value:  # a table says NaN where it has nothing
+                        bad.setdefault(i, f"nothing in the column {column!r}")
+                        if not skip:
+                            raise UserError(
+                                f"Row {i} of the {split} rows of task {self.name!r} has nothing in the column "
+                                f"{column!r}. Fill it in, remove the row, or set `on_bad_row: skip`."
+                            )
+            labels = [self._single(value, split) for value in rows[label][:]]
+            reading = self._reading(rows, [value for i, value in enumerate(labels) if i not in bad], split)
+            for i, value in enumerate(labels):
+                if i not in bad and reading.answer(value) is None:
+                    if not skip:
+                        raise self._no_answer(value, split)
+                    bad[i] = "a label that is no answer"
+        self.skipped.pop(split, None)
+        if not bad:
+            return rows
+        if len(bad) == len(rows):
+            raise UserError(
+                f"All {len(rows)} {split} rows of task {self.name!r} would be skipped ({next(iter(bad.values()))}). "
+                "Correct `text`, `label` or `options` of the task."
+            )
+        self.skipped[split] = dict(sorted(Counter(bad.values()).items()))
+        for reason, count in self.skipped[split].items():
+            logger.warning("Skipped %d of %d %s rows of task %r: %s.", count, len(rows), split, self.name, reason)
+        return rows.select([i for i in range(len(rows)) if i not in bad])
+
+    def _reading(self, rows: Dataset, labels: list[Any], split: str) -> Reading:
+        """How the labels of a split are read; every split of a task must be read in the same way."""
+        feature = rows.features[self._columns(rows)[1]]
+        reading = read_labels(labels, self.options, self.label_names, class_label=isinstance(feature, ClassLabel))
+        if reading.problem is not None:
+            raise UserError(
+                f"The labels of the {split} rows of task {self.name!r} can be read in two ways: {reading.problem}. "
+                "Name the answers with `label_names`, or write the options themselves into the label column."
+            )
+        if reading.by_position and split not in self.by_position:
+            logger.info(
+                "The labels of the %s rows of task %r are read as positions in its options: %s.",
+                split,
+                self.name,
+                ", ".join(f"{value!r} is {answer!r}" for (_, value), answer in list(reading.answers.items())[:3]),
+            )
+        self._readings[split] = reading
+        others = {other.by_position for other in self._readings.values() if other.answers}
+        if len(others) > 1:
+            raise UserError(
+                f"The labels of task {self.name!r} are positions in its options in some splits, and the options "
+                f"themselves in others ({', '.join(self._readings)}). Name the answers with `label_names`, or write "
+                "the options themselves into every label column."
+            )
+        if reading.by_position:
+            self.by_position.add(split)
+        return reading
+
+    def _no_answer(self, value: Any, split: str) -> UserError:
+        key, known = ("label_names", self.label_names) if self.label_names is not None else ("options", self.options)
+        among = f"`label_names` {known}" if key == "label_names" else f"the options {known}"
+        return UserError(
+            f"The {split} rows of task {self.name!r} hold the label {value!r}, which is not among {among}. Correct "
+            f"the data or the task's `{key}`, or set `on_bad_row: skip`."
+        )
 
     def _read(self, source: str | Dataset | DatasetDict, split: str) -> Dataset:
         where = f"the {split} rows of task {self.name!r}"
@@ -311,19 +429,12 @@ class Task:
         parts = self._text_parts(text)
         chosen = rows.select(positions)
         columns = {name: chosen[name][:] for name in (*[part for _, part in parts if part is not None], label)}
-        for name, values in columns.items():
-            # A table says NaN where it has nothing.
-            empty = next((i for i, value in enumerate(values) if value is None or value != value), None)
-            if empty is not None:
-                raise UserError(
-                    f"Row {positions[empty]} of the {split} rows of task {self.name!r} has nothing in the column "
-                    f"{name!r}. Fill it in or remove the row."
-                )
         texts = [
             "".join(literal + ("" if part is None else str(columns[part][i])) for literal, part in parts)
             for i in range(len(positions))
         ]
-        return Dataset.from_dict({"text": texts, "label": [self._answer(value, split) for value in columns[label]]})
+        answers = [self._readings[split].answer(value) for value in columns[label]]
+        return Dataset.from_dict({"text": texts, "label": answers})
 
     def _conversations(self, rows: Dataset, split: str, positions: Sequence[int]) -> Dataset:
         """Text, answer and the turns before them."""
@@ -341,7 +452,10 @@ class Task:
                     f"Row {position} of the {split} rows of task {self.name!r} is no conversation with an answer: "
                     f"{error}. Correct the row."
                 ) from error
-            found.append({"text": text, "label": self._answer(answer, split), "history": history})
+            label = read_labels([answer], self.options, self.label_names).answer(answer)
+            if label is None:
+                raise self._no_answer(answer, split)
+            found.append({"text": text, "label": label, "history": history})
         return Dataset.from_list(found)
 
     def _single(self, value: Any, split: str) -> Any:
@@ -351,26 +465,6 @@ class Task:
                 "or a number. Correct the data or the task's `label`."
             )
         return value
-
-    def _answer(self, value: Any, split: str) -> str:
-        value = self._single(value, split)
-        if self.label_names is not None:
-            if str(value) not in self.label_names:
-                raise UserError(
-                    f"The {split} rows of task {self.name!r} hold the label {value!r}, which is not among "
-                    f"`label_names` {self.label_names}. Correct the data or the task's `label_names`."
-                )
-            value = self.label_names[str(value)]
-        if self.options is None:
-            return str(value)
-        if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < len(self.options):
-            return self.options[value]
-        if str(value) not in self.options:
-            raise UserError(
-                f"The {split} rows of task {self.name!r} hold the label {value!r}, which is not among the options "
-                f"{self.options}. Correct the data or the task's `options`."
-            )
-        return str(value)
 
     # ---- Values -------------------------------------------------------------------------------------------------
 
