@@ -34,6 +34,7 @@ from .evaluation import panel
 from .evaluation.scoring import Cell, Scorer, metric_of
 from .hub.outbox import Outbox
 from .methods.contract import Ended, Measured, Merged, Task
+from .methods.curvature import check_layers
 from .methods.line_search import check_search, held_out_rows, search
 from .methods.measuring import measure
 from .methods.parity import Parity
@@ -179,6 +180,9 @@ class PMTrainerMixin(TaskTraining):
         """Check or create the run folder; resolve the base; find out what is done already."""
         args = self.args
         self.run = RunFolder(args, [stage.name for stage in self.stages], self.is_world_process_zero())
+        if self.parts.measures() and len(self.run.ledger) < len(self.stages):
+            # What cannot be measured must not be found after the training.
+            check_layers(self.model, self._first_rows(self.rows.test[0]))
         base, names = self.run.resolve_base(self.model, self.task_type)
         folder = Folder(base, self.run.ledger, names)
         self.run.open(folder, self.rows, self.model.peft_config[adapters.ADAPTER], self.task_type, self.parts)

@@ -1,4 +1,5 @@
 import gc
+from pathlib import Path
 
 import pytest
 import torch
@@ -7,9 +8,11 @@ from peft import LoraConfig
 from reference import directional_by_rows, fisher_by_rows, gradients_by_rows, merge_into_dense
 from transformers import MixtralConfig, MixtralForCausalLM, set_seed
 
+from hf_pm import PMTrainer
 from hf_pm.errors import UserError
 from hf_pm.methods import curvature
 from hf_pm.methods.curvature import mean_gradient, measure_curvature, row_losses
+from hf_pm.weights import adapters
 from hf_pm.weights.adapters import attach, base_weight, live_delta, lora_layers
 
 
@@ -363,3 +366,91 @@ def test_a_loss_that_is_not_finite_names_the_task_and_the_row():
     with pytest.raises(UserError, match="row 2 in the curvature pass of task 'colour'"):
         measure_curvature(model, causal_batches(2), task_name="colour")
     assert not any(layer._forward_hooks for layer in lora_layers(model).values())
+
+
+# ---- layers that see batch and positions as one dimension -----------------------------------------------------------
+
+
+def flattening_model():
+    from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
+
+    torch.manual_seed(0)
+    config = Qwen2MoeConfig(
+        vocab_size=64, hidden_size=16, num_hidden_layers=2, intermediate_size=32, moe_intermediate_size=16,
+        shared_expert_intermediate_size=16, num_attention_heads=2, num_key_value_heads=2, num_experts=4,
+        num_experts_per_tok=2,
+    )  # fmt: skip
+    model = adapters.attach(Qwen2MoeForCausalLM(config), LoraConfig(r=4, target_modules="all-linear"), "CAUSAL_LM")
+    for layer in adapters.lora_layers(model).values():
+        torch.nn.init.normal_(layer.lora_B["default"].weight, std=0.2)
+    return model
+
+
+def uneven_rows():
+    ids = torch.randint(4, 60, (3, 7), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[0, 5:] = 0
+    labels = torch.where(mask.bool(), ids, -100)
+    labels[:, :3] = -100
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+@pytest.mark.parametrize("estimator", ["diagonal", "factored"])
+def test_rows_of_flattened_layers_are_told_apart(estimator):
+    """The gate of Qwen2-MoE's shared expert sees (rows * positions, features): as one row at a time."""
+    model, batch = flattening_model(), uneven_rows()
+    assert any("shared_expert_gate" in name for name in adapters.lora_layers(model))
+    curvature.check_layers(model, batch)
+    together = curvature.measure_curvature(model, [batch], estimator=estimator)
+    single = [{key: value[i : i + 1] for key, value in batch.items()} for i in range(3)]
+    alone = curvature.measure_curvature(model, single, estimator=estimator)
+    for name, fisher in together.curvature.items():
+        for one, other in zip(curvature._parts(fisher), curvature._parts(alone.curvature[name]), strict=True):
+            assert torch.allclose(one, other, rtol=1e-4, atol=1e-7 * float(other.max() + 1e-30)), name
+
+
+class Pooled(torch.nn.Module):
+    """Gives a layer the mean over positions of two rows at a time."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return x + self.inner(x.mean((0, 1))[None])
+
+
+def test_a_layer_that_mixes_rows_is_found_before_training(model, stream, tokenizer, config):
+    model.model.layers[0].mlp = Pooled(torch.nn.Linear(16, 16))
+    lora = LoraConfig(r=2, target_modules=["inner"])
+    args = config(release="none")
+    trainer = PMTrainer(model=model, args=args, stream=stream, processing_class=tokenizer, peft_config=lora)
+    with pytest.raises(UserError, match="layer 'model.layers.0.mlp.inner' mixes the rows of a batch"):
+        trainer.train_stream()
+    assert trainer.state.global_step == 0 and not list(Path(args.output_dir).iterdir())
+
+
+def test_looking_at_the_layers_leaves_the_model_alone():
+    model, batch = flattening_model(), uneven_rows()
+    before, state = {n: p.clone() for n, p in model.named_parameters()}, torch.random.get_rng_state()
+    wanted = {n for n, p in model.named_parameters() if p.requires_grad}
+    model.train()
+    curvature.check_layers(model, batch)
+    assert model.training and torch.equal(torch.random.get_rng_state(), state)
+    assert all(torch.equal(before[n], p) and p.grad is None for n, p in model.named_parameters())
+    assert {n for n, p in model.named_parameters() if p.requires_grad} == wanted
+
+
+def test_falcons_own_linear_layer_is_adapted():
+    from transformers import FalconConfig, FalconForCausalLM
+
+    config = FalconConfig(vocab_size=64, hidden_size=16, num_hidden_layers=2, num_attention_heads=2)
+    model = adapters.attach(FalconForCausalLM(config), LoraConfig(r=2, target_modules="all-linear"), "CAUSAL_LM")
+    kinds = {type(layer.get_base_layer()).__name__ for layer in adapters.lora_layers(model).values()}
+    assert kinds == {"FalconLinear"}
+
+    class Doubled(torch.nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    assert not adapters._is_linear(Doubled(4, 4)) and adapters._is_linear(torch.nn.Linear(4, 4))

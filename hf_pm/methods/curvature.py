@@ -146,6 +146,26 @@ def measure_curvature(
     return Measurement(curvature, by_matrix, float(together), rows, sums)
 
 
+def check_layers(model: PeftModel, batch: Mapping[str, Any]) -> None:
+    """Find out before training whether every adapted layer can be measured, by one pass over a few rows.
+
+    Gradients, mode and generators are left as they were.
+
+    Args:
+        model (`PeftModel`): With the adapter of the stream.
+        batch (`Mapping`): Model inputs with `labels`, of two rows or more.
+
+    Raises:
+        UserError: Names the layer that mixes the rows of a batch.
+    """
+    for _ in _row_gradients(model, [batch], [(_count_rows, {}, 1)], None, nullcontext, "", 1):
+        pass
+
+
+def _count_rows(totals, name, x, d, weights, transposed) -> None:  # noqa: ANN001
+    totals[name] = len(weights)
+
+
 def mean_gradient(
     model: PeftModel,
     batches: Iterable[Mapping[str, Any]],
@@ -193,10 +213,13 @@ def _row_gradients(
     counts: torch.Tensor = torch.empty(0)
     slopes: dict[str, torch.Tensor] = {}
     norms: torch.Tensor = torch.empty(0)
+    lengths: set[int] = set()
     seen = 0
 
     def by_row(name: str, tensor: torch.Tensor) -> torch.Tensor:
-        if tensor.shape[0] != len(weights) and not experts:
+        # Some layers see batch and positions as one dimension, row after row.
+        flat = tensor.ndim == 2 and tensor.shape[0] in {len(weights) * length for length in lengths}
+        if tensor.shape[0] != len(weights) and not flat and not experts:
             raise UserError(
                 f"The layer {name!r} mixes the rows of a batch ({tensor.shape[0]} for {len(weights)}): its per-row "
                 "gradients cannot be told apart. Leave it out of the LoRA targets."
@@ -267,6 +290,7 @@ def _row_gradients(
         hooks.enter_context(evaluating(model))
         for batch in _one_by_one(batches) if experts else batches:
             _refuse_packed(batch, task_name)
+            lengths = {batch[key].shape[1] for key in ("input_ids", "labels") if batch[key].ndim == 2}
             with autocast():
                 logits, targets = predict(model, batch)
             losses, counts = row_losses(logits, targets, generator)

@@ -115,7 +115,7 @@ def attach(model: PreTrainedModel, config: LoraConfig, task_type: str) -> PeftMo
             )
         if is_experts(layer) and not isinstance(layer.get_base_layer(), nn.Embedding):
             continue
-        if kind not in ("Linear", "Conv1D", "Linear4bit", "Linear8bitLt", "NonDynamicallyQuantizableLinear"):
+        if kind not in ("Conv1D", "Linear4bit", "Linear8bitLt") and not _is_linear(layer.get_base_layer()):
             raise UserError(
                 f"The LoRA target {name!r} is a {kind}; only linear layers are supported. Remove it from LoRA targets."
             )
@@ -130,6 +130,19 @@ def attach(model: PreTrainedModel, config: LoraConfig, task_type: str) -> PeftMo
     if not any(parameter.requires_grad for parameter in wrapped.parameters()):
         raise UserError("The adapter has no trainable parameter. Set `inference_mode=False` in the LoRA settings.")
     return wrapped
+
+
+@torch.no_grad()
+def _is_linear(module: nn.Module) -> bool:
+    """Whether a module computes W x + b: `nn.Linear`, or a subclass (Falcon has one) that does the same."""
+    if not isinstance(module, nn.Linear):
+        return False
+    if type(module).forward is nn.Linear.forward or module.weight.is_meta:
+        return True
+    # Not drawn from a generator: the run's own must stay where it is.
+    x = torch.linspace(-1, 1, module.in_features, device=module.weight.device, dtype=module.weight.dtype)[None]
+    expected = nn.functional.linear(x, module.weight, module.bias)
+    return torch.allclose(module(x).float(), expected.float(), rtol=1e-2, atol=1e-3)
 
 
 def _unmatched(model: nn.Module, config: LoraConfig, reason: str) -> UserError:
