@@ -31,6 +31,13 @@ def test_few_knobs():
     assert len(new) <= 35  # the knobs of single parts are in `method_kwargs`, whatever their number
 
 
+def test_numbers_in_a_mapping_are_numbers_however_yaml_reads_them():
+    recipe = parse_recipe(None, [*BASE, "--method", "ewc", "--method_kwargs", "{ewc_strength: 1e4, ewc_decay: 1}"])
+    assert recipe.method_kwargs == {"ewc_strength": 10000.0, "ewc_decay": 1.0}
+    with pytest.raises(UserError, match="`ewc_strength` in `method_kwargs` must be at least 0, but got 'much'"):
+        parse_recipe(None, [*BASE, "--method", "ewc", "--method_kwargs", "{ewc_strength: much}"])
+
+
 def test_later_words_win_and_yaml_types_fit(tmp_path):
     path = tmp_path / "r.yaml"
     path.write_text(
