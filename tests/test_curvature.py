@@ -454,3 +454,15 @@ def test_falcons_own_linear_layer_is_adapted():
             return 2 * super().forward(x)
 
     assert not adapters._is_linear(Doubled(4, 4)) and adapters._is_linear(torch.nn.Linear(4, 4))
+
+
+def test_the_second_head_of_distilbert_is_trained_whole_and_not_adapted():
+    from transformers import DistilBertConfig, DistilBertForSequenceClassification
+
+    config = DistilBertConfig(vocab_size=64, dim=16, hidden_dim=32, n_layers=1, n_heads=2)
+    lora = LoraConfig(r=2, target_modules="all-linear")
+    model = adapters.attach(DistilBertForSequenceClassification(config), lora, "SEQ_CLS")
+    assert not any("classifier" in name for name in adapters.lora_layers(model))
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad and "lora" not in name}
+    assert {name.split(".")[2] for name in trained} == {"classifier", "pre_classifier"}
+    adapters.reset(model, 0)

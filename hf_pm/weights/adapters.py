@@ -26,6 +26,8 @@ from ..store.tensorfiles import read_header, read_tensor
 # Trainer and PEFT misbehave with other names (transformers#28531), so the adapter in training always has this one.
 ADAPTER = "default"
 PREFIX = "base_model.model."
+# Names that PEFT looks for to find the head of a classifier.
+HEADS = ("classifier", "score")
 # In the header of the weights: parameter name -> module path of its factors, number of experts, transposed.
 PARAMETERS = "hf_pm.parameters"
 
@@ -97,6 +99,11 @@ def attach(model: PreTrainedModel, config: LoraConfig, task_type: str) -> PeftMo
     """
     check_config(config, task_type)
     config.task_type = task_type
+    if task_type == "SEQ_CLS" and config.target_modules == "all-linear" and not config.exclude_modules:
+        # PEFT trains whole what ends in these names, and would adapt it too: DistilBERT's `pre_classifier`.
+        heads = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+        heads = [name for name in heads if name.endswith(HEADS) and name.rsplit(".", 1)[-1] not in HEADS]
+        config.exclude_modules = heads or None
     output = model.get_output_embeddings()
     try:
         wrapped = get_peft_model(model, config, adapter_name=ADAPTER)
