@@ -326,7 +326,11 @@ DATA: dict[str, tuple[Change, str]] = {
     "not JSON": (data("text,label\napple,red\n"), "JSON parse error"),
     "JSON cut in half": (data(ROW * 3 + ROW[:10]), "JSON parse error"),
     "rows of different kinds": (
-        data(ROW + '{"text": ["a"], "label": {"b": 1}}\n'),
+        data(ROW + '{"text": ["a"], "label": "red"}\n'),
+        "The column 'text' of the train rows of task 'colour' holds lists or objects",
+    ),
+    "labels of different kinds": (
+        data(ROW + '{"text": "a", "label": {"b": 1}}\n'),
         "hold the label {'b': 1}, but a row has one answer",
     ),
     "not UTF-8": (data(b'{"text": "\xff\xfe", "label": "red"}\n'), "Line 1 is not UTF-8 text"),

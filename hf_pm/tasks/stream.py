@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import ClassLabel, Dataset, DatasetDict, Value, load_dataset
+from datasets import ClassLabel, Dataset, DatasetDict, LargeList, List, Value, load_dataset
 from datasets.config import HF_DATASETS_CACHE
 from datasets.exceptions import DatasetsError
 
@@ -286,7 +286,8 @@ class Task:
         feature = rows.features[column]
         if column == label or isinstance(feature, Value | ClassLabel):
             return
-        kind = "objects" if isinstance(feature, dict) else "lists"
+        kinds = {dict: "objects", list: "lists", List: "lists", LargeList: "lists"}
+        kind = kinds.get(type(feature), "lists or objects")
         raise UserError(
             f"The column {column!r} of the {split} rows of task {self.name!r} holds {kind}, but a prompt is made of "
             "texts and numbers. Write the text out in a column of its own."
