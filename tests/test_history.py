@@ -540,3 +540,22 @@ def test_a_bank_of_adapters_has_nothing_to_leave_out(run, tmp_path):
     (run / "ledger.json").write_text(json.dumps(ledger))
     with pytest.raises(UserError, match=r"its model is the sum of \['thing'\]"):
         counterfactual(run, "mood", tmp_path / "without", None)
+
+
+@pytest.mark.parametrize("start", ["base", "merged"])
+def test_a_run_with_dense_updates_is_pushed_restored_and_goes_on(start, base, tokenizer, server, tmp_path):
+    """TIES: the payload of an entry is a dense update, which the repository holds for each task."""
+    overrides = {"method": "ties", "start": start}
+    run = tmp_path / "dense"
+    make_trainer(base, run, tokenizer, **overrides).train_stream()
+    whole = essence(run)
+    push_all(run)
+    restored = from_hub("me/stream", tmp_path / "elsewhere", revision=TAGS[1])
+    assert [entry.dense is not None for entry in Ledger(restored).entries] == [True, True]
+    moved = Path(shutil.copytree(base, tmp_path / "my-base"))
+    make_trainer(moved, restored, tokenizer, **overrides).train_stream()
+    after = essence(restored)
+    assert after["ledger"] == whole["ledger"] and after["results"] == whole["results"]
+    assert not [finding for finding in examine("me/stream", str(base)) if finding.problem]
+    with pytest.raises(UserError, match="cannot be left out"):
+        counterfactual(run, "mood", tmp_path / "without", None)
