@@ -1,5 +1,6 @@
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from transformers import (
     Trainer,
     TrainerCallback,
     TrainingArguments,
+    pipeline,
     set_seed,
 )
 
@@ -22,7 +24,9 @@ from hf_pm import PMConfig, PMSeq2SeqConfig, PMSeq2SeqTrainer, PMTrainer, Task, 
 from hf_pm.methods.contract import Perturbation
 from hf_pm.methods.perturbation import Gaussian
 from hf_pm.metrics import continual as cl_metrics
+from hf_pm.runs.doctor import examine
 from hf_pm.store.ledger import Ledger
+from hf_pm.store.tensorfiles import overwrite
 from hf_pm.weights.adapters import StoredAdapter, lora_layers
 from hf_pm.weights.folding import Folder
 
@@ -278,7 +282,7 @@ def test_a_wrong_release_is_reported(model, stream, tokenizer, lora, config, cap
 
     def broken(self, folder, number=None):
         whole(self, folder, number)
-        self.replace_tensors(folder, {name: torch.zeros_like(self.base.read(name)) for name in ["lm_head.weight"]})
+        overwrite(folder / "model.safetensors", {"lm_head.weight": torch.zeros_like(self.base.read("lm_head.weight"))})
 
     monkeypatch.setattr(Folder, "into_checkpoint", broken)
     _, results = trained(model, stream, tokenizer, lora, config())
@@ -587,6 +591,30 @@ def test_classification_stream_keeps_a_head_per_task(stream, seq2seq_tokenizer, 
         int(release(input_ids=torch.tensor([row["input_ids"]])).logits.argmax()) == row["labels"] for row in rows
     )
     assert results["matrix"][1][0] == pytest.approx(right / len(rows))
+
+
+def test_a_classifiers_release_has_the_classes_of_its_own_task(stream, seq2seq_tokenizer, lora, config):
+    """Three colours, then two moods: the second release answers in two words, at the root and through a pipeline."""
+    colour, mood = stream
+    splits = {name: getattr(mood, name).filter(lambda row: row["label"] != "calm") for name in ("train", "test")}
+    mood = replace(mood, options=["happy", "sad"], **splits)
+    args = config(num_train_epochs=10)
+    trainer, results = trained(build("bert"), TaskStream([colour, mood]), seq2seq_tokenizer, lora, args)
+    releases = Path(args.output_dir) / "releases"
+    for number, (tag, task) in enumerate((("task-01-colour", colour), ("task-02-mood", mood))):
+        settings = json.loads((releases / tag / "config.json").read_text())
+        assert settings["label2id"] == {name: i for i, name in enumerate(task.options)}
+        release = AutoModelForSequenceClassification.from_pretrained(releases / tag)
+        assert list(release.config.id2label.values()) == task.options and release.num_labels == len(task.options)
+        parity = results["per_task"][number]["parity"]["reloaded"]
+        assert parity["relative_difference"] < 1e-5
+        classify = pipeline("text-classification", str(releases / tag))
+        found = classify([f"{task.instruction}\n{row['text']}" for row in task.test])
+        right = sum(answer["label"] == row["label"] for answer, row in zip(found, task.test, strict=True))
+        assert right / len(task.test) == pytest.approx(results["matrix"][number][number])
+    kept = load_file(releases / "task-02-mood" / "heads.safetensors")
+    assert kept["colour/classifier.weight"].shape[0] == 3 and kept["mood/classifier.bias"].shape == (2,)
+    assert all(finding.problem is None for finding in examine(args.output_dir))
 
 
 def test_composes_with_trls_sft_trainer(model, stream, tokenizer, lora, config):

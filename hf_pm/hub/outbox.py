@@ -98,6 +98,8 @@ class Outbox:
             # What this start does not say, an earlier one may have found out.
             known = Facts.read(run.path)
             facts = replace(facts, license=facts.license or known.license, repo_id=repo_id or known.repo_id)
+            if len(run.ledger) and not known.labels:
+                facts = replace(facts, labels=[])  # all releases of a run have heads of one kind
         releases = Releases(run.path, run.folder, facts)
         folders = [run.path / "releases" / releases.facts.tag(n) for n in range(1, len(run.stages) + 1)]
         missing = sum(not folder.is_dir() for folder in folders) if facts.kind != "none" else repo_id is not None

@@ -12,9 +12,6 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import save_file
-
 from ..config import PMConfig
 from ..errors import UserError
 from ..methods.parts import Parts
@@ -27,6 +24,7 @@ from ..tasks.stream import TaskStream
 from ..weights import adapters
 from ..weights.bases import BaseCheckpoint, Piece
 from ..weights.folding import Folder
+from ..weights.heads import Head, write_heads
 from .cards import PICTURE, Card, public, release_tag
 from .publishing import release_files
 
@@ -66,6 +64,8 @@ class Facts:
         curvature (`bool`): Whether S and R are pushed.
         tokenizer (`list[str]`): Names of the tokenizer's files.
         keeps_rows (`bool`): Whether the method trains on rows of earlier tasks.
+        labels (`list[list[str]]`): Per training run, what the classes of a classifier are called; empty for other
+            models, and in runs of versions whose releases have the widest head of the stream.
     """
 
     task_type: str
@@ -85,6 +85,7 @@ class Facts:
     curvature: bool = True
     tokenizer: list[str] = field(default_factory=list)
     keeps_rows: bool = False
+    labels: list[list[str]] = field(default_factory=list)
 
     @classmethod
     def of_run(
@@ -111,6 +112,7 @@ class Facts:
             revision=args.hub_revision,
             private=args.hub_private_repo,
             curvature=args.hub_curvature,
+            labels=[list(tasks[0].options) for tasks in learned] if task_type == "SEQ_CLS" else [],
         )
 
     @property
@@ -338,14 +340,13 @@ class Releases:
 
     def _write_heads(self, folder: Path, number: int) -> None:
         """The newest task's head becomes the checkpoint's; the heads of all tasks lie beside it."""
-        heads: dict[str, torch.Tensor] = {}
-        head: dict[str, torch.Tensor] = {}
-        for entry in self.ledger.active(number):
+        active, labels = self.ledger.active(number), self.facts.labels
+        found = []
+        for k, entry in enumerate(active, start=number - len(active)):
             stored = adapters.StoredAdapter(self.path / entry.adapter).head()
-            head = {key.removeprefix(adapters.PREFIX): value for key, value in stored.items()}
-            heads |= {f"{entry.name}/{key}": value for key, value in head.items()}
-        self.folder.replace_tensors(folder, head)
-        save_file(heads, folder / "heads.safetensors")
+            tensors = {key.removeprefix(adapters.PREFIX): value for key, value in stored.items()}
+            found.append(Head(entry.name, tensors, labels[k] if labels else None))
+        write_heads(folder, found)
 
     # ---- As a repository ----------------------------------------------------------------------------------------
 

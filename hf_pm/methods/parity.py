@@ -87,7 +87,11 @@ def certificate(
 
 
 def certify_release(record: dict[str, Any], folded: torch.Tensor, reloaded: torch.Tensor, task_name: str) -> None:
-    """Complete `record` with the release's logits; warns over the tolerance."""
+    """Complete `record` with the release's logits; warns over the tolerance.
+
+    A classifier's release has the classes of its task only, the live model those of the widest task.
+    """
+    folded = folded[..., : reloaded.shape[-1]]
     record["reloaded"] = logit_parity(folded, reloaded)
     _judge(record, "reloaded", "release", "live merged model", task_name)
 

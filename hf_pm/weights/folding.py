@@ -28,7 +28,6 @@ from ..store.tensorfiles import (
     Stored,
     allocate,
     copy_range,
-    overwrite,
     read_header,
     read_into,
     read_tensor,
@@ -362,11 +361,6 @@ class Folder:
             name: [(entry.alpha(name), adapter.read(name)) for adapter, entry in adapters] for name in self.names
         }
         save_stacked(folder, updates, like=adapters[-1][0].path.parent)
-
-    def replace_tensors(self, folder: Path, tensors: dict[str, torch.Tensor]) -> None:
-        """Overwrite whole tensors of a checkpoint written by `into_checkpoint`."""
-        for file, header in self.base.headers.items():
-            overwrite(folder / file, {name: tensor for name, tensor in tensors.items() if name in header})
 
 
 def _of_piece(piece: Piece, payload: Term) -> Term:
