@@ -17,7 +17,7 @@ from .merging import LowRank, Terms, _cut
 
 
 # Side up to which a matrix is decomposed exactly; beyond it by subspace iteration, which is then faster.
-EXACT = 512
+EXACT = 256
 # Rounds of the subspace iteration, and columns it carries beyond the wanted ones so that the last of these converge.
 ROUNDS, SPARE = 8, 32
 # Smallest damping, relative to the mean diagonal: what float64 can still invert.
@@ -139,7 +139,7 @@ def add_outer(a: Symmetric | None, rows: torch.Tensor, rank: int, limit: int) ->
         outer = rows.mT @ rows
         return outer if a is None else a + outer
     if a is None:
-        a = Cut(rows.mT[..., :0], torch.zeros_like(rows[..., 0, :]) if rows.shape[-2] else rows.sum(-2))
+        a = Cut(rows.mT[..., :0], rows.new_zeros(rows.shape[:-2] + rows.shape[-1:]))
     # The cost per row is that of a Gram matrix of rank + piece columns, shared by the rows of the piece.
     for piece in rows.split(4 * rank, dim=-2):
         a = _cut_roots(torch.cat([a.roots, piece.mT], dim=-1), a.diagonal, rank)
@@ -193,23 +193,17 @@ def _leading_iterated(matrix: torch.Tensor, rank: int) -> torch.Tensor:
 
 
 def subspace(
-    delta: LowRank,
-    old: Factors,
-    new: Factors,
-    *,
-    mu: float = 1.0,
-    damping: float = 1e-3,
-    R: LowRank | None = None,
+    delta: LowRank, old: Factors, new: Factors, *, mu: float = 1.0, damping: float = 1e-3, R: LowRank | None = None
 ) -> torch.Tensor:
     """The matrix M (..., r, r) for which D' = left @ M @ right is the best compromise of old tasks and new.
 
-    M minimises mu * (1/2 <D', F_o D'> - <R, D'>) + 1/2 <D' - D, F_t (D' - D)>; M = alpha * I is P&M's number. With
+    M minimizes mu * (1/2 <D', F_o D'> - <R, D'>) + 1/2 <D' - D, F_t (D' - D)>; M = alpha * I is P&M's number. With
     P = left^T G left and Q = right A right^T, (r, r), it solves
 
         mu * (P_o M Q_o - left^T R right^T) + P_t (M - I) Q_t = 0
 
-    exactly for the damped P_t + damping * mean(diag P_t) * I in the place of P_t, and Q_t likewise. The damping is what
-    the solution keeps at I where the new task has no curvature and the old tasks have none either.
+    exactly, with P_t + damping * mean(diag P_t) * I in the place of P_t, and Q_t likewise. The damping keeps M at I in
+    directions that neither the new task nor the old ones have any curvature in.
 
     Args:
         delta (`LowRank`): The update D of the new task.
@@ -227,13 +221,7 @@ def subspace(
 
 
 def spectral(
-    delta: LowRank,
-    old: Factors,
-    new: Factors,
-    *,
-    mu: float = 1.0,
-    damping: float = 1e-3,
-    R: LowRank | None = None,
+    delta: LowRank, old: Factors, new: Factors, *, mu: float = 1.0, damping: float = 1e-3, R: LowRank | None = None
 ) -> torch.Tensor:
     """The same minimum as [`subspace`] over every matrix D' (..., out, in); its rank is full.
 
@@ -284,14 +272,8 @@ def remaining(R: LowRank | None, kept: LowRank, delta: LowRank, old: Factors | N
     """R after the update `delta` was merged as `kept`: R - F_o D' + F_t (D - D').
 
     It is minus the gradient, at the new merged weights, of the sum of the old tasks' surrogate losses,
-    1/2 <X, F_o X> - <R, X>, and the new one's, 1/2 <X - D, F_t (X - D)>. Cut to merging's `MAX_RANK`.
-
-    Args:
-        R (`LowRank`, *optional*): Before the task; `None` stands for zero.
-        kept (`LowRank`): What the merge kept, D'.
-        delta (`LowRank`): The update of the task, D.
-        old (`tuple`, *optional*): G and A of the old tasks; `None` before the first.
-        new (`tuple`): G and A of the new task.
+    1/2 <X, F_o X> - <R, X>, and the new one's, 1/2 <X - D, F_t (X - D)>. It is cut to merging's `MAX_RANK`. `R` and
+    `old` are `None` before the first task, which is kept whole: then the result has no columns.
     """
     pieces = [] if R is None else [R]
     if old is not None:
@@ -309,17 +291,12 @@ def _applied(factors: Factors, update: LowRank, factor: float) -> LowRank:
     return LowRank(factor * times(G, update.left), times(A, update.right.mT).mT)
 
 
-def alpha(delta: LowRank, old: Factors | None, new: Factors, R: LowRank | None = None) -> Terms:
-    """The terms with which merging's `pm_coefficient` gives P&M's number under this curvature, in float64.
+def matrix_terms(delta: LowRank, old: Factors | None, new: Factors, R: LowRank | None = None) -> Terms:
+    """The terms with which merging's `pm_coefficient` gives P&M's alpha under this curvature, in float64.
 
     q = <D, F_t D>, p = <D, F_o D> and l = <R, D>; before the first task p = l = 0.
     """
-    delta = LowRank(delta.left.double(), delta.right.double())
-    slope = 0.0
-    if R is not None:
-        slope = float(((R.left.double().mT @ delta.left) * (R.right.double() @ delta.right.mT)).sum())
-    return Terms(
-        q=float(price(*new, delta)),
-        p=0.0 if old is None else float(price(*old, delta)),
-        l=slope,
-    )
+    left, right = delta.left.double(), delta.right.double()
+    delta = LowRank(left, right)
+    slope = 0.0 if R is None else float(((R.left.double().mT @ left) * (R.right.double() @ right.mT)).sum())
+    return Terms(q=float(price(*new, delta)), p=0.0 if old is None else float(price(*old, delta)), l=slope)
