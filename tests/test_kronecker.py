@@ -204,6 +204,9 @@ def test_float32_sums_that_are_not_quite_semidefinite_do_not_fail():
     """A float32 matrix of rank 3 has eigenvalues of about -1e-7 of the largest."""
     old, new = ([psd(s, 60, 60, rank=3).float() - 1e-6 * torch.eye(60) for s in seeds] for seeds in ((1, 2), (3, 4)))
     assert min(torch.linalg.eigvalsh(new[0])) < 0
+    eye = torch.eye(4, dtype=torch.float64)
+    negative = spectral(DELTA, (-1e-6 * eye[:3, :3], eye), (eye[:3, :3], eye), mu=1e6)
+    torch.testing.assert_close(negative, DELTA.dense())
     delta = LowRank(*(part.float() for part in update(5, 60, 60, 4)))
     for damping in (0.0, 1e-3):
         assert spectral(delta, old, new, damping=damping).isfinite().all()
@@ -255,11 +258,12 @@ def test_subspace_iteration_finds_the_leading_eigenpairs(power, error, dtype):
 
 def test_subspace_iteration_survives_zero_and_noise():
     assert not cut(torch.zeros(300, 300), 4).dense().any()
-    low = psd(1, 300, 300, rank=3).float()
-    result = cut(low, 8)
-    assert distance(result.dense(), low) < 1e-4, "five of the eight columns fit float32 noise"
-    indefinite = low - 1e-6 * torch.eye(300)
-    assert distance(cut(indefinite, 8).dense(), indefinite) < 1e-4
+    for seed in range(4):
+        low = psd(seed, 300, 300, rank=1).float()
+        found = kronecker._leading_iterated(low, 8)
+        assert distance(found @ found.mT, low.double()) < 2e-7, "seven of the eight columns could fit float32 noise"
+        indefinite = low - 1e-6 * torch.eye(300)
+        assert distance(cut(indefinite, 8).dense(), indefinite) < 1e-6
 
 
 def test_add_of_two_cuts_is_exact_up_to_the_rank_and_keeps_the_diagonal():

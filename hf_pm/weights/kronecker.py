@@ -125,14 +125,8 @@ def add(a: Symmetric | None, b: Symmetric, rank: int) -> Symmetric:
 def add_outer(a: Symmetric | None, rows: torch.Tensor, rank: int, limit: int) -> Symmetric:
     """a + rows^T @ rows, the running sum of the outer products of `rows` (..., T, n).
 
-    Up to n = `limit` the sum is dense and is not cut; beyond, it starts as a `Cut` and takes a few rows at a time, so
-    that no (n, n) matrix is formed. Its diagonal is exact either way, the rest while the sum has at most rank `rank`.
-
-    Args:
-        a (`torch.Tensor` or `Cut`, *optional*): The sum so far; `None` before the first rows.
-        rows (`torch.Tensor`): The rows to add.
-        rank (`int`): Columns of the roots of a `Cut`.
-        limit (`int`): Widest matrix that is summed densely.
+    Up to n = `limit` the sum is dense and is not cut; beyond, it starts as a `Cut` of rank `rank` and takes a few rows
+    at a time, so that no (n, n) matrix is formed. Its diagonal is exact either way, the rest up to that rank.
     """
     rows = rows.detach().to(torch.promote_types(rows.dtype, torch.float32))
     if isinstance(a, torch.Tensor) or (a is None and rows.shape[-1] <= limit):
@@ -207,8 +201,7 @@ def subspace(
 
     Args:
         delta (`LowRank`): The update D of the new task.
-        old (`tuple`): G and A of the old tasks.
-        new (`tuple`): G and A of the new task.
+        old, new (`tuple`): G and A of the old tasks and of the new one.
         mu (`float`): Weight of the old tasks.
         damping (`float`): Relative to the mean diagonals; at least `FLOOR` is used.
         R (`LowRank`, *optional*): Minus the slope of the old tasks' surrogate losses at the merged weights.
@@ -296,7 +289,6 @@ def matrix_terms(delta: LowRank, old: Factors | None, new: Factors, R: LowRank |
 
     q = <D, F_t D>, p = <D, F_o D> and l = <R, D>; before the first task p = l = 0.
     """
-    left, right = delta.left.double(), delta.right.double()
-    delta = LowRank(left, right)
+    left, right = delta = LowRank(delta.left.double(), delta.right.double())
     slope = 0.0 if R is None else float(((R.left.double().mT @ left) * (R.right.double() @ right.mT)).sum())
     return Terms(q=float(price(*new, delta)), p=0.0 if old is None else float(price(*old, delta)), l=slope)
