@@ -22,7 +22,7 @@ WINGS = [
 # Modules that must load in a moment, and on a machine without models.
 FREE_OF_TRANSFORMERS = {
     *("errors", "metrics.continual", "metrics.task_metrics", "store.ledger", "store.results", "store.lock"),
-    *("weights.merging", "tasks.leaks", "methods.table", "hub.cards", "hub.publishing"),
+    *("weights.merging", "weights.kronecker", "tasks.leaks", "methods.table", "hub.cards", "hub.publishing"),
     *("report.tables", "report.figures", "report.groups", "report.comparison", "report.page"),
 }
 MODULES = {

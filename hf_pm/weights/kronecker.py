@@ -1,0 +1,294 @@
+"""Kronecker-factored curvature as pure functions on tensors. Nothing here knows about models or files.
+
+The curvature of one weight matrix W (out, in) is taken as F = G (x) A, with G (out, out) the second moment of the
+gradients of W x and A (in, in) the second moment of the inputs x, both symmetric and positive semidefinite:
+
+    F D = G D A    and    <D, F D> = tr(G D A D^T)    for an update D (out, in).
+
+Every update is a product of low rank, D = left @ right, so that no function but `spectral` ever forms an (out, in)
+or (n, n) matrix that it was not handed. All tensors may have the same leading dimensions (experts), written `...`.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+from .merging import LowRank, Terms, _cut
+
+
+# Side up to which a matrix is decomposed exactly; beyond it by subspace iteration, which is then faster.
+EXACT = 256
+# Rounds of the subspace iteration, and columns it carries beyond the wanted ones so that the last of these converge.
+ROUNDS, SPARE = 8, 32
+# Smallest damping, relative to the mean diagonal: what float64 can still invert.
+FLOOR = 1e-12
+# Rows of a wide float32 matrix that are widened to float64 at a time.
+BLOCK = 512
+
+
+class Cut(NamedTuple):
+    """A symmetric matrix kept as `roots @ roots^T + diag(diagonal)`, (..., n, k) and (..., n)."""
+
+    roots: torch.Tensor
+    diagonal: torch.Tensor
+
+    def dense(self) -> torch.Tensor:
+        return self.roots @ self.roots.mT + torch.diag_embed(self.diagonal)
+
+
+Symmetric = torch.Tensor | Cut
+Factors = tuple[Symmetric, Symmetric]  # G and A
+
+
+def size(matrix: Symmetric) -> int:
+    """Side n of the matrix."""
+    return (matrix.diagonal if isinstance(matrix, Cut) else matrix).shape[-1]
+
+
+def diagonal(matrix: Symmetric) -> torch.Tensor:
+    """The diagonal, (..., n)."""
+    if isinstance(matrix, Cut):
+        return matrix.roots.square().sum(-1) + matrix.diagonal
+    return matrix.diagonal(dim1=-2, dim2=-1)
+
+
+def trace(matrix: Symmetric) -> torch.Tensor:
+    """The trace of each matrix, (...)."""
+    return diagonal(matrix).sum(-1)
+
+
+def scaled(matrix: Symmetric, factor: float) -> Symmetric:
+    """factor * matrix, for a factor of at least 0."""
+    if isinstance(matrix, Cut):
+        return Cut(matrix.roots * factor**0.5, matrix.diagonal * factor)
+    return matrix * factor
+
+
+def mean_diagonal(matrix: Symmetric) -> Cut:
+    """The mean of the diagonal times the identity, as a `Cut` without roots."""
+    diag = diagonal(matrix)
+    return Cut(diag.new_zeros(*diag.shape, 0), diag.mean(-1, keepdim=True).expand_as(diag).contiguous())
+
+
+def times(matrix: Symmetric, B: torch.Tensor) -> torch.Tensor:
+    """matrix @ B, (..., n, r), in the wider of the two dtypes and differentiable in `B`."""
+    dtype = torch.promote_types(B.dtype, (matrix.roots if isinstance(matrix, Cut) else matrix).dtype)
+    B = B.to(dtype)
+    if isinstance(matrix, Cut):
+        roots = matrix.roots.to(dtype)
+        return roots @ (roots.mT @ B) + matrix.diagonal.to(dtype)[..., :, None] * B
+    return matrix.to(dtype) @ B
+
+
+def sandwich(matrix: Symmetric, B: torch.Tensor) -> torch.Tensor:
+    """B^T matrix B, (..., r, r), in the wider of the two dtypes and differentiable in `B`."""
+    product = times(matrix, B)
+    return B.to(product.dtype).mT @ product
+
+
+def price(G: Symmetric, A: Symmetric, delta: LowRank) -> torch.Tensor:
+    """<D, F D> summed over the leading dimensions, differentiable in the update.
+
+    tr(G D A D^T) = tr((left^T G left) (right A right^T)): thin products and r^2 numbers. With `mean_diagonal(G)` in
+    the place of G only the inputs' second moments count.
+    """
+    return (sandwich(G, delta.left) * sandwich(A, delta.right.mT)).sum()
+
+
+def cut(matrix: Symmetric, rank: int) -> Symmetric:
+    """The `rank` leading eigenpairs of the matrix, and what they leave of its diagonal.
+
+    The diagonal of the result is that of the matrix. The result is the matrix itself if that has at most `rank`
+    non-zero eigenvalues, and a dense matrix stays as it is where a `Cut` would not be smaller. A `Cut` is cut in its
+    roots alone.
+    """
+    if isinstance(matrix, Cut):
+        return _cut_roots(matrix.roots, matrix.diagonal, rank)
+    n = matrix.shape[-1]
+    if n <= rank + 1:
+        return matrix
+    roots = _leading_exact(matrix, rank) if n <= max(EXACT, 4 * rank) else _leading_iterated(matrix, rank)
+    rest = diagonal(matrix).double() - roots.square().sum(-1)
+    dtype = torch.promote_types(matrix.dtype, torch.float32)
+    return Cut(roots.to(dtype), rest.clamp(min=0).to(dtype))
+
+
+def add(a: Symmetric | None, b: Symmetric, rank: int) -> Symmetric:
+    """a + b, cut to `rank`; `None` counts as zero. The sum of two `Cut` is never formed as an (n, n) matrix."""
+    if a is None:
+        return cut(b, rank)
+    if isinstance(a, Cut) and isinstance(b, Cut):
+        return _cut_roots(torch.cat([a.roots, b.roots], dim=-1), a.diagonal + b.diagonal, rank)
+    return cut(_dense(a) + _dense(b), rank)
+
+
+def add_outer(a: Symmetric | None, rows: torch.Tensor, rank: int, limit: int) -> Symmetric:
+    """a + rows^T @ rows, the running sum of the outer products of `rows` (..., T, n).
+
+    Up to n = `limit` the sum is dense and is not cut; beyond, it starts as a `Cut` of rank `rank` and takes a few rows
+    at a time, so that no (n, n) matrix is formed. Its diagonal is exact either way, the rest up to that rank.
+    """
+    rows = rows.detach().to(torch.promote_types(rows.dtype, torch.float32))
+    if isinstance(a, torch.Tensor) or (a is None and rows.shape[-1] <= limit):
+        outer = rows.mT @ rows
+        return outer if a is None else a + outer
+    if a is None:
+        a = Cut(rows.mT[..., :0], rows.new_zeros(rows.shape[:-2] + rows.shape[-1:]))
+    # The cost per row is that of a Gram matrix of rank + piece columns, shared by the rows of the piece.
+    for piece in rows.split(4 * rank, dim=-2):
+        a = _cut_roots(torch.cat([a.roots, piece.mT], dim=-1), a.diagonal, rank)
+    return a
+
+
+def _dense(matrix: Symmetric) -> torch.Tensor:
+    return matrix.dense() if isinstance(matrix, Cut) else matrix
+
+
+def _cut_roots(roots: torch.Tensor, diag: torch.Tensor, rank: int) -> Cut:
+    """`Cut(roots, diag)` with at most `rank` columns; the diagonal of the columns left out is kept."""
+    if roots.shape[-1] <= rank:
+        return Cut(roots, diag)
+    wide = roots.double()
+    kept = _leading_columns(wide, rank)
+    lost = (wide.square().sum(-1) - kept.square().sum(-1)).clamp(min=0)
+    return Cut(kept.to(roots.dtype), (diag.double() + lost).to(diag.dtype))
+
+
+def _leading_columns(columns: torch.Tensor, rank: int) -> torch.Tensor:
+    """Orthogonal roots of the `rank` leading eigenpairs of columns @ columns^T, by the small Gram matrix."""
+    _, vectors = torch.linalg.eigh(columns.mT @ columns)
+    return columns @ vectors.flip(-1)[..., :rank]
+
+
+def _leading_exact(matrix: torch.Tensor, rank: int) -> torch.Tensor:
+    values, vectors = torch.linalg.eigh(matrix.double())
+    return vectors[..., -rank:] * values[..., None, -rank:].clamp(min=0).sqrt()
+
+
+def _leading_iterated(matrix: torch.Tensor, rank: int) -> torch.Tensor:
+    """Roots of the `rank` leading eigenpairs by subspace iteration; the same for the same matrix, always.
+
+    The last step is Nystrom's, M Q (Q^T M Q)^-1 Q^T M, rather than Rayleigh-Ritz, Q Q^T M Q Q^T: at the same cost it
+    is never above M, however little the iteration has converged. So its diagonal never exceeds that of M.
+    """
+    generator = torch.Generator().manual_seed(0)
+    n, fast = matrix.shape[-1], matrix.to(torch.promote_types(matrix.dtype, torch.float32))
+    basis = torch.randn(n, min(rank + SPARE, n), generator=generator).to(fast)
+    for _ in range(ROUNDS):
+        basis = torch.linalg.qr(fast @ basis).Q
+    basis = basis.double()
+    product = torch.cat([block.double() @ basis for block in matrix.split(BLOCK, dim=-2)], dim=-2)
+    inner = basis.mT @ product
+    values, vectors = torch.linalg.eigh((inner + inner.mT) / 2)
+    # Eigenvalues within the rounding of the matrix are noise, which the inverse would magnify.
+    noise = values[..., -1:] * max(10 * torch.finfo(fast.dtype).eps, FLOOR)
+    inverse = torch.where(values > noise.clamp(min=0), values, torch.inf).rsqrt()
+    return _leading_columns(product @ (vectors * inverse[..., None, :]), rank)
+
+
+def subspace(
+    delta: LowRank, old: Factors, new: Factors, *, mu: float = 1.0, damping: float = 1e-3, R: LowRank | None = None
+) -> torch.Tensor:
+    """The matrix M (..., r, r) for which D' = left @ M @ right is the best compromise of old tasks and new.
+
+    M minimizes mu * (1/2 <D', F_o D'> - <R, D'>) + 1/2 <D' - D, F_t (D' - D)>; M = alpha * I is P&M's number. With
+    P = left^T G left and Q = right A right^T, (r, r), it solves
+
+        mu * (P_o M Q_o - left^T R right^T) + P_t (M - I) Q_t = 0
+
+    exactly, with P_t + damping * mean(diag P_t) * I in the place of P_t, and Q_t likewise. The damping keeps M at I in
+    directions that neither the new task nor the old ones have any curvature in.
+
+    Args:
+        delta (`LowRank`): The update D of the new task.
+        old, new (`tuple`): G and A of the old tasks and of the new one.
+        mu (`float`): Weight of the old tasks.
+        damping (`float`): Relative to the mean diagonals; at least `FLOOR` is used.
+        R (`LowRank`, *optional*): Minus the slope of the old tasks' surrogate losses at the merged weights.
+    """
+    left, right = delta.left.double(), delta.right.double()
+    old, new = ((sandwich(G, left), sandwich(A, right.mT)) for G, A in (old, new))
+    linear = None if R is None else (left.mT @ R.left.double()) @ (R.right.double() @ right.mT)
+    start = torch.eye(left.shape[-1], dtype=torch.float64, device=left.device)
+    return _minimize(start, old, new, linear, mu, damping).to(_result_dtype(delta))
+
+
+def spectral(
+    delta: LowRank, old: Factors, new: Factors, *, mu: float = 1.0, damping: float = 1e-3, R: LowRank | None = None
+) -> torch.Tensor:
+    """The same minimum as [`subspace`] over every matrix D' (..., out, in); its rank is full.
+
+    It solves mu * (G_o D' A_o - R) + G_t (D' - D) A_t = 0, exactly for G_t and A_t damped as in [`subspace`]. All
+    four factors are made dense in float64, also those kept as a `Cut`, and decomposed: for moderate sizes.
+    """
+    old, new = ((_dense(G).double(), _dense(A).double()) for G, A in (old, new))
+    linear = None if R is None else R.left.double() @ R.right.double()
+    start = delta.left.double() @ delta.right.double()
+    return _minimize(start, old, new, linear, mu, damping).to(_result_dtype(delta))
+
+
+def _result_dtype(delta: LowRank) -> torch.dtype:
+    return torch.promote_types(delta.left.dtype, torch.float32)
+
+
+def _minimize(start, old, new, linear, mu, damping) -> torch.Tensor:
+    """X with mu * (P_o X Q_o - linear) + P_t (X - start) Q_t = 0, for dense float64 pairs (P, Q), P_t and Q_t damped.
+
+    In the coordinates X = V Y W^T that make P_t and Q_t the identity and P_o and Q_o diagonal it is one division.
+    """
+    (V, V_inverse, g), (W, W_inverse, a) = (_simultaneous(o, t, damping) for o, t in zip(old, new, strict=True))
+    Y = V_inverse @ start @ W_inverse.mT
+    if linear is not None:
+        Y = Y + mu * (V.mT @ linear @ W)
+    return V @ (Y / (1 + mu * g[..., :, None] * a[..., None, :])) @ W.mT
+
+
+def _simultaneous(old: torch.Tensor, new: torch.Tensor, damping: float) -> tuple[torch.Tensor, ...]:
+    """V, V^-1 and g with V^T new V = I and V^T old V = diag(g), `new` damped.
+
+    By two eigendecompositions and not by Cholesky's, which fails at the small negative eigenvalues of a float32 sum.
+    """
+    mean_new, mean_old = (diagonal(matrix).mean(-1, keepdim=True) for matrix in (new, old))
+    shift = max(damping, FLOOR) * mean_new
+    # Without any curvature of the new task the old tasks' decide, and without either every solution is as good.
+    shift = torch.where(shift > 0, shift, FLOOR * mean_old)
+    shift = torch.where(shift > 0, shift, 1.0)
+    values, vectors = torch.linalg.eigh(new)
+    root = (values.clamp(min=0) + shift).sqrt()
+    whitened = vectors / root[..., None, :]
+    inner = whitened.mT @ old @ whitened
+    g, rotation = torch.linalg.eigh((inner + inner.mT) / 2)
+    return whitened @ rotation, rotation.mT @ (vectors * root[..., None, :]).mT, g.clamp(min=0)
+
+
+def remaining(R: LowRank | None, kept: LowRank, delta: LowRank, old: Factors | None, new: Factors) -> LowRank:
+    """R after the update `delta` was merged as `kept`: R - F_o D' + F_t (D - D').
+
+    It is minus the gradient, at the new merged weights, of the sum of the old tasks' surrogate losses,
+    1/2 <X, F_o X> - <R, X>, and the new one's, 1/2 <X - D, F_t (X - D)>. It is cut to merging's `MAX_RANK`. `R` and
+    `old` are `None` before the first task, which is kept whole: then the result has no columns.
+    """
+    pieces = [] if R is None else [R]
+    if old is not None:
+        pieces.append(_applied(old, kept, -1.0))
+    if not all(x is y or torch.equal(x, y) for x, y in zip(kept, delta, strict=True)):
+        pieces += [_applied(new, delta, 1.0), _applied(new, kept, -1.0)]
+    if not pieces:
+        return LowRank(delta.left[..., :0], delta.right[..., :0, :])
+    return _cut(pieces)
+
+
+def _applied(factors: Factors, update: LowRank, factor: float) -> LowRank:
+    """factor * F D, of the rank of D."""
+    G, A = factors
+    return LowRank(factor * times(G, update.left), times(A, update.right.mT).mT)
+
+
+def matrix_terms(delta: LowRank, old: Factors | None, new: Factors, R: LowRank | None = None) -> Terms:
+    """The terms with which merging's `pm_coefficient` gives P&M's alpha under this curvature, in float64.
+
+    q = <D, F_t D>, p = <D, F_o D> and l = <R, D>; before the first task p = l = 0.
+    """
+    left, right = delta = LowRank(delta.left.double(), delta.right.double())
+    slope = 0.0 if R is None else float(((R.left.double().mT @ left) * (R.right.double() @ right.mT)).sum())
+    return Terms(q=float(price(*new, delta)), p=0.0 if old is None else float(price(*old, delta)), l=slope)
