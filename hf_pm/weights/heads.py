@@ -51,9 +51,9 @@ def write_heads(folder: Path, heads: Sequence[Head]) -> None:
     if newest.classes is not None:
         _name_classes(folder / "config.json", newest.classes)
     named = {head.task: list(head.classes) for head in heads if head.classes is not None}
-    metadata = {"format": "pt"} | ({"classes": json.dumps(named)} if named else {})
     tensors = {f"{task}/{name}": tensor for task, found in cut.items() for name, tensor in found.items()}
-    save_file(tensors, folder / HEADS, metadata=metadata if named else None)
+    # One entry: safetensors writes several in an order that changes from process to process.
+    save_file(tensors, folder / HEADS, metadata={"classes": json.dumps(named)} if named else None)
 
 
 def _cut(head: Head, config: PretrainedConfig | None) -> dict[str, torch.Tensor]:
