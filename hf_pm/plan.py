@@ -11,6 +11,7 @@ from accelerate import init_empty_weights
 
 from .config import PMConfig, Recipe
 from .loading import ARCHITECTURES, LOADING_ERRORS, cannot_load, recipe_lora, recipe_stream
+from .methods.curvature import moment_bytes
 from .methods.parts import Parts
 from .tasks.encoding import Encoder
 from .tasks.rows import StreamRows
@@ -70,11 +71,13 @@ def method_bytes(shapes: Mapping[str, Sequence[int]], config: PMConfig) -> Metho
     if "curvature" in parts.measures():
         form = "dense" if config.curvature_estimator == "diagonal" else "factored"
         measured = state_bytes({"F": form}, shapes, dtype="float32", rank=0)
+    if "kronecker" in parts.measures():
+        measured += moment_bytes(shapes)
     # For one matrix at a time, old and new values of everything that is kept, and dense updates.
     at_once = 2 * len(keeps) + 1 if keeps else 0
     at_once += 3 if dense else 0
     return MethodBytes(
-        state=state_bytes(keeps, shapes, dtype=config.curvature_dtype, rank=MAX_RANK),
+        state=state_bytes(keeps, shapes, dtype=config.curvature_dtype, rank=MAX_RANK, cut=parts.cut_rank),
         dense=4 * sum(math.prod(shape) for shape in shapes.values()) if dense else 0,
         merge_memory=measured + 4 * at_once * max(math.prod(shape) for shape in shapes.values()),
     )

@@ -34,6 +34,7 @@ from ..evaluation.answers import aligned
 from ..store.ledger import Entry
 from ..tasks.encoding import IGNORE_INDEX
 from ..weights import adapters
+from ..weights.kronecker import Factors
 from ..weights.merging import Curvature, LowRank
 from ..weights.states import StoredState, Value
 
@@ -44,7 +45,8 @@ class Measured(NamedTuple):
     `curvature` and `gradient` are empty where no part wants them. `exact` is delta' F delta with the full matrix F of
     the task, cross terms between entries and matrices included: it costs nothing beside any estimator, and shows what
     a diagonal loses. `calibration` is what the factored curvature was multiplied with to agree with it
-    (`curvature_estimator: directional`), else 1.
+    (`curvature_estimator: directional`), else 1. `kronecker` has the Kronecker factors (rows x rows, columns x
+    columns) of a matrix, in the orientation of the live weight; layers that read the same input share one object.
     """
 
     curvature: dict[str, Curvature]
@@ -52,6 +54,7 @@ class Measured(NamedTuple):
     updates: dict[str, adapters.Update]
     exact: float
     calibration: float
+    kronecker: dict[str, Factors] = {}
 
     def delta(self, name: str) -> LowRank:
         return LowRank(*self.updates[name].factors())
@@ -133,6 +136,12 @@ class Step(NamedTuple):
                 delta = adapters.live_update(layer, self.scales[name]).delta()
             yield name, delta
 
+    def factors(self) -> Iterator[tuple[str, LowRank]]:
+        """Name and update of every adapted matrix as left @ right, float32, in the graph of the adapter's factors."""
+        for name, layer in self.layers.items():
+            with torch.autocast(layer.lora_A[adapters.ADAPTER].weight.device.type, enabled=False):
+                yield name, LowRank(*adapters.live_update(layer, self.scales[name]).factors())
+
     def answers(self) -> torch.Tensor:
         """Logits of this step where an answer is predicted, (answer tokens, vocabulary)."""
         logits, targets = aligned(self.outputs.logits, self.batch, self.model.config.is_encoder_decoder)
@@ -152,13 +161,14 @@ class Part:
     """One answer to one question of the table.
 
     `settings`: its own knobs, under names that no other part has. `measures`: what it wants of the measuring pass, out
-    of `measuring.MEASURES`. `growth`: how what it keeps grows, in words. `keeps_rows`: whether rows of earlier tasks
-    are trained on again.
+    of `measuring.MEASURES`. `growth`: how what it keeps grows, in words. `cut_rank`: rank of the square matrices
+    that it keeps, if any. `keeps_rows`: whether rows of earlier tasks are trained on again.
     """
 
     settings: ClassVar[dict[str, Setting]] = {}
     measures: ClassVar[frozenset[str]] = frozenset()
     growth: ClassVar[str] = ""
+    cut_rank: int = 0
     keeps_rows: ClassVar[bool] = False
 
     def __init__(self, args: Any) -> None:

@@ -9,6 +9,8 @@ With G_n = d(sum of the answer's token losses) / dW of row n and w_n = 1 / n_tok
 | `factored` | the row sums and column sums of that | out + in numbers |
 | `directional` | w_n * <G_n, delta>^2: delta' F delta with the full matrix F, cross terms included | one number |
 
+The same pass can fill `Moments`: the Kronecker factors, second moments of inputs and of output gradients.
+
 G_n is the product of a layer's output gradient and its input, so no `weight.grad` is needed and quantised bases work;
 those of the adapter's own factors are not computed either.
 <G_n, delta> comes from the adapter itself: delta enters the layer as scale * B (A x), and by the product rule the sum
@@ -29,6 +31,7 @@ from torch import nn
 from ..errors import UserError
 from ..evaluation.answers import evaluating, predict
 from ..tasks.encoding import IGNORE_INDEX
+from ..weights import kronecker
 from ..weights.adapters import ADAPTER, base_weight, is_experts, live_delta, lora_layers
 from ..weights.merging import Curvature, Factored
 
@@ -36,8 +39,68 @@ from ..weights.merging import Curvature, Factored
 ESTIMATORS = ("diagonal", "factored", "directional")
 # Elements of a per-row gradient that exist at a time.
 CHUNK = 1 << 22
+# Side up to which second moments are summed up whole; beyond, as `MOMENT_RANK` directions and a diagonal.
+WIDE, MOMENT_RANK = 2048, 128
 # What tells that several examples share a row.
 PACKED_KEYS = ("cu_seq_lens_q", "cu_seqlens", "seq_idx", "seq_lengths")
+
+
+class Moments:
+    """Sums of the Kronecker factors over the rows of one process, as the pass comes by the layers.
+
+    For one layer W (out, in) with input x_t and d_t = d l / d(W x_t) at token t, where l is the sum of a row's answer
+    losses: A = sum over real tokens (prompt too, padding not) of x x^T, and G = sum over rows of w_n sum_t d d^T. With
+    the means of both, F ~ G (x) A (Ritter et al. 2018, arXiv 1805.07810).
+
+    Args:
+        whole (`bool`, *optional*, defaults to `False`): Sum up every matrix whole, however wide, so that the sums of
+            several processes can be added.
+
+    Attributes:
+        outputs (`dict`): Layer -> G, (out, out) float32.
+        inputs (`dict`): Layer -> A, (in, in) float32. Layers that read the same tensor (q, k, v) share one object.
+        tokens (`dict`): Layer -> number of real tokens.
+    """
+
+    def __init__(self, whole: bool = False) -> None:
+        self.limit = 1 << 62 if whole else WIDE
+        self.outputs: dict[str, kronecker.Symmetric] = {}
+        self._sums: dict[str, kronecker.Symmetric] = {}
+        self._counts: dict[str, int] = {}
+        self._leader: dict[str, str] = {}  # layer -> the first one that reads its input
+        self._readers: dict[tuple[int, torch.Size], str] = {}
+
+    @property
+    def inputs(self) -> dict[str, kronecker.Symmetric]:
+        return {name: self._sums[leader] for name, leader in self._leader.items()}
+
+    @property
+    def tokens(self) -> dict[str, int]:
+        return {name: self._counts[leader] for name, leader in self._leader.items()}
+
+    def new_batch(self) -> None:
+        """What lies at an address is another tensor now."""
+        self._readers = {}
+
+    def see_input(self, name: str, tensor: torch.Tensor, x: torch.Tensor, real: torch.Tensor | None) -> None:
+        """Add x (rows, tokens, in); `real` says which tokens are no padding, (rows, tokens), or all are."""
+        leader = self._readers.setdefault((tensor.data_ptr(), tensor.shape), name)
+        self._leader[name] = leader
+        if leader == name:
+            x = x.flatten(0, 1) if real is None else x[real]
+            self._sums[name] = kronecker.add_outer(self._sums.get(name), x, MOMENT_RANK, self.limit)
+            self._counts[name] = self._counts.get(name, 0) + len(x)
+
+    def see_gradient(self, name: str, d: torch.Tensor, weights: torch.Tensor) -> None:
+        """Add d (rows, tokens, out), each row with its weight (rows,)."""
+        d = (d * weights.sqrt()[:, None, None]).flatten(0, 1)
+        self.outputs[name] = kronecker.add_outer(self.outputs.get(name), d, MOMENT_RANK, self.limit)
+
+
+def moment_bytes(shapes: Mapping[str, Sequence[int]]) -> int:
+    """Bytes of the sums of [`Moments`] in one process, for matrices of these shapes (out, in) that share no input."""
+    sides = [side for shape in shapes.values() for side in shape[-2:]]
+    return 4 * sum(side * (side if side <= WIDE else MOMENT_RANK + 1) for side in sides)
 
 
 class Measurement(NamedTuple):
@@ -90,6 +153,7 @@ def measure_curvature(
     normalization: str = "token",
     generator: torch.Generator | None = None,
     gradient: bool = False,
+    moments: Moments | None = None,
     autocast: Callable[[], Any] = nullcontext,
     task_name: str = "",
 ) -> Measurement:
@@ -104,6 +168,7 @@ def measure_curvature(
         generator (`torch.Generator`, *optional*): Draws labels from the model (true Fisher) instead of the data's.
         gradient (`bool`, *optional*, defaults to `False`): Sum up the gradient of the training loss in the same pass,
             as [`mean_gradient`] does in one of its own. It is that of the labels in use.
+        moments (`Moments`, *optional*): Filled in the same pass. Expert parameters have none.
         autocast (`Callable`, *optional*): Context manager factory for the forward pass.
         task_name (`str`, *optional*): For messages.
 
@@ -123,7 +188,7 @@ def measure_curvature(
     sums: dict[str, torch.Tensor] = {}
     collectors = [(collect, curvature, power)] if collect is not None else []
     collectors += [(_add_gradients, sums, 1)] if gradient else []
-    for gradients in _row_gradients(model, batches, collectors, generator, autocast, task_name, power):
+    for gradients in _row_gradients(model, batches, collectors, generator, autocast, task_name, power, moments):
         weights = gradients.weights.double().cpu()
         values = {name: value.double().cpu() for name, value in gradients.slopes.items()}
         for name, value in values.items():
@@ -136,8 +201,11 @@ def measure_curvature(
         for name, layer in lora_layers(model).items():
             if name not in curvature:
                 curvature[name] = _nothing(base_weight(layer), estimator)
-    for name, fisher in curvature.items():
-        if not all(bool(torch.isfinite(part).all()) for part in _parts(fisher)):
+    squares = [*curvature.items()]
+    if moments is not None:
+        squares += [*moments.outputs.items(), *moments.inputs.items()]
+    for name, square in squares:
+        if not all(bool(torch.isfinite(part).all()) for part in _parts(square)):
             raise UserError(
                 f"The squared gradients of {name!r} in the curvature pass of task {task_name!r} overflow float32. "
                 "Nothing was committed; lower `learning_rate`."
@@ -203,6 +271,7 @@ def _row_gradients(
     autocast: Callable[[], Any],
     task_name: str,
     power: int,
+    moments: Moments | None = None,
 ) -> Iterator[_Batch]:
     """One forward and backward pass a batch. A collector is a function, its totals, and the power of a row's number of
     targets that the row is divided by: `collect(totals, name, x, d, weights, transposed)` sees x (rows, tokens, in)
@@ -214,18 +283,19 @@ def _row_gradients(
     slopes: dict[str, torch.Tensor] = {}
     norms: torch.Tensor = torch.empty(0)
     lengths: set[int] = set()
-    seen = 0
+    real: dict[int, torch.Tensor] = {}
+    seen = rows = 0
 
     def by_row(name: str, tensor: torch.Tensor) -> torch.Tensor:
         # Some layers see batch and positions as one dimension, row after row.
-        flat = tensor.ndim == 2 and tensor.shape[0] in {len(weights) * length for length in lengths}
-        if tensor.shape[0] != len(weights) and not flat and not experts:
+        flat = tensor.ndim == 2 and tensor.shape[0] in {rows * length for length in lengths}
+        if tensor.shape[0] != rows and not flat and not experts:
             raise UserError(
-                f"The layer {name!r} mixes the rows of a batch ({tensor.shape[0]} for {len(weights)}): its per-row "
+                f"The layer {name!r} mixes the rows of a batch ({tensor.shape[0]} for {rows}): its per-row "
                 "gradients cannot be told apart. Leave it out of the LoRA targets."
             )
         tensor = tensor if tensor.dtype == torch.float64 else tensor.float()
-        return tensor.reshape(len(weights), -1, tensor.shape[-1])
+        return tensor.reshape(rows, -1, tensor.shape[-1])
 
     def by_targets(power: int) -> torch.Tensor:
         return 1.0 / counts**power
@@ -240,9 +310,14 @@ def _row_gradients(
             x = by_row(name, inputs)
             for collect, totals, power in collectors:
                 collect(totals, name, x, d, by_targets(power), transposed)
+            if moments is not None:
+                moments.see_gradient(name, d, weights)
 
         if out.requires_grad:
             out.register_hook(on_gradient)
+            if moments is not None:
+                x = by_row(name, inputs)
+                moments.see_input(name, inputs, x, real.get(x.shape[1]))
 
     def on_down_projection(name: str, module: nn.Module, args: tuple[torch.Tensor, ...], out: torch.Tensor) -> None:
         if torch.is_grad_enabled():
@@ -281,7 +356,7 @@ def _row_gradients(
                     hooks.callback(factor.requires_grad_, True)
                     factor.requires_grad_(False)
                 handles = [layer.lora_A[ADAPTER].register_forward_hook(partial(on_down_projection, name))]
-                if collectors:
+                if collectors or moments is not None:
                     transposed = bool(getattr(layer, "fan_in_fan_out", False))
                     handles.append(layer.register_forward_hook(partial(on_output, name, transposed)))
             for handle in handles:
@@ -290,7 +365,11 @@ def _row_gradients(
         hooks.enter_context(evaluating(model))
         for batch in _one_by_one(batches) if experts else batches:
             _refuse_packed(batch, task_name)
+            rows = len(batch["labels"])
             lengths = {batch[key].shape[1] for key in ("input_ids", "labels") if batch[key].ndim == 2}
+            if moments is not None:
+                moments.new_batch()
+                real = _real_tokens(model, batch)
             with autocast():
                 logits, targets = predict(model, batch)
             losses, counts = row_losses(logits, targets, generator)
@@ -305,6 +384,20 @@ def _row_gradients(
             _require_finite(norms + sum(slopes.values()), "gradient", seen, task_name)
             seen += len(losses)
             yield _Batch(weights, slopes, seen)
+
+
+def _real_tokens(model: PeftModel, batch: Mapping[str, Any]) -> dict[int, torch.Tensor]:
+    """Number of positions -> which of them are no padding, (rows, positions).
+
+    Where encoder and decoder see equally many positions, what one of them sees as padding is left out for both.
+    """
+    found = {}
+    if batch.get("attention_mask") is not None:
+        found[batch["attention_mask"].shape[1]] = batch["attention_mask"].bool()
+    if model.config.is_encoder_decoder:
+        labels = batch["labels"] != IGNORE_INDEX
+        found[labels.shape[1]] = labels & found.get(labels.shape[1], labels)
+    return found
 
 
 def _add_squares(totals, name, x, d, weights, transposed) -> None:  # noqa: ANN001
@@ -355,8 +448,8 @@ def _add_gradients(totals, name, x, d, weights, transposed) -> None:  # noqa: AN
     totals[name] = totals[name] + gradient if name in totals else gradient
 
 
-def _parts(fisher: Curvature) -> tuple[torch.Tensor, ...]:
-    return tuple(fisher) if isinstance(fisher, Factored) else (fisher,)
+def _parts(fisher: Curvature | kronecker.Symmetric) -> tuple[torch.Tensor, ...]:
+    return (fisher,) if isinstance(fisher, torch.Tensor) else tuple(fisher)
 
 
 def _require_finite(values: torch.Tensor, what: str, seen: int, task_name: str) -> None:

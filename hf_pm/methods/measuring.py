@@ -1,21 +1,21 @@
 """The measuring pass at the end of a task: what the parts of a method want, all in one forward and backward."""
 
 import math
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
 from datasets import Dataset
 
-from ..weights import adapters
+from ..weights import adapters, kronecker
 from ..weights.merging import Curvature, Factored, mean_entry, quadratic, scaled
 from .contract import Measured
-from .curvature import mean_gradient, measure_curvature
+from .curvature import Moments, mean_gradient, measure_curvature
 
 
 # What a part may ask for (`Part.measures`), by matrix: the curvature F as `curvature_estimator` keeps it, and the
-# mean gradient of the task's loss on the data's own labels.
-MEASURES = ("curvature", "gradient")
+# mean gradient of the task's loss on the data's own labels, and the Kronecker factors of F.
+MEASURES = ("curvature", "gradient", "kronecker")
 
 
 def measure(trainer: Any, rows: Dataset, wanted: Collection[str], task_name: str, seed: int) -> Measured:
@@ -31,15 +31,22 @@ def measure(trainer: Any, rows: Dataset, wanted: Collection[str], task_name: str
     args, accelerator = trainer.args, trainer.accelerator
     sampled = args.curvature_labels == "sampled"
     generator = torch.Generator().manual_seed(seed + args.process_index) if sampled else None
+    moments = Moments(whole=accelerator.num_processes > 1) if "kronecker" in wanted else None
+    estimator = args.curvature_estimator
+    if "curvature" not in wanted:
+        estimator = "directional"  # its one number costs nothing
+    elif estimator == "directional":
+        estimator = "factored"
     settings = {"autocast": accelerator.autocast, "task_name": task_name}
     found = measure_curvature(
         trainer.model,
         trainer.batches(rows, args.curvature_batch_size, "curvature"),
         # The exact form of the new task needs no memory of its own; what later tasks need of it is the factored one.
-        estimator="factored" if args.curvature_estimator == "directional" else args.curvature_estimator,
+        estimator=estimator,
         normalization=args.curvature_normalization,
         generator=generator,
         gradient="gradient" in wanted and not sampled,
+        moments=moments,
         **settings,
     )
     gradients = found.gradient
@@ -61,11 +68,13 @@ def measure(trainer: Any, rows: Dataset, wanted: Collection[str], task_name: str
     gradient = {name: total(tensor).div_(count) for name, tensor in gradients.items()}
     updates = adapters.updates(trainer.model)
     factor = 1.0
-    if args.curvature_normalization == "trace":
+    if curvature and args.curvature_normalization == "trace":
         mean = mean_entry(curvature, {name: math.prod(update.shape()) for name, update in updates.items()})
         factor = 1 / mean if mean > 0 else 1.0
     measured = Measured(curvature, gradient, updates, exact, 1.0)
-    if args.curvature_estimator == "directional":
+    if moments is not None:
+        measured = measured._replace(kronecker=_means(moments, updates, count, total))
+    if curvature and args.curvature_estimator == "directional":
         along = math.fsum(quadratic(fisher, measured.delta(name).dense()) for name, fisher in curvature.items())
         measured = measured._replace(calibration=exact / along if along > 0 else 1.0)
     factor_of_f = factor * measured.calibration
@@ -76,3 +85,32 @@ def measure(trainer: Any, rows: Dataset, wanted: Collection[str], task_name: str
         gradient={name: tensor * factor for name, tensor in gradient.items()},
         exact=exact * factor,
     )
+
+
+def _means(
+    moments: Moments,
+    updates: Mapping[str, adapters.Update],
+    rows: float,
+    total: Callable[[torch.Tensor], torch.Tensor],
+) -> dict[str, kronecker.Factors]:
+    """Matrix name -> its Kronecker factors over all ranks, in the orientation of the live weight, on the CPU."""
+    inputs: dict[int, kronecker.Symmetric] = {}  # layers that share A go on sharing it
+    found = {}
+    for name, tokens in moments.tokens.items():
+        G, A = moments.outputs[name], moments.inputs[name]
+        if id(A) not in inputs:
+            count = float(total(torch.tensor(tokens, device=_device(A), dtype=torch.float64)))
+            inputs[id(A)] = kronecker.scaled(_over_ranks(A, total), 1 / count)
+        pair = kronecker.scaled(_over_ranks(G, total), 1 / rows), inputs[id(A)]
+        found[name] = pair[::-1] if updates[name].transposed else pair
+    return found
+
+
+def _over_ranks(matrix: kronecker.Symmetric, total: Callable[[torch.Tensor], torch.Tensor]) -> kronecker.Symmetric:
+    if isinstance(matrix, kronecker.Cut):  # of one process, see `Moments`
+        return kronecker.Cut(matrix.roots.cpu(), matrix.diagonal.cpu())
+    return total(matrix)
+
+
+def _device(matrix: kronecker.Symmetric) -> torch.device:
+    return (matrix.diagonal if isinstance(matrix, kronecker.Cut) else matrix).device

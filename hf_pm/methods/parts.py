@@ -14,8 +14,10 @@ from ..weights import adapters
 from ..weights.states import Value
 from .contract import Ended, Merged, Optimizer, Part, Penalty, Perturbation, Replay, Serve, Start, Step, Task
 from .merges.coefficients import Average, ClosedForm, Fixed, Last
+from .merges.spectral import Spectral
 from .merges.ties import Ties
 from .penalties.ewc import Ewc
+from .penalties.kronecker import Gram, Kronecker
 from .penalties.lwf import Lwf
 from .perturbation import Gaussian, TaskVector
 from .replay import Buffer
@@ -31,10 +33,17 @@ class OnBase(Start):
 PARTS: dict[str, dict[str, type[Part]]] = {
     "start": {"merged": Start, "base": OnBase},
     "perturbation": {"none": Perturbation, "task_vector": TaskVector, "gaussian": Gaussian},
-    "penalty": {"ewc": Ewc, "lwf": Lwf},
+    "penalty": {"ewc": Ewc, "lwf": Lwf, "kronecker": Kronecker, "gram": Gram},
     "replay": {"none": Replay, "buffer": Buffer},
     "optimizer": {"optim": Optimizer},
-    "merge": {"pm": ClosedForm, "last": Last, "average": Average, "fixed": Fixed, "ties": Ties},
+    "merge": {
+        "pm": ClosedForm,
+        "last": Last,
+        "average": Average,
+        "fixed": Fixed,
+        "ties": Ties,
+        "spectral": Spectral,
+    },
     "serve": {"folded": Serve},
 }
 
@@ -121,6 +130,11 @@ class Parts:
     def keeps(self) -> dict[str, str]:
         """Key -> form of everything the parts keep of a matrix; what several keep is there once."""
         return {key: form for part in self for key, form in part.keeps().items()}
+
+    @property
+    def cut_rank(self) -> int:
+        """Rank of the square matrices that parts keep; 0 if none does."""
+        return max(part.cut_rank for part in self)
 
     @property
     def keeps_rows(self) -> bool:

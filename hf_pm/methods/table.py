@@ -43,6 +43,10 @@ METHODS: dict[str, Method] = {
     "ties": Method("TIES-Merging, arXiv 2306.01708", merge="ties", start="base"),
     "ewc": Method("EWC, arXiv 1612.00796; online form of arXiv 1805.06370", penalties=("ewc",)),
     "lwf": Method("Learning without Forgetting, arXiv 1606.09282", penalties=("lwf",)),
+    # Curvature as a Kronecker product: in training (of gradients and inputs, or inputs only), or in the merge.
+    "kronecker": Method("online structured Laplace, arXiv 1805.07810, on LoRA updates", penalties=("kronecker",)),
+    "gram": Method("its inputs' second moments alone", penalties=("gram",)),
+    "spectral": Method("P&M's closed form over every update, with such curvature", merge="spectral"),
     "replay": Method("experience replay, arXiv 1902.10486", replay="buffer"),
     # Upper bounds in the same harness: all tasks shuffled together, and one adapter per task on the base.
     "joint": Method("upper bound: multi-task training", stream="joint"),

@@ -5,28 +5,38 @@ several tensors where its form has several parts (`S_rows/layer`, `S_cols/layer`
 matrices is a tensor `key/name` of its own.
 """
 
+import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from hashlib import sha256
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 
 from ..errors import UserError
-from ..store.tensorfiles import read_header, write_streaming
+from ..store.tensorfiles import as_bytes, read_header, write_streaming
+from .kronecker import Cut
 from .merging import Factored, LowRank
 
 
-Value = torch.Tensor | Factored | LowRank
+Value = torch.Tensor | Factored | LowRank | Cut
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-# Form -> class of a value and endings of the keys of its parts. Only a dense value is too large to hold for all
-# matrices at once.
-FORMS: dict[str, tuple[type, tuple[str, ...]]] = {
-    "dense": (torch.Tensor, ("",)),
-    "factored": (Factored, ("_rows", "_cols")),
-    "low_rank": (LowRank, ("_left", "_right")),
+WHOLE, CUT = (torch.Tensor, ("_whole",)), (Cut, ("_roots", "_diagonal"))
+# Form -> the ways to keep a value: its class and the endings of the keys of its parts. Only a dense value is too large
+# to hold for all matrices at once. `rows` and `columns` are symmetric matrices of as many rows as the weight has rows
+# or columns, whole or cut (`kronecker.cut`).
+FORMS: dict[str, tuple[tuple[type, tuple[str, ...]], ...]] = {
+    "dense": ((torch.Tensor, ("",)),),
+    "factored": ((Factored, ("_rows", "_cols")),),
+    "low_rank": ((LowRank, ("_left", "_right")),),
+    "rows": (WHOLE, CUT),
+    "columns": (WHOLE, CUT),
 }
+KINDS = dict.fromkeys(way for ways in FORMS.values() for way in ways)
+# In the header of a file: tensor -> the tensor that it equals to the bit, and is stored as.
+SAME = "hf_pm.same"
 
 
 class StoredState:
@@ -41,11 +51,13 @@ class StoredState:
 
     def __init__(self, path: Path | None) -> None:
         self.path = path
-        self._tensors = read_header(path).tensors if path is not None else {}
+        tensors, metadata = read_header(path) if path is not None else ({}, {})
+        self._same = json.loads(metadata.get(SAME, "{}"))
+        self._tensors = tensors | {name: tensors[stored] for name, stored in self._same.items()}
 
     def get(self, key: str, name: str) -> Value | None:
         """The value `key` of the matrix `name`, float32; `None` if there is none, as before the first task."""
-        for kind, endings in FORMS.values():
+        for kind, endings in KINDS:
             if all(f"{key}{ending}/{name}" in self._tensors for ending in endings):
                 parts = [self._read(f"{key}{ending}/{name}").float() for ending in endings]
                 return parts[0] if kind is torch.Tensor else kind(*parts)
@@ -57,7 +69,7 @@ class StoredState:
 
     def _read(self, name: str) -> torch.Tensor:
         with safe_open(self.path, "pt") as tensors:
-            return tensors.get_tensor(name)
+            return tensors.get_tensor(self._same.get(name, name))
 
     def check(self, keeps: Mapping[str, str], shapes: Mapping[str, Sequence[int]]) -> None:
         """Find out whether the file holds what a method keeps.
@@ -76,7 +88,11 @@ class StoredState:
                 *experts, rows, columns = shape
                 sizes = {"": shape, "_rows": (*experts, rows), "_cols": (*experts, columns)}
                 sizes |= {"_left": (*experts, rows, ...), "_right": (*experts, ..., columns)}
-                for ending in FORMS[form][1]:
+                side = rows if form == "rows" else columns
+                sizes |= {"_whole": (side, side), "_roots": (side, ...), "_diagonal": (side,)}
+                ways = [endings for _, endings in FORMS[form]]
+                there = [endings for endings in ways if f"{key}{endings[0]}/{name}" in self._tensors]
+                for ending in (there or ways)[0]:
                     stored = self._tensors.get(f"{key}{ending}/{name}")
                     if stored is None or not _fits(stored.shape, sizes[ending]):
                         found = "is missing" if stored is None else f"has the shape {list(stored.shape)}"
@@ -119,8 +135,8 @@ def write_state(
         values = values_of(name)
         for key, form in keeps.items():
             if form != "dense":
-                parts = zip(FORMS[form][1], values[key], strict=True)
-                small |= {f"{key}{ending}/{name}": tensor.to(stored) for ending, tensor in parts}
+                small |= {f"{key}{ending}/{name}": tensor.to(stored) for ending, tensor in _parts(form, values[key])}
+    small, same = _once(small)
 
     def tensors() -> Iterator[tuple[str, torch.Tensor]]:
         for name in shapes if dense else ():
@@ -131,10 +147,34 @@ def write_state(
 
     specs = {f"{key}/{name}": (stored, tuple(shapes[name])) for name in shapes for key in dense}
     specs |= {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in small.items()}
-    write_streaming(path, specs, tensors())
+    write_streaming(path, specs, tensors(), {"format": "pt", SAME: json.dumps(same)} if same else None)
 
 
-def state_bytes(keeps: Mapping[str, str], shapes: Mapping[str, Sequence[int]], *, dtype: str, rank: int) -> int:
+def _parts(form: str, value: Value) -> Iterator[tuple[str, torch.Tensor]]:
+    """Ending of the key and tensor of each part of a value."""
+    endings = next(endings for kind, endings in FORMS[form] if isinstance(value, kind))
+    return zip(endings, (value,) if isinstance(value, torch.Tensor) else value, strict=True)
+
+
+def _once(tensors: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Square matrices and their cuts that layers with the same input share, each once; and name -> name of its equal.
+
+    Other values stay as earlier versions wrote them.
+    """
+    kept, same, seen = {}, {}, {}
+    for name, tensor in tensors.items():
+        shared = name.partition("/")[0].endswith(("_whole", "_roots", "_diagonal"))
+        digest = sha256(as_bytes(tensor)).digest() + repr((tensor.dtype, tensor.shape)).encode() if shared else name
+        if (first := seen.setdefault(digest, name)) == name:
+            kept[name] = tensor
+        else:
+            same[name] = first
+    return kept, same
+
+
+def state_bytes(
+    keeps: Mapping[str, str], shapes: Mapping[str, Sequence[int]], *, dtype: str, rank: int, cut: int = 0
+) -> int:
     """Bytes of the file that [`write_state`] writes, its header and what is kept beside the matrices aside.
 
     Args:
@@ -142,10 +182,13 @@ def state_bytes(keeps: Mapping[str, str], shapes: Mapping[str, Sequence[int]], *
         shapes (`Mapping`): As in [`write_state`].
         dtype (`str`): As in [`write_state`].
         rank (`int`): Of low-rank values: `merging.MAX_RANK` once enough tasks were learned.
+        cut (`int`, *optional*, defaults to 0): Of cut symmetric matrices. Those that several layers share are counted
+            for each.
     """
     numbers = 0
     for shape in shapes.values():
         *experts, rows, columns = shape
         each = {"dense": rows * columns, "factored": rows + columns, "low_rank": (rows + columns) * rank}
+        each |= {"rows": rows * min(rows, cut + 1), "columns": columns * min(columns, cut + 1)}
         numbers += math.prod(experts) * sum(each[form] for form in keeps.values())
     return numbers * DTYPES[dtype].itemsize

@@ -1,0 +1,61 @@
+"""What parts with Kronecker-factored curvature measure and keep: two small matrices a layer."""
+
+import torch
+
+from ..weights import kronecker
+from ..weights.kronecker import Factors
+from ..weights.states import StoredState, Value
+from .contract import Ended, Measured, Part, Setting
+
+
+class KroneckerState(Part):
+    """Keeps G_old, the sum over tasks of G_i / c_i, and A_old, the sum of A_i. The old tasks' curvature is
+    G_old (x) A_old / t.
+
+    c_i = 1/2 <D_i, F_i D_i> summed over all matrices is the price, in nats, of undoing task i as its own quadratic
+    sees it. So the quadratic of every task is 1 at its own update, whatever the model, rows and labels.
+    `kronecker_normalize: 0` takes c_i = 1. After every task each sum is cut to its `kronecker_rank` leading
+    eigenpairs and the diagonal of the rest; smaller matrices stay whole. Online structured Laplace: Ritter, Botev and
+    Barber 2018, arXiv 1805.07810.
+    """
+
+    settings = {
+        "kronecker_rank": Setting(32, "must be a whole number of at least 1", lambda v: v >= 1 and v == int(v)),
+        "kronecker_normalize": Setting(1, "must be 0 or 1", lambda value: value in (0, 1)),
+    }
+    measures = frozenset({"kronecker"})
+    growth = "constant: two cut square matrices for every matrix"
+
+    @property
+    def cut_rank(self) -> int:
+        return int(self["kronecker_rank"])
+
+    def keeps(self) -> dict[str, str]:
+        return {"G": "rows", "A": "columns"}
+
+    def old(self, before: StoredState, name: str, learned: int) -> Factors | None:
+        """Factors of the summed curvature of the `learned` tasks before; `None` before the first."""
+        G, A = before.get("G", name), before.get("A", name)
+        return None if G is None else (G, kronecker.scaled(A, 1 / learned))
+
+    def new(self, measured: Measured, name: str) -> Factors:
+        """Factors of the new task's curvature, on the same scale."""
+        G, A = measured.kronecker[name]
+        return kronecker.scaled(G, 1 / self.price(measured)), A
+
+    def price(self, measured: Measured) -> float:
+        """c of the task; 1 if its update costs nothing, for then it has nothing to lose."""
+        if not self["kronecker_normalize"]:
+            return 1.0
+        if getattr(self, "_measured", None) is not measured:
+            costs = [float(kronecker.price(*pair, measured.delta(n))) for n, pair in measured.kronecker.items()]
+            self._measured, self._price = measured, 0.5 * sum(costs)
+        return self._price if self._price > 0 else 1.0
+
+    @torch.no_grad()
+    def end_matrix(self, ended: Ended, name: str) -> dict[str, Value]:
+        G, A = self.new(ended.measured, name)
+        return {
+            "G": kronecker.add(ended.before.get("G", name), G, self.cut_rank),
+            "A": kronecker.add(ended.before.get("A", name), A, self.cut_rank),
+        }

@@ -1,0 +1,46 @@
+"""Merging by the closed form over every update, in the eigenbases of Kronecker-factored curvature."""
+
+from typing import Any
+
+import torch
+
+from ...weights import kronecker
+from ..contract import Ended, Merge, Merged, Setting
+from ..kronecker_state import KroneckerState
+
+
+class Spectral(KroneckerState, Merge):
+    """D' minimizes mu <D', F_old D'> + <D' - D, F_t (D' - D)> over all matrices D', with F = G (x) A.
+
+    P&M's closed form (arXiv 2505.22389) keeps alpha D, the best point of a line; here every direction has its own
+    coefficient, 1 / (1 + mu g_i a_j) in the generalized eigenbases of (G_old, G_t) and (A_old, A_t). `spectral_mu`
+    weighs the old tasks, `kronecker_damping` (relative to the mean diagonal) bounds what the new task leaves open. D'
+    has full rank, so the payload is dense.
+    """
+
+    dense = True
+    settings = KroneckerState.settings | {
+        "spectral_mu": Setting(1.0, "must be at least 0", lambda value: value >= 0),
+        "kronecker_damping": Setting(1e-3, "must lie in (0, 1]", lambda value: 0 < value <= 1),
+    }
+
+    def check(self, method: Any, task_type: str) -> str | None:
+        if method.start == "base" or method.stream != "sequence":
+            return (
+                "`merge: spectral` weighs the update since the merged weights against the tasks in them, but "
+                f"`start: {method.start}` with `stream: {method.stream}` has none. Use `start: merged`."
+            )
+        return None
+
+    def solve(self, ended: Ended) -> Merged:
+        @torch.no_grad()
+        def dense(name: str) -> torch.Tensor:
+            vector = ended.task_vector(name, ended.number)
+            old = self.old(ended.before, name, ended.number - 1)
+            if old is None:
+                return vector
+            delta, new = ended.measured.delta(name), self.new(ended.measured, name)
+            kept = kronecker.spectral(delta, old, new, mu=self["spectral_mu"], damping=self["kronecker_damping"])
+            return vector - delta.dense() + kept
+
+        return Merged(None, dense=dense, record={"price": self.price(ended.measured)})

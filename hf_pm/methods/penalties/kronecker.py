@@ -1,0 +1,57 @@
+"""A quadratic penalty with Kronecker-factored curvature: training steers clear of what the old tasks need."""
+
+import torch
+
+from ...weights import kronecker
+from ...weights.kronecker import Cut, Factors
+from ..contract import Penalty, Setting, Step, Task
+from ..kronecker_state import KroneckerState
+
+
+class Kronecker(KroneckerState, Penalty):
+    """loss + (`kronecker_strength` / 2) sum over matrices of <D, F_old D> / t, D = s B A_l the update since the merge.
+
+    F_old = G_old (x) A_old, so that <D, F_old D> = tr((B' G_old B)(A_l A_old A_l')) s^2: two thin products for each
+    matrix and r^2 numbers, no product with the tokens. The old tasks' gradient is taken as 0 at the merged weights.
+    With `kronecker_normalize` the strength is the price, in nats, of undoing one task.
+    """
+
+    name = "kronecker"
+    settings = KroneckerState.settings | {
+        "kronecker_strength": Setting(10.0, "must be at least 0", lambda value: value >= 0),
+    }
+
+    def begin(self, task: Task) -> None:
+        found = {name: self.old(task.before, name, task.number - 1) for name in task.matrices}
+        device = task.model.device
+        self.factors = {
+            name: tuple(_moved(matrix, device) for matrix in self.weighing(pair))
+            for name, pair in found.items()
+            if pair is not None
+        }
+
+    def weighing(self, factors: Factors) -> Factors:
+        """What of the factors enters the penalty."""
+        return factors
+
+    def loss(self, step: Step) -> torch.Tensor | None:
+        if not self.factors or not self["kronecker_strength"]:
+            return None
+        return (
+            0.5
+            * self["kronecker_strength"]
+            * sum(kronecker.price(*self.factors[name], delta) for name, delta in step.factors())
+        )
+
+
+class Gram(Kronecker):
+    """The same with the mean diagonal of G_old in its place: only the inputs tell directions apart."""
+
+    name = "gram"
+
+    def weighing(self, factors: Factors) -> Factors:
+        return kronecker.mean_diagonal(factors[0]), factors[1]
+
+
+def _moved(matrix: kronecker.Symmetric, device: torch.device) -> kronecker.Symmetric:
+    return Cut(*(part.to(device) for part in matrix)) if isinstance(matrix, Cut) else matrix.to(device)
