@@ -41,7 +41,7 @@ from hf_pm.weights.merging import Factored
 from hf_pm.weights.states import StoredState, write_state
 
 
-NEW = ("ewc", "lwf", "replay", "ties")
+NEW = ("ewc", "lwf", "replay", "ties", "kronecker", "spectral")
 SETTINGS = {"ewc": {"ewc_strength": 50.0}, "replay": {"replay_fraction": 0.3}}
 
 
@@ -101,7 +101,7 @@ def test_ewc_has_nothing_to_keep_before_the_first_task(adapted):
     assert part.loss(step_of(adapted)) is None
 
 
-@pytest.mark.parametrize("name", ["ewc", "lwf"])
+@pytest.mark.parametrize("name", ["ewc", "lwf", "kronecker"])
 def test_a_penalty_of_strength_zero_is_sequential_to_the_bit(name, model, stream, tokenizer, lora, config):
     plain = config(output_dir=config().output_dir + "-plain", method="sequential")
     trained(again(model), stream, tokenizer, lora, plain)
@@ -432,6 +432,9 @@ REFUSED = [
     ({"method": "single", "replay": "buffer"}, "`replay: buffer` needs tasks one after another"),
     ({"method": "pm", "start": "base"}, "`merge: pm` keeps a fraction of the update since the merged weights"),
     ({"method": "average", "start": "base"}, "Use `merge: ties`, or `start: merged`"),
+    ({"method": "spectral", "start": "base"}, "`merge: spectral` weighs the update since the merged weights against"),
+    ({"method": "joint", "merge": "spectral"}, "`merge: spectral` weighs the update since the merged weights against"),
+    ({"method": "gram", "method_kwargs": {"kronecker_rank": 0}}, "must be a whole number of at least 1, but got 0"),
     ({"method": "single", "merge": "ties"}, "`merge: ties` merges the tasks of a sequence"),
     ({"method": "ties", "release": "adapter"}, "gives a dense update, which is none. Use `release: merged`"),
     ({"method": "ties", "coefficient_search": "report"}, "`merge: ties` has none. Switch it off"),
@@ -492,8 +495,11 @@ def test_every_row_resolves_and_every_part_is_named_by_its_key(config):
         Parts(row, args).check("CAUSAL_LM")
     for name, part in PARTS["penalty"].items():
         assert part.name == name
-    settings = [setting for kind in PARTS.values() for part in set(kind.values()) for setting in part.settings]
-    assert len(settings) == len(set(settings))
+    # A name means one thing: parts that share a setting share the object.
+    settings = {}
+    for part in {part for kind in PARTS.values() for part in kind.values()}:
+        for setting, meaning in part.settings.items():
+            assert settings.setdefault(setting, meaning) is meaning
 
 
 def test_hf_pm_methods_prints_the_table(capsys):

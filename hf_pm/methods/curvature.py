@@ -283,7 +283,8 @@ def _row_gradients(
     slopes: dict[str, torch.Tensor] = {}
     norms: torch.Tensor = torch.empty(0)
     lengths: set[int] = set()
-    real: dict[int, torch.Tensor] = {}
+    real: tuple[torch.Tensor | None, torch.Tensor | None] = None, None  # of what the encoder gives, of the rest
+    encoded: list[int] = []
     seen = rows = 0
 
     def by_row(name: str, tensor: torch.Tensor) -> torch.Tensor:
@@ -317,7 +318,9 @@ def _row_gradients(
             out.register_hook(on_gradient)
             if moments is not None:
                 x = by_row(name, inputs)
-                moments.see_input(name, inputs, x, real.get(x.shape[1]))
+                within = name in of_encoder or inputs.data_ptr() in encoded
+                mask = real[0] if within else real[1]
+                moments.see_input(name, inputs, x, mask if mask is not None and x.shape[1] == mask.shape[1] else None)
 
     def on_down_projection(name: str, module: nn.Module, args: tuple[torch.Tensor, ...], out: torch.Tensor) -> None:
         if torch.is_grad_enabled():
@@ -344,6 +347,14 @@ def _row_gradients(
             weight.register_hook(on_gradient)
 
     with ExitStack() as hooks:
+        of_encoder: set[str] = set()
+        if moments is not None and model.config.is_encoder_decoder:
+            encoder = model.get_base_model().get_encoder()
+            inside = set(encoder.modules())
+            of_encoder = {name for name, layer in layers.items() if layer in inside}
+            # The decoder's cross-attention reads these.
+            handle = encoder.register_forward_hook(lambda module, args, out: encoded.append(out[0].data_ptr()))
+            hooks.callback(handle.remove)
         for name, layer in layers.items():
             if is_experts(layer):
                 handles = [layer.get_base_layer().register_forward_pre_hook(partial(on_experts, name, layer))]
@@ -369,6 +380,7 @@ def _row_gradients(
             lengths = {batch[key].shape[1] for key in ("input_ids", "labels") if batch[key].ndim == 2}
             if moments is not None:
                 moments.new_batch()
+                encoded.clear()
                 real = _real_tokens(model, batch)
             with autocast():
                 logits, targets = predict(model, batch)
@@ -386,18 +398,11 @@ def _row_gradients(
             yield _Batch(weights, slopes, seen)
 
 
-def _real_tokens(model: PeftModel, batch: Mapping[str, Any]) -> dict[int, torch.Tensor]:
-    """Number of positions -> which of them are no padding, (rows, positions).
-
-    Where encoder and decoder see equally many positions, what one of them sees as padding is left out for both.
-    """
-    found = {}
-    if batch.get("attention_mask") is not None:
-        found[batch["attention_mask"].shape[1]] = batch["attention_mask"].bool()
-    if model.config.is_encoder_decoder:
-        labels = batch["labels"] != IGNORE_INDEX
-        found[labels.shape[1]] = labels & found.get(labels.shape[1], labels)
-    return found
+def _real_tokens(model: PeftModel, batch: Mapping[str, Any]) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Which tokens are no padding, (rows, positions): of the encoder, and of the decoder or the only stack."""
+    given = batch.get("attention_mask")
+    given = given.bool() if given is not None else None
+    return (given, batch["labels"] != IGNORE_INDEX) if model.config.is_encoder_decoder else (None, given)
 
 
 def _add_squares(totals, name, x, d, weights, transposed) -> None:  # noqa: ANN001

@@ -270,7 +270,7 @@ class RunFolder:
         path = self.path / "curvature" / f"state-{ended.number:02d}.safetensors"
         path.parent.mkdir(exist_ok=True)
         # In the order in which the matrices were measured, as earlier versions wrote them: the same bytes.
-        names = ended.measured.curvature if ended.measured is not None else ended.updates
+        names = (ended.measured.curvature if ended.measured is not None else None) or ended.updates
         write_state(
             path,
             self.keeps,

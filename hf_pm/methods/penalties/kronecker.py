@@ -35,7 +35,7 @@ class Kronecker(KroneckerState, Penalty):
         return factors
 
     def loss(self, step: Step) -> torch.Tensor | None:
-        if not self.factors or not self["kronecker_strength"]:
+        if not self.factors:
             return None
         return (
             0.5

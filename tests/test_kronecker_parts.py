@@ -1,0 +1,221 @@
+"""Kronecker factors from the measuring pass to the state on disk, the penalties and the merge."""
+
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from test_curvature import TASK_TYPES, batches, single_rows
+from test_curvature import adapted as adapted_model
+from test_parts import arguments, step_of
+from test_trainer import again, digests, trained
+from torch.nn.functional import cross_entropy
+
+from hf_pm import UserError
+from hf_pm.methods import curvature
+from hf_pm.methods.contract import Task
+from hf_pm.methods.curvature import Moments, measure_curvature
+from hf_pm.methods.penalties.kronecker import Gram, Kronecker
+from hf_pm.runs.doctor import examine
+from hf_pm.store.ledger import Ledger
+from hf_pm.weights.adapters import ADAPTER, StoredAdapter, lora_layers
+from hf_pm.weights.kronecker import Cut
+from hf_pm.weights.states import StoredState, state_bytes, write_state
+
+
+def adapted(kind):
+    return adapted_model(kind, TASK_TYPES[kind], **({"fan_in_fan_out": True} if kind == "gpt2" else {}))
+
+
+def by_rows(kind):
+    """G and A of every layer, one unpadded row after another."""
+    model = adapted(kind).eval()
+    G, A, tokens = {}, {}, {}
+
+    def watch(name, count, module, args, out):
+        x = args[0].detach().reshape(-1, args[0].shape[-1]).double()
+        A[name] = A.get(name, 0) + x.T @ x
+        tokens[name] = tokens.get(name, 0) + len(x)
+
+        def add(d):
+            d = d.reshape(-1, d.shape[-1]).double()
+            G[name] = G.get(name, 0) + d.T @ d / count
+
+        out.register_hook(add)
+
+    for inputs, (positions, answers) in zip(*single_rows(kind), strict=True):
+        hooks = [
+            layer.register_forward_hook(partial(watch, name, len(answers)))
+            for name, layer in lora_layers(model).items()
+        ]
+        logits = model(**inputs).logits[0]
+        logits = logits if logits.ndim == 2 else logits[None]
+        cross_entropy(logits[positions], answers, reduction="sum").backward()
+        for hook in hooks:
+            hook.remove()
+    return G, A, tokens
+
+
+@pytest.mark.parametrize("kind", list(TASK_TYPES))
+@pytest.mark.parametrize("batch_size", [1, 2, 5])
+def test_moments_equal_the_row_loop(kind, batch_size):
+    """Padding is in none of them, whatever it is batched with."""
+    moments = Moments()
+    measure_curvature(adapted(kind), batches(kind, batch_size), estimator="directional", moments=moments)
+    G, A, tokens = by_rows(kind)
+    assert moments.outputs.keys() == moments.inputs.keys() == A.keys() and moments.tokens == tokens
+    for name in A:
+        for found, expected in ((moments.outputs[name], G[name]), (moments.inputs[name], A[name])):
+            assert found.dtype == torch.float32
+            assert torch.allclose(found.double(), expected, rtol=1e-3, atol=1e-5 * float(expected.abs().max()))
+
+
+def test_moments_do_not_change_what_else_is_measured():
+    found = [measure_curvature(adapted("llama"), batches("llama", 2), moments=m) for m in (None, Moments())]
+    for name, fisher in found[0].curvature.items():
+        assert torch.equal(fisher, found[1].curvature[name])
+    assert found[0].slope == found[1].slope
+
+
+def test_layers_that_read_the_same_input_share_its_moment():
+    moments = Moments()
+    measure_curvature(adapted("llama"), batches("llama", 2), moments=moments)
+    q, k, v, o = (moments.inputs[f"model.layers.0.self_attn.{n}_proj"] for n in "qkvo")
+    gate, up, down = (moments.inputs[f"model.layers.0.mlp.{n}_proj"] for n in ("gate", "up", "down"))
+    assert q is k is v and gate is up and len({id(q), id(o), id(gate), id(down)}) == 4
+
+
+def test_one_token_of_one_row_is_exact():
+    """There F is the Kronecker product, so <D, F D> is the exact slope of the pass, matrix by matrix."""
+    batch = batches("bert", 1)[0]
+    model, moments = adapted("bert"), Moments()
+    found = measure_curvature(model, [batch], estimator="directional", normalization="token", moments=moments)
+    name = "bert.pooler.dense"  # sees the first token alone
+    delta = lora_layers(model)[name].get_delta_weight(ADAPTER).detach().double()
+    G, A = moments.outputs[name].double(), moments.inputs[name].double()
+    assert (G @ delta @ A * delta).sum().item() == pytest.approx(found.slopes[name], rel=1e-4)
+
+
+def test_wide_layers_are_streamed(monkeypatch):
+    monkeypatch.setattr(curvature, "WIDE", 8)
+    monkeypatch.setattr(curvature, "MOMENT_RANK", 16)
+    cut, whole = Moments(), Moments(whole=True)
+    for moments in (cut, whole):
+        measure_curvature(adapted("llama"), batches("llama", 2), moments=moments)
+    for name, matrix in cut.inputs.items():
+        assert isinstance(matrix, Cut)
+        assert torch.allclose(matrix.dense().diagonal(), whole.inputs[name].diagonal(), rtol=1e-4)
+        if matrix.roots.shape[0] == 16:  # as many directions as there are
+            assert torch.allclose(matrix.dense(), whole.inputs[name], rtol=1e-3, atol=1e-4)
+
+
+# ---- On disk --------------------------------------------------------------------------------------------------------
+
+
+def test_equal_matrices_are_stored_once(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    shared = torch.rand(8, 8, generator=generator)
+    values = {
+        "q": {"G": torch.rand(4, 4, generator=generator), "A": shared},
+        "k": {
+            "G": Cut(torch.rand(6, 2, generator=generator), torch.rand(6, generator=generator)),
+            "A": shared.clone(),
+        },
+    }
+    shapes, keeps = {"q": (4, 8), "k": (6, 8)}, {"G": "rows", "A": "columns"}
+    write_state(tmp_path / "s", keeps, shapes, values.get, dtype="float32")
+    with safe_open(tmp_path / "s", "pt") as file:
+        assert sorted(file.keys()) == ["A_whole/q", "G_diagonal/k", "G_roots/k", "G_whole/q"]
+    state = StoredState(tmp_path / "s")
+    state.check(keeps, shapes)
+    assert torch.equal(state.get("A", "k"), shared) and torch.equal(state.get("A", "q"), shared)
+    assert isinstance(state.get("G", "k"), Cut) and torch.equal(state.get("G", "k").roots, values["k"]["G"].roots)
+    for wrong in ({"q": (4, 8), "k": (6, 9)}, {"q": (5, 8), "k": (6, 8)}, {"q": (4, 8), "k": (7, 8)}):
+        with pytest.raises(UserError, match="is not the state of this method"):
+            state.check(keeps, wrong)
+    assert state_bytes(keeps, shapes, dtype="bfloat16", rank=0, cut=2) == 2 * (4 * 3 + 8 * 3 + 6 * 3 + 8 * 3)
+
+
+# ---- Penalties ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("part", [Kronecker, Gram])
+def test_the_penalty_is_the_explicit_kronecker_product(part, tmp_path):
+    model = adapted("llama")
+    generator = torch.Generator().manual_seed(1)
+    layers = lora_layers(model)
+    shapes = {name: tuple(layer.get_base_layer().weight.shape) for name, layer in layers.items()}
+
+    def random(side):
+        root = torch.randn(side, 3, generator=generator)
+        return root @ root.T
+
+    values = {name: {"G": random(rows), "A": random(columns)} for name, (rows, columns) in shapes.items()}
+    penalty = part(arguments(method_kwargs={"kronecker_strength": 7.0}))
+    write_state(tmp_path / "s", penalty.keeps(), shapes, values.get, dtype="float32")
+    penalty.begin(Task(4, "d", model, list(shapes), StoredState(tmp_path / "s"), None, 0))
+    loss = penalty.loss(step_of(model))
+    expected = 0.0
+    for name, layer in layers.items():
+        G, A = values[name]["G"].double(), values[name]["A"].double() / 3  # three tasks before
+        if part is Gram:
+            G = G.diagonal().mean() * torch.eye(len(G), dtype=torch.float64)
+        delta = layer.get_delta_weight(ADAPTER).detach().double().flatten()
+        expected += 3.5 * float(delta @ torch.kron(G, A) @ delta)
+    assert loss.item() == pytest.approx(expected, rel=1e-4)
+    loss.backward()
+    assert all(layer.lora_B[ADAPTER].weight.grad.abs().sum() > 0 for layer in layers.values())
+
+
+def test_the_kept_sums_price_every_task_at_one_nat(model, stream, tokenizer, lora, config):
+    """Kept whole, the state after one task says that undoing its update costs 1; a strong price keeps the weights."""
+    moved = {}
+    for strength in (0.0, 1e4):
+        args = config(output_dir=f"{config().output_dir}-{strength}", method="kronecker", release="none")
+        args.method_kwargs = {"kronecker_strength": strength, "kronecker_rank": 64}
+        trained(again(model), stream, tokenizer, lora, args)
+        run = Path(args.output_dir)
+        state = StoredState(run / "curvature" / "state-01.safetensors")
+        prices = []
+        for task in ("01-colour", "02-mood"):
+            stored = StoredAdapter(run / "tasks" / task / "adapter")
+            deltas = {name: stored.read(name).delta().double() for name in stored.names}
+            pairs = {name: (state.get("G", name).double(), state.get("A", name).double()) for name in deltas}
+            prices.append(0.5 * sum(float((G @ deltas[n] @ A * deltas[n]).sum()) for n, (G, A) in pairs.items()))
+        assert prices[0] == pytest.approx(1, rel=1e-4)
+        moved[strength] = prices[1]
+    assert moved[1e4] < moved[0.0] / 10
+
+
+# ---- Merge ----------------------------------------------------------------------------------------------------------
+
+
+def test_spectral_without_old_tasks_is_sequential(model, stream, tokenizer, lora, config):
+    plain = config(output_dir=config().output_dir + "-plain", method="sequential")
+    plain_trainer, _ = trained(again(model), stream, tokenizer, lora, plain)
+    trainers = {}
+    for mu in (0.0, 1e6):
+        args = config(output_dir=f"{config().output_dir}-{mu}", method="spectral", method_kwargs={"spectral_mu": mu})
+        trainers[mu], _ = trained(again(model), stream, tokenizer, lora, args)
+        assert not [finding for finding in examine(args.output_dir) if finding.problem]
+    assert all(entry.dense is not None for entry in Ledger(args.output_dir).entries)
+    folder = plain_trainer.run.folder
+    for name in folder.names:
+        both, first = folder.merged(name), folder.merged(name, 1)
+        assert torch.allclose(trainers[0.0].run.folder.merged(name), both, atol=1e-4)
+        # A heavy past leaves little of the second task, in the directions that matter.
+        kept = trainers[1e6].run.folder.merged(name) - first
+        assert kept.norm() < 0.5 * (both - first).norm()
+
+
+def test_a_penalty_and_a_merge_keep_one_state(model, stream, tokenizer, lora, config):
+    args = config(method="pm", penalty="kronecker", merge="spectral", release="none")
+    _, results = trained(again(model), stream, tokenizer, lora, args)
+    alone = config(output_dir=config().output_dir + "-alone", method="kronecker", release="none")
+    trained(again(model), stream, tokenizer, lora, alone)
+    with safe_open(Path(args.output_dir) / "curvature" / "state-02.safetensors", "pt") as file:
+        names = set(file.keys())
+    with safe_open(Path(alone.output_dir) / "curvature" / "state-02.safetensors", "pt") as file:
+        assert names == set(file.keys())
+    assert len(results["matrix"]) == 2 and digests(Path(args.output_dir))
