@@ -54,7 +54,7 @@ class Moments:
 
     Args:
         whole (`bool`, *optional*, defaults to `False`): Sum up every matrix whole, however wide, so that the sums of
-            several processes can be added.
+            many processes can be added.
 
     Attributes:
         outputs (`dict`): Layer -> G, (out, out) float32.
@@ -63,6 +63,7 @@ class Moments:
     """
 
     def __init__(self, whole: bool = False) -> None:
+        self.of_many = whole
         self.limit = 1 << 62 if whole else WIDE
         self.outputs: dict[str, kronecker.Symmetric] = {}
         self._sums: dict[str, kronecker.Symmetric] = {}

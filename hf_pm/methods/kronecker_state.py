@@ -1,8 +1,11 @@
 """What parts with Kronecker-factored curvature measure and keep: two small matrices a layer."""
 
 import torch
+from peft import PeftModel
 
+from ..errors import UserError
 from ..weights import kronecker
+from ..weights.adapters import is_experts, lora_layers
 from ..weights.kronecker import Factors
 from ..weights.states import StoredState, Value
 from .contract import Ended, Measured, Part, Setting
@@ -25,6 +28,14 @@ class KroneckerState(Part):
     }
     measures = frozenset({"kronecker"})
     growth = "constant: two cut square matrices for every matrix"
+
+    def attach(self, model: PeftModel) -> None:
+        experts = [name for name, layer in lora_layers(model).items() if is_experts(layer)]
+        if experts:
+            raise UserError(
+                f"Kronecker factors need a layer with inputs and outputs of its own, but {experts[0]!r} is a bare "
+                "parameter (`lora_target_parameters`). Adapt linear layers only, or use `penalty: ewc`."
+            )
 
     @property
     def cut_rank(self) -> int:

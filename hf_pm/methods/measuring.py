@@ -73,7 +73,7 @@ def measure(trainer: Any, rows: Dataset, wanted: Collection[str], task_name: str
         factor = 1 / mean if mean > 0 else 1.0
     measured = Measured(curvature, gradient, updates, exact, 1.0)
     if moments is not None:
-        measured = measured._replace(kronecker=_means(moments, updates, count, total))
+        measured = measured._replace(kronecker=_means(moments, updates, count, total, args.device))
     if curvature and args.curvature_estimator == "directional":
         along = math.fsum(quadratic(fisher, measured.delta(name).dense()) for name, fisher in curvature.items())
         measured = measured._replace(calibration=exact / along if along > 0 else 1.0)
@@ -92,25 +92,40 @@ def _means(
     updates: Mapping[str, adapters.Update],
     rows: float,
     total: Callable[[torch.Tensor], torch.Tensor],
+    device: torch.device,
 ) -> dict[str, kronecker.Factors]:
-    """Matrix name -> its Kronecker factors over all ranks, in the orientation of the live weight, on the CPU."""
-    inputs: dict[int, kronecker.Symmetric] = {}  # layers that share A go on sharing it
-    found = {}
-    for name, tokens in moments.tokens.items():
-        G, A = moments.outputs[name], moments.inputs[name]
-        if id(A) not in inputs:
-            count = float(total(torch.tensor(tokens, device=_device(A), dtype=torch.float64)))
-            inputs[id(A)] = kronecker.scaled(_over_ranks(A, total), 1 / count)
-        pair = kronecker.scaled(_over_ranks(G, total), 1 / rows), inputs[id(A)]
-        found[name] = pair[::-1] if updates[name].transposed else pair
+    """Matrix name -> its Kronecker factors over all ranks, in the orientation of the live weight, on the CPU.
+
+    Every rank adds up the same matrices in the same order, also those of layers that none of its rows reached.
+    """
+    shared: dict[int, kronecker.Symmetric] = {}  # layers that share A go on sharing it
+    inputs, found = moments.inputs, {}
+    for name, update in updates.items():
+        right, left = update.shape()[-2:][::-1] if not update.transposed else update.shape()[-2:]
+        G = _over_ranks(moments.outputs.get(name), left, moments.limit, total, device)
+        A = inputs.get(name)
+        if A is None or id(A) not in shared or moments.of_many:
+            tokens = torch.tensor(moments.tokens.get(name, 0), device=device, dtype=torch.float64)
+            mean = kronecker.scaled(
+                _over_ranks(A, right, moments.limit, total, device), 1 / max(float(total(tokens)), 1.0)
+            )
+            shared[id(A)] = mean
+        pair = kronecker.scaled(G, 1 / rows), shared[id(A)]
+        found[name] = pair[::-1] if update.transposed else pair
     return found
 
 
-def _over_ranks(matrix: kronecker.Symmetric, total: Callable[[torch.Tensor], torch.Tensor]) -> kronecker.Symmetric:
+def _over_ranks(
+    matrix: kronecker.Symmetric | None,
+    side: int,
+    limit: int,
+    total: Callable[[torch.Tensor], torch.Tensor],
+    device: torch.device,
+) -> kronecker.Symmetric:
+    if matrix is None and side > limit:
+        matrix = kronecker.Cut(torch.zeros(side, 0), torch.zeros(side))
+    elif matrix is None:
+        matrix = torch.zeros(side, side, device=device)
     if isinstance(matrix, kronecker.Cut):  # of one process, see `Moments`
         return kronecker.Cut(matrix.roots.cpu(), matrix.diagonal.cpu())
     return total(matrix)
-
-
-def _device(matrix: kronecker.Symmetric) -> torch.device:
-    return (matrix.diagonal if isinstance(matrix, kronecker.Cut) else matrix).device

@@ -33,7 +33,12 @@ class OnBase(Start):
 PARTS: dict[str, dict[str, type[Part]]] = {
     "start": {"merged": Start, "base": OnBase},
     "perturbation": {"none": Perturbation, "task_vector": TaskVector, "gaussian": Gaussian},
-    "penalty": {"ewc": Ewc, "lwf": Lwf, "kronecker": Kronecker, "gram": Gram},
+    "penalty": {
+        "ewc": Ewc,
+        "lwf": Lwf,
+        "kronecker": Kronecker,
+        "gram": Gram,
+    },
     "replay": {"none": Replay, "buffer": Buffer},
     "optimizer": {"optim": Optimizer},
     "merge": {
