@@ -35,8 +35,18 @@ def predict(model: nn.Module, batch: Mapping[str, Any]) -> tuple[torch.Tensor, t
     """
     inputs = {key: value for key, value in batch.items() if key not in ("labels", "shift_labels")}
     if model.config.is_encoder_decoder:
-        inputs["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels=batch["labels"])
+        inputs["decoder_input_ids"] = _decoder_inputs(model, batch["labels"])
     return aligned(model(**inputs).logits, batch, model.config.is_encoder_decoder)
+
+
+def _decoder_inputs(model: nn.Module, labels: torch.Tensor) -> torch.Tensor:
+    """What the decoder reads to predict `labels`: the same, one position later."""
+    if hasattr(model, "prepare_decoder_input_ids_from_labels"):
+        return model.prepare_decoder_input_ids_from_labels(labels=labels)
+    # M2M-100 and Blenderbot do it within `forward` only.
+    start = torch.full_like(labels[:, :1], model.config.decoder_start_token_id)
+    shifted = torch.cat([start, labels[:, :-1]], 1)
+    return shifted.masked_fill(shifted == IGNORE_INDEX, model.config.pad_token_id)
 
 
 def aligned(
@@ -284,6 +294,6 @@ def _after_encoder(
     logits = model(
         encoder_outputs=BaseModelOutput(last_hidden_state=encoded.repeat_interleave(count, 0)),
         attention_mask=mask.repeat_interleave(count, 0),
-        decoder_input_ids=model.prepare_decoder_input_ids_from_labels(labels=targets.repeat(rows, 1)),
+        decoder_input_ids=_decoder_inputs(model, targets.repeat(rows, 1)),
     ).logits
     return _log_likelihoods(logits, targets, rows)
