@@ -308,6 +308,8 @@ class PMTrainerMixin(TaskTraining):
             record["coefficient_search"] = found._asdict() | {"closed_form": merged.alpha}
             if args.coefficient_search == "use":
                 merged = Merged(found.best, None, merged.record)
+        if merged.mixing is not None:
+            adapters.mix(self.model, merged.mixing)
         self.parity.expect(number, merged)
         if self.is_world_process_zero():
             record |= {"merge_seconds": time.monotonic() - started, "peak_memory_bytes": _peak_memory()}

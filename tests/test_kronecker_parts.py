@@ -19,8 +19,9 @@ from hf_pm.methods.curvature import Moments, measure_curvature
 from hf_pm.methods.penalties.kronecker import Gram, Kronecker
 from hf_pm.runs.doctor import examine
 from hf_pm.store.ledger import Ledger
-from hf_pm.weights.adapters import ADAPTER, StoredAdapter, lora_layers
-from hf_pm.weights.kronecker import Cut
+from hf_pm.weights.adapters import ADAPTER, StoredAdapter, lora_layers, mix, updates
+from hf_pm.weights.kronecker import Cut, price
+from hf_pm.weights.merging import LowRank
 from hf_pm.weights.states import StoredState, state_bytes, write_state
 
 
@@ -207,6 +208,46 @@ def test_spectral_without_old_tasks_is_sequential(model, stream, tokenizer, lora
         # A heavy past leaves little of the second task, in the directions that matter.
         kept = trainers[1e6].run.folder.merged(name) - first
         assert kept.norm() < 0.5 * (both - first).norm()
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_mixing_changes_the_update_as_it_says(kind):
+    model = adapted(kind)
+    before = updates(model)
+    generator = torch.Generator().manual_seed(2)
+    mixing = {name: torch.randn(3, 3, generator=generator) for name in before}
+    mix(model, mixing)
+    for name, update in updates(model).items():
+        left, right = before[name].factors()
+        assert torch.allclose(update.delta(), left @ mixing[name] @ right, atol=1e-5)
+
+
+def test_subspace_end_to_end(model, stream, tokenizer, lora, config):
+    """mu = 0 is sequential; with the old tasks in it the second update has the same rank and costs them less."""
+    plain = config(output_dir=config().output_dir + "-plain", method="sequential")
+    plain_trainer, _ = trained(again(model), stream, tokenizer, lora, plain)
+    kept = {}
+    for mu in (0.0, 1.0):
+        settings = {"subspace_mu": mu, "kronecker_rank": 64}
+        args = config(output_dir=f"{config().output_dir}-{mu}", method="subspace", method_kwargs=settings)
+        trainer, results = trained(again(model), stream, tokenizer, lora, args)
+        assert all(task["parity"]["folded"]["relative_difference"] < 1e-5 for task in results["per_task"])
+        assert not [finding for finding in examine(args.output_dir) if finding.problem]
+        kept[mu] = trainer
+    folder, run = plain_trainer.run.folder, kept[1.0].run
+    state = StoredState(run.path / "curvature" / "state-01.safetensors")
+    raw, mixed = (StoredAdapter(path / "tasks" / "02-mood" / "adapter") for path in (Path(plain.output_dir), run.path))
+    for name in folder.names:
+        assert torch.allclose(kept[0.0].run.folder.merged(name), folder.merged(name), atol=1e-4)
+        assert state.get("R", name).left.shape[1] == 0  # the first task was kept whole: no slope is left
+        assert torch.equal(mixed.read(name).A, raw.read(name).A)
+    # In the old tasks' curvature, what is kept costs less than what was trained.
+    pairs = {name: (state.get("G", name), state.get("A", name)) for name in folder.names}
+    costs = [
+        sum(float(price(*pairs[n], LowRank(*stored.read(n).factors()))) for n in folder.names)
+        for stored in (raw, mixed)
+    ]
+    assert costs[1] < costs[0]
 
 
 def test_a_penalty_and_a_merge_keep_one_state(model, stream, tokenizer, lora, config):

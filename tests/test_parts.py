@@ -41,7 +41,7 @@ from hf_pm.weights.merging import Factored
 from hf_pm.weights.states import StoredState, write_state
 
 
-NEW = ("ewc", "lwf", "replay", "ties", "kronecker", "spectral")
+NEW = ("ewc", "lwf", "replay", "ties", "kronecker", "spectral", "subspace")
 SETTINGS = {"ewc": {"ewc_strength": 50.0}, "replay": {"replay_fraction": 0.3}}
 
 
@@ -433,6 +433,8 @@ REFUSED = [
     ({"method": "pm", "start": "base"}, "`merge: pm` keeps a fraction of the update since the merged weights"),
     ({"method": "average", "start": "base"}, "Use `merge: ties`, or `start: merged`"),
     ({"method": "spectral", "start": "base"}, "`merge: spectral` weighs the update since the merged weights against"),
+    ({"method": "subspace", "coefficient_search": "report"}, "`merge: subspace` has none. Switch it off"),
+    ({"method": "joint", "merge": "subspace"}, "`merge: subspace` weighs the update since the merged weights against"),
     ({"method": "joint", "merge": "spectral"}, "`merge: spectral` weighs the update since the merged weights against"),
     ({"method": "gram", "method_kwargs": {"kronecker_rank": 0}}, "must be a whole number of at least 1, but got 0"),
     ({"method": "single", "merge": "ties"}, "`merge: ties` merges the tasks of a sequence"),

@@ -65,13 +65,15 @@ class Merged(NamedTuple):
 
     `alpha`: fraction of the adapter's update that is kept; `None` for a dense update. `per_matrix`: alpha of each
     matrix where they differ. `record`: numbers that explain the result, for the ledger and the report. `dense`: gives
-    the update of a matrix, float32 in the shape of the live weight, if the payload is dense.
+    the update of a matrix, float32 in the shape of the live weight, if the payload is dense. `mixing`: by matrix, the
+    (r, r) matrix M of an update that is kept as left @ M @ right, before alpha; the live adapter is changed to it.
     """
 
     alpha: float | None
     per_matrix: dict[str, float] | None = None
     record: dict[str, Any] | None = None
     dense: Callable[[str], torch.Tensor] | None = None
+    mixing: dict[str, torch.Tensor] | None = None
 
     def alpha_of(self, name: str) -> float:
         return self.alpha if self.per_matrix is None else self.per_matrix[name]
@@ -259,10 +261,12 @@ class Optimizer(Part):
 class Merge(Part):
     """What of the trained update is kept?
 
-    `dense`: whether its payload is a dense update, which takes the place of all entries before.
+    `dense`: whether its payload is a dense update, which takes the place of all entries before. `mixes`: whether it
+    changes the directions of the adapter, and not only its scale.
     """
 
     dense: ClassVar[bool] = False
+    mixes: ClassVar[bool] = False
 
     def solve(self, ended: Ended) -> Merged:
         raise NotImplementedError

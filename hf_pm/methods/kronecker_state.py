@@ -1,5 +1,7 @@
 """What parts with Kronecker-factored curvature measure and keep: two small matrices a layer."""
 
+from typing import Any
+
 import torch
 from peft import PeftModel
 
@@ -9,6 +11,9 @@ from ..weights.adapters import is_experts, lora_layers
 from ..weights.kronecker import Factors
 from ..weights.states import StoredState, Value
 from .contract import Ended, Measured, Part, Setting
+
+
+DAMPING = Setting(1e-3, "must lie in (0, 1]", lambda value: 0 < value <= 1)
 
 
 class KroneckerState(Part):
@@ -28,6 +33,15 @@ class KroneckerState(Part):
     }
     measures = frozenset({"kronecker"})
     growth = "constant: two cut square matrices for every matrix"
+
+    def needs_merged_start(self, merge: str, method: Any) -> str | None:
+        """Why a merge with this curvature cannot work in the row `method`; `None` if it can."""
+        if method.start == "base" or method.stream != "sequence":
+            return (
+                f"`merge: {merge}` weighs the update since the merged weights against the tasks in them, but "
+                f"`start: {method.start}` with `stream: {method.stream}` has none. Use `start: merged`."
+            )
+        return None
 
     def attach(self, model: PeftModel) -> None:
         experts = [name for name, layer in lora_layers(model).items() if is_experts(layer)]

@@ -15,6 +15,7 @@ from ..weights.states import Value
 from .contract import Ended, Merged, Optimizer, Part, Penalty, Perturbation, Replay, Serve, Start, Step, Task
 from .merges.coefficients import Average, ClosedForm, Fixed, Last
 from .merges.spectral import Spectral
+from .merges.subspace import Subspace
 from .merges.ties import Ties
 from .penalties.ewc import Ewc
 from .penalties.kronecker import Gram, Kronecker
@@ -48,6 +49,7 @@ PARTS: dict[str, dict[str, type[Part]]] = {
         "fixed": Fixed,
         "ties": Ties,
         "spectral": Spectral,
+        "subspace": Subspace,
     },
     "serve": {"folded": Serve},
 }
@@ -116,7 +118,7 @@ class Parts:
                 f"`release: {args.release}` writes the merged model as one adapter, but `merge: {method.merge}` gives "
                 "a dense update, which is none. Use `release: merged`."
             )
-        if self.merge.dense and args.coefficient_search != "off":
+        if (self.merge.dense or self.merge.mixes) and args.coefficient_search != "off":
             raise UserError(
                 f"`coefficient_search: {args.coefficient_search}` looks for alpha, but `merge: {method.merge}` has "
                 "none. Switch it off."

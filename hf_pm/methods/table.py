@@ -46,6 +46,7 @@ METHODS: dict[str, Method] = {
     # Curvature as a Kronecker product: in training (of gradients and inputs, or inputs only), or in the merge.
     "kronecker": Method("online structured Laplace, arXiv 1805.07810, on LoRA updates", penalties=("kronecker",)),
     "gram": Method("its inputs' second moments alone", penalties=("gram",)),
+    "subspace": Method("P&M's closed form over (r, r) matrices, with such curvature", merge="subspace"),
     "spectral": Method("P&M's closed form over every update, with such curvature", merge="spectral"),
     "replay": Method("experience replay, arXiv 1902.10486", replay="buffer"),
     # Upper bounds in the same harness: all tasks shuffled together, and one adapter per task on the base.

@@ -413,6 +413,19 @@ def restore(model: PeftModel, stored: StoredAdapter) -> None:
         load_head(model, head)
 
 
+@torch.no_grad()
+def mix(model: PeftModel, mixing: Mapping[str, torch.Tensor]) -> None:
+    """Change every live update left @ right into left @ M @ right, by its factor B.
+
+    Args:
+        model (`PeftModel`): With an adapter on linear layers.
+        mixing (`Mapping`): Matrix name -> M (r, r), in the orientation of the live weight.
+    """
+    for name, layer in lora_layers(model).items():
+        B, M = layer.lora_B[ADAPTER].weight, mixing[name].to(layer.lora_B[ADAPTER].weight.device)
+        B.copy_((B.float() @ (M.mT if _layout(layer)[1] else M)).to(B.dtype))
+
+
 def quantised(model: nn.Module) -> bool:
     """Whether some adapted weight is stored in fewer bits than a float has."""
     return any(not base_weight(layer).is_floating_point() for layer in lora_layers(model).values())

@@ -6,7 +6,7 @@ import torch
 
 from ...weights import kronecker
 from ..contract import Ended, Merge, Merged, Setting
-from ..kronecker_state import KroneckerState
+from ..kronecker_state import DAMPING, KroneckerState
 
 
 class Spectral(KroneckerState, Merge):
@@ -21,16 +21,11 @@ class Spectral(KroneckerState, Merge):
     dense = True
     settings = KroneckerState.settings | {
         "spectral_mu": Setting(1.0, "must be at least 0", lambda value: value >= 0),
-        "kronecker_damping": Setting(1e-3, "must lie in (0, 1]", lambda value: 0 < value <= 1),
+        "kronecker_damping": DAMPING,
     }
 
     def check(self, method: Any, task_type: str) -> str | None:
-        if method.start == "base" or method.stream != "sequence":
-            return (
-                "`merge: spectral` weighs the update since the merged weights against the tasks in them, but "
-                f"`start: {method.start}` with `stream: {method.stream}` has none. Use `start: merged`."
-            )
-        return None
+        return self.needs_merged_start("spectral", method)
 
     def solve(self, ended: Ended) -> Merged:
         @torch.no_grad()
