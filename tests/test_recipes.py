@@ -13,10 +13,10 @@ RECIPES = sorted([*(ROOT / "recipes").rglob("*.yaml"), ROOT / "hf_pm" / "demo" /
 
 
 def test_count():
-    assert len(RECIPES) == 14
+    assert len(RECIPES) == 15
     assert [str(path.relative_to(ROOT)) for path in RECIPES if path.parent.name == "bench"] == [
         f"recipes/bench/{name}.yaml"
-        for name in ("average", "ewc", "joint", "lwf", "pm", "replay", "sequential", "single", "ties")
+        for name in ("average", "ewc", "joint", "lwf", "pm", "replay", "sequential", "single", "smile", "ties")
     ]
 
 

@@ -34,6 +34,7 @@ from ..evaluation.answers import aligned
 from ..store.ledger import Entry
 from ..tasks.encoding import IGNORE_INDEX
 from ..weights import adapters
+from ..weights.folding import Folder
 from ..weights.merging import Curvature, LowRank
 from ..weights.states import StoredState, Value
 
@@ -62,13 +63,20 @@ class Merged(NamedTuple):
 
     `alpha`: fraction of the adapter's update that is kept; `None` for a dense update. `per_matrix`: alpha of each
     matrix where they differ. `record`: numbers that explain the result, for the ledger and the report. `dense`: gives
-    the update of a matrix, float32 in the shape of the live weight, if the payload is dense.
+    the update of a matrix, float32 in the shape of the live weight, if the payload is dense. `expert`: how the mixture
+    is routed (see `Entry`), if the payload is an expert.
     """
 
     alpha: float | None
     per_matrix: dict[str, float] | None = None
     record: dict[str, Any] | None = None
     dense: Callable[[str], torch.Tensor] | None = None
+    expert: dict[str, int] | None = None
+
+    @property
+    def scaled(self) -> bool:
+        """Whether the payload is the adapter's update, scaled and summed into the weights."""
+        return self.dense is None and self.expert is None
 
     def alpha_of(self, name: str) -> float:
         return self.alpha if self.per_matrix is None else self.per_matrix[name]
@@ -249,10 +257,12 @@ class Optimizer(Part):
 class Merge(Part):
     """What of the trained update is kept?
 
-    `dense`: whether its payload is a dense update, which takes the place of all entries before.
+    `dense`: whether its payload is a dense update, which takes the place of all entries before. `expert`: whether it is
+    an expert, which joins those of the entries before.
     """
 
     dense: ClassVar[bool] = False
+    expert: ClassVar[bool] = False
 
     def solve(self, ended: Ended) -> Merged:
         raise NotImplementedError
@@ -260,3 +270,6 @@ class Merge(Part):
 
 class Serve(Part):
     """How is the result run?"""
+
+    def live(self, model: PeftModel, folder: Folder, number: int) -> None:
+        """Add what the weights alone do not say: they are those after `number` tasks, and the adapter is silent."""

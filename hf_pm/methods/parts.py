@@ -14,11 +14,13 @@ from ..weights import adapters
 from ..weights.states import Value
 from .contract import Ended, Merged, Optimizer, Part, Penalty, Perturbation, Replay, Serve, Start, Step, Task
 from .merges.coefficients import Average, ClosedForm, Fixed, Last
+from .merges.experts import Experts
 from .merges.ties import Ties
 from .penalties.ewc import Ewc
 from .penalties.lwf import Lwf
 from .perturbation import Gaussian, TaskVector
 from .replay import Buffer
+from .serves.routed import Routed
 from .table import METHODS, Method
 
 
@@ -34,8 +36,8 @@ PARTS: dict[str, dict[str, type[Part]]] = {
     "penalty": {"ewc": Ewc, "lwf": Lwf},
     "replay": {"none": Replay, "buffer": Buffer},
     "optimizer": {"optim": Optimizer},
-    "merge": {"pm": ClosedForm, "last": Last, "average": Average, "fixed": Fixed, "ties": Ties},
-    "serve": {"folded": Serve},
+    "merge": {"pm": ClosedForm, "last": Last, "average": Average, "fixed": Fixed, "ties": Ties, "experts": Experts},
+    "serve": {"folded": Serve, "routed": Routed},
 }
 
 
