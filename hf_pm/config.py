@@ -85,7 +85,7 @@ class PMConfig(TrainingArguments):
         replay (`str`, *optional*):
             Overrides which rows of earlier tasks are kept and trained on again: `buffer` or `none`.
         merge (`str`, *optional*):
-            Overrides the method's merge: `pm`, `last`, `average`, `fixed` or `ties`.
+            Overrides the method's merge: `pm`, `last`, `average`, `fixed`, `ties` or `experts`.
         perturbation (`str`, *optional*):
             Overrides the method's perturbation: `task_vector`, `gaussian` or `none`.
 

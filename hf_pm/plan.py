@@ -128,8 +128,8 @@ def estimate(
     """
     stages = rows.stages
     own_rows = [sum(len(rows.train[t]) for t in stage.learns) for stage in stages]
-    replay = Parts(config.resolved_method(), config).replay
-    train_rows = [own + replay.added(own, own_rows[:number]) for number, own in enumerate(own_rows)]
+    parts = Parts(config.resolved_method(), config)
+    train_rows = [own + parts.replay.added(own, own_rows[:number]) for number, own in enumerate(own_rows)]
     test_rows = [len(split) for split in rows.test]
     batch = config.per_device_train_batch_size * config.gradient_accumulation_steps * config.world_size
     epochs = [rows.epochs(stage) for stage in stages]
@@ -139,9 +139,9 @@ def estimate(
         steps = sum(math.ceil(math.ceil(n / batch) * e) for n, e in zip(train_rows, epochs, strict=True))
     state, dense, merge_memory = method_bytes(shapes, config)
     state_files = len(stages) if config.curvature_history == "all" else 1
-    # An adapter release holds all adapters so far, stacked.
+    # An adapter release holds all adapters so far, stacked, and the release of a mixture all of them as experts.
     merged = base_bytes if config.release in ("merged", "both") else 0
-    stacked = adapter_bytes if config.release in ("adapter", "both") else 0
+    stacked = adapter_bytes if config.release in ("adapter", "both") or (merged and parts.merge.expert) else 0
     releases = len(stages) * merged + stacked * sum(range(1, len(stages) + 1))
     path = Path(config.output_dir).absolute()
     while not path.exists():

@@ -205,6 +205,7 @@ class PMTrainerMixin(TaskTraining):
         """Make the merged weights after `number` tasks live."""
         if self.live != number:
             self.run.folder.into_model(self.model, number)
+            self.parts.serve.live(self.model, self.run.folder, number)
             self.live = number
         self.scorer.state_key = self.run.state_key(number)
 

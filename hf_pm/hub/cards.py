@@ -36,6 +36,8 @@ ALPHA = {
     "last": "1, every update is kept whole.",
     "ties": "none here.\nTIES merges the task vectors so far into one dense update, in which no task has a fraction "
     "of its own.",
+    "experts": "1:\nevery update is kept whole, as an expert beside the base, and each token of each layer takes the "
+    "experts whose\ninput directions it lies in (SMILE, arXiv 2408.10174).",
 }
 # Part of a parity certificate -> what it compares.
 COMPARED = {"folded": "merged with adapter", "reloaded": "release with merged"}
@@ -171,6 +173,11 @@ class Card:
     def name(self) -> str:
         """What the model is called."""
         return self.repo_id.split("/")[-1] if self.repo_id else f"{self._base}-hf-pm"
+
+    @property
+    def routed(self) -> bool:
+        """Whether the release is a mixture of experts, which needs the code that it brings."""
+        return self.merge == "experts"
 
     @property
     def _base(self) -> str:

@@ -21,7 +21,7 @@ from ..store.disk import check_space, link, whole
 from ..store.hub_metadata import is_hub_id, last_part
 from ..store.ledger import SCHEMA, Entry, Ledger, read_json, write_bytes, write_json
 from ..tasks.stream import TaskStream
-from ..weights import adapters
+from ..weights import adapters, mixture
 from ..weights.bases import BaseCheckpoint, Piece
 from ..weights.folding import Folder
 from ..weights.heads import Head, write_heads
@@ -286,8 +286,10 @@ class Releases:
         """Size of the weights of one release of this kind, with the adapters of tasks 1 to `number` in it."""
         base = self.folder.base
         merged = 0 if kind == "adapter" else sum((base.folder / file).stat().st_size for file in base.files)
-        files = [self.path / entry.adapter / adapters.WEIGHTS for entry in self.ledger.active(number)]
-        return merged + (0 if kind == "merged" else sum(file.stat().st_size for file in files))
+        active = self.ledger.active(number)
+        # An expert is part of every release.
+        held = [entry for entry in active if kind != "merged" or entry.expert is not None]
+        return merged + sum((self.path / entry.adapter / adapters.WEIGHTS).stat().st_size for entry in held)
 
     def write(
         self,
@@ -322,6 +324,7 @@ class Releases:
         with whole(folder) as part:
             if kind != "adapter":
                 self.folder.into_checkpoint(part, number)
+                mixture.into_checkpoint(self.folder, number, part, self.facts.task_type)
                 if self.facts.task_type == "SEQ_CLS":
                     self._write_heads(part, number)
             if kind != "merged":
@@ -407,7 +410,9 @@ class Releases:
             "it" if first else f"its state after the tasks before (`{repo_id}`, tag `{self.facts.tag(number - 1)}`)"
         )
         kept = "It went into a dense update of the merged model."
-        if entry.coefficient is not None:
+        if entry.expert is not None:
+            kept = "It is one of the routed experts of the model."
+        elif entry.coefficient is not None:
             kept = f"Of this update the fraction {entry.coefficient:.6g} was kept."
         relation = f"base_model: {facts.base_model}\nbase_model_relation: adapter\n" if facts.base_model else ""
         (folder / "README.md").write_text(

@@ -34,6 +34,7 @@ from ..evaluation.answers import aligned
 from ..store.ledger import Entry
 from ..tasks.encoding import IGNORE_INDEX
 from ..weights import adapters
+from ..weights.folding import Folder
 from ..weights.kronecker import Factors
 from ..weights.merging import Curvature, LowRank
 from ..weights.states import StoredState, Value
@@ -67,6 +68,7 @@ class Merged(NamedTuple):
     matrix where they differ. `record`: numbers that explain the result, for the ledger and the report. `dense`: gives
     the update of a matrix, float32 in the shape of the live weight, if the payload is dense. `mixing`: by matrix, the
     (r, r) matrix M of an update that is kept as left @ M @ right, before alpha; the live adapter is changed to it.
+    `expert`: how the mixture is routed (see `Entry`), if the payload is an expert.
     """
 
     alpha: float | None
@@ -74,6 +76,12 @@ class Merged(NamedTuple):
     record: dict[str, Any] | None = None
     dense: Callable[[str], torch.Tensor] | None = None
     mixing: dict[str, torch.Tensor] | None = None
+    expert: dict[str, int] | None = None
+
+    @property
+    def scaled(self) -> bool:
+        """Whether the payload is the adapter's update, scaled and summed into the weights."""
+        return self.dense is None and self.expert is None
 
     def alpha_of(self, name: str) -> float:
         return self.alpha if self.per_matrix is None else self.per_matrix[name]
@@ -262,11 +270,13 @@ class Merge(Part):
     """What of the trained update is kept?
 
     `dense`: whether its payload is a dense update, which takes the place of all entries before. `mixes`: whether it
-    changes the directions of the adapter, and not only its scale.
+    changes the directions of the adapter, and not only its scale. `expert`: whether its payload is an expert, which
+    joins those of the entries before.
     """
 
     dense: ClassVar[bool] = False
     mixes: ClassVar[bool] = False
+    expert: ClassVar[bool] = False
 
     def solve(self, ended: Ended) -> Merged:
         raise NotImplementedError
@@ -274,3 +284,6 @@ class Merge(Part):
 
 class Serve(Part):
     """How is the result run?"""
+
+    def live(self, model: PeftModel, folder: Folder, number: int) -> None:
+        """Add what the weights alone do not say: they are those after `number` tasks, and the adapter is silent."""

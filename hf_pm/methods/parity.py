@@ -67,7 +67,7 @@ def certificate(
     """The record of a task, `reloaded` still open; warns over the tolerance.
 
     Args:
-        expected (`torch.Tensor`, *optional*): Logits of the adapter model at scale alpha; `None` for a dense update.
+        expected (`torch.Tensor`, *optional*): Logits of the adapter model at scale alpha; `None` for another payload.
         folded (`torch.Tensor`): Logits of the folded live model.
         dtype (`torch.dtype`): Of the live weights.
         policy (`str`): How weights were summed, rounded or quantised.
@@ -156,9 +156,9 @@ class Parity:
 
     def expect(self, number: int, merged: Merged) -> None:
         """Keep what the fold has to reproduce: the logits of the live adapter model at the coefficient. A dense update
-        is no adapter model, and there is nothing to keep."""
+        and a mixture of experts are no adapter models, and there is nothing to keep."""
         self._adapter = None
-        if merged.dense is None:
+        if merged.scaled:
             self._adapter = self._logits_at(number, merged.alpha, merged.per_matrix)
 
     def certify(self, number: int) -> dict[str, Any]:
@@ -166,7 +166,7 @@ class Parity:
         trainer = self.trainer
         expected, self._adapter = self._adapter, None
         entry = trainer.run.ledger.entries[number - 1]
-        if expected is None and entry.dense is None:  # an earlier process trained it
+        if expected is None and entry.scaled:  # an earlier process trained it
             trainer.rebuild(trainer.starts_from(number))
             restore(trainer.model, StoredAdapter(trainer.run.path / entry.adapter))
             trainer.live = None
@@ -196,7 +196,9 @@ class Parity:
             trainer.probe(number),
             dtype=trainer.model.get_base_model().dtype,
             attention=trainer.model.config._attn_implementation,
-            code=type(trainer.model.get_base_model()).__module__.startswith("transformers_modules."),
+            # Of a mixture: this package's own file.
+            code=type(trainer.model.get_base_model()).__module__.startswith("transformers_modules.")
+            or trainer.parts.merge.expert,
             autocast=trainer.accelerator.autocast,
         )
         record = trainer.run.results["per_task"][number - 1]

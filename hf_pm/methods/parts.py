@@ -14,6 +14,7 @@ from ..weights import adapters
 from ..weights.states import Value
 from .contract import Ended, Merged, Optimizer, Part, Penalty, Perturbation, Replay, Serve, Start, Step, Task
 from .merges.coefficients import Average, ClosedForm, Fixed, Last
+from .merges.experts import Experts
 from .merges.spectral import Spectral
 from .merges.subspace import Subspace
 from .merges.ties import Ties
@@ -22,6 +23,7 @@ from .penalties.kronecker import Gram, Kronecker
 from .penalties.lwf import Lwf
 from .perturbation import Gaussian, TaskVector
 from .replay import Buffer
+from .serves.routed import Routed
 from .table import METHODS, Method
 
 
@@ -50,8 +52,9 @@ PARTS: dict[str, dict[str, type[Part]]] = {
         "ties": Ties,
         "spectral": Spectral,
         "subspace": Subspace,
+        "experts": Experts,
     },
-    "serve": {"folded": Serve},
+    "serve": {"folded": Serve, "routed": Routed},
 }
 
 

@@ -41,6 +41,7 @@ METHODS: dict[str, Method] = {
     "average": Method("running model averaging, alpha_t = 1/t", merge="average"),
     "fixed": Method("CoMA, Marouf et al., ECCV 2024", merge="fixed"),
     "ties": Method("TIES-Merging, arXiv 2306.01708", merge="ties", start="base"),
+    "smile": Method("SMILE, arXiv 2408.10174", merge="experts", start="base", serve="routed"),
     "ewc": Method("EWC, arXiv 1612.00796; online form of arXiv 1805.06370", penalties=("ewc",)),
     "lwf": Method("Learning without Forgetting, arXiv 1606.09282", penalties=("lwf",)),
     # Curvature as a Kronecker product: in training (of gradients and inputs, or inputs only), or in the merge.

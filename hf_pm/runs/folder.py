@@ -194,6 +194,7 @@ class RunFolder:
         parts = [
             [entry.adapter_sha256, entry.coefficient, entry.coefficients]
             + ([entry.dense_sha256] if entry.dense is not None else [])
+            + ([entry.expert] if entry.expert is not None else [])
             for entry in entries
         ]
         return sha256(json.dumps([self.base_sha256, parts]).encode()).hexdigest()
@@ -246,7 +247,9 @@ class RunFolder:
                 state_sha256=sha256_file(state_file) if state_file else None,
                 dense=str(dense_file.relative_to(self.path)) if dense_file else None,
                 dense_sha256=sha256_file(dense_file) if dense_file else None,
-                replaces=parts.start.on_base or merged.dense is not None,
+                # An expert joins those before it, though it starts from the base as they did.
+                replaces=merged.expert is None and (parts.start.on_base or merged.dense is not None),
+                expert=merged.expert,
                 provenance={
                     "seed": self.args.seed,
                     "data_fingerprint": self.results["data_fingerprint"],

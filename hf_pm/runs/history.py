@@ -303,7 +303,12 @@ def counterfactual(
     releases, target = Releases.open(run_dir, base), Path(to)
     entries = releases.ledger.active()
     names = [entry.name for entry in entries]
-    if task not in names or len(names) < 2 or any(entry.dense is not None for entry in entries):
+    if task not in names or len(names) < 2 or not all(entry.scaled for entry in entries):
+        if any(entry.expert is not None for entry in entries):
+            raise UserError(
+                f"Task {task!r} cannot be left out of {str(run_dir)!r}: its model routes tokens to the experts of "
+                f"{names}, which are no sum. Roll the run back to an earlier task instead."
+            )
         raise UserError(
             f"Task {task!r} cannot be left out of {str(run_dir)!r}: its model is the sum of {names}. Name one of "
             "several such tasks."

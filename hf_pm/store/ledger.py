@@ -109,6 +109,9 @@ class Entry:
         dense_sha256 (`str`, *optional*): Of that file.
         replaces (`bool`, *optional*): Whether the model after this task holds nothing of the entries before. Entries
             of earlier versions do not say it: there, a task that started from the base stands alone.
+        expert (`dict[str, int]`, *optional*): How the mixture after this task is routed, `top_k` and `router_rank`, if
+            the payload is an expert: the adapter itself, which leaves the weights as they are and is added for the
+            tokens that the router gives it.
     """
 
     name: str
@@ -125,11 +128,17 @@ class Entry:
     dense: str | None = None
     dense_sha256: str | None = None
     replaces: bool | None = None
+    expert: dict[str, int] | None = None
 
     @property
     def stands_alone(self) -> bool:
         """Whether nothing before this entry is part of the model after it."""
         return self.start == "base" if self.replaces is None else self.replaces
+
+    @property
+    def scaled(self) -> bool:
+        """Whether the payload is the adapter's update, scaled and summed into the weights."""
+        return self.dense is None and self.expert is None
 
     def alpha(self, name: str) -> float:
         """The fraction of the update of the matrix `name` that is kept."""
@@ -154,10 +163,19 @@ class Entry:
         alphas = [*alphas.values(), *([self.coefficient] if self.dense is None else [])]
         if not all(isinstance(alpha, int | float) for alpha in alphas):
             return "has a coefficient that is no number"
+        if self.expert is not None and not _routing(self.expert):
+            return f"routes an expert by {self.expert!r}"
         for place in (self.adapter, self.state, self.dense):
             if place is not None and (not isinstance(place, str) or not _inside(place)):
                 return f"names {place!r}, which is outside of the run folder"
         return None
+
+
+def _routing(values: Any) -> bool:
+    keys = {"top_k", "router_rank"}
+    return (
+        isinstance(values, dict) and values.keys() == keys and all(type(v) is int and v > 0 for v in values.values())
+    )
 
 
 def _inside(place: str) -> bool:

@@ -2,7 +2,8 @@
 
 W_t = cast(float32(W_0) + sum_j alpha_j * s_j * B_j A_j)
 
-An entry whose payload is a dense update adds that in place of its scaled adapter.
+An entry whose payload is a dense update adds that in place of its scaled adapter. An expert adds nothing: the weights
+of a mixture are the base's (see `mixture.py`).
 
 Every way to the merged weights (live model, checkpoint, `Folder.merged`) goes through `fold_blocks`: the terms are
 added task by task to blocks of rows whose size follows from the matrix's shape alone, each by one single-threaded
@@ -156,7 +157,8 @@ class Folder:
         self, name: str, pieces: Iterable[Piece], adapters: Sequence[tuple[StoredAdapter, Entry]]
     ) -> Iterator[tuple[Piece, Stored, slice, torch.Tensor]]:
         """Merged blocks of some pieces of a live weight; the payloads of all tasks are read once."""
-        payloads = [self._payload(name, adapter, entry) for adapter, entry in adapters]
+        summed = [(adapter, entry) for adapter, entry in adapters if entry.expert is None]
+        payloads = [self._payload(name, adapter, entry) for adapter, entry in summed]
         for piece in pieces:
             path, where = self.base.where(piece.stored, piece.index)
             for rows, block in fold_blocks(path, where, [_of_piece(piece, payload) for payload in payloads]):
@@ -182,6 +184,14 @@ class Folder:
                     f"{name!r}, but this model's matrix needs {expected.get(name, 'nothing')}. Restore the file from "
                     "a copy; nothing is folded from other weights."
                 )
+
+    def experts(self, task_number: int | None = None) -> list[tuple[StoredAdapter, Entry]]:
+        """The experts of the mixture after `task_number` tasks (all by default), in order; none if it is no mixture.
+
+        Raises:
+            UserError: If a file was altered.
+        """
+        return [(adapter, entry) for adapter, entry in self._adapters(task_number) if entry.expert is not None]
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Adapted matrix -> shape of its live weight before quantization."""
@@ -351,10 +361,11 @@ class Folder:
         Its rank is the sum of the tasks' ranks; see `adapters.save_stacked`.
         """
         adapters = self._adapters(task_number)
-        dense = [entry.name for _, entry in adapters if entry.dense is not None]
-        if dense:
+        other = [entry for _, entry in adapters if not entry.scaled]
+        if other:
+            held = "a dense update" if other[-1].expert is None else "routed experts"
             raise UserError(
-                f"The model after task {dense[-1]!r} holds a dense update, which is no LoRA adapter. Write it as a "
+                f"The model after task {other[-1].name!r} holds {held}, which no LoRA adapter can be. Write it as a "
                 "merged checkpoint."
             )
         updates = {

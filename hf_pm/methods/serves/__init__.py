@@ -1,0 +1,1 @@
+"""How the result of a method is run, one file a way."""
