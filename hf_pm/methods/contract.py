@@ -257,8 +257,8 @@ class Optimizer(Part):
 class Merge(Part):
     """What of the trained update is kept?
 
-    `dense`: whether its payload is a dense update, which takes the place of all entries before. `expert`: whether it is
-    an expert, which joins those of the entries before.
+    `dense`: whether its payload is a dense update, which takes the place of all entries before. `expert`: whether its
+    payload is an expert, which joins those of the entries before.
     """
 
     dense: ClassVar[bool] = False

@@ -1,8 +1,8 @@
 """Base + ledger -> a mixture of routed experts, live or as a release.
 
 The module `modeling_smile`, of which every release holds a copy, computes the router and the mixture; the live model
-uses the same functions, so that the two agree to the bit. The release stores the experts' factors as they were trained:
-its bytes follow from the ledger on every machine, and the router is derived where the model is loaded.
+uses the same functions, so that the two agree to the bit. The release stores the experts' factors as trained: its
+bytes follow from the ledger on every machine, and the router is derived where the model is loaded.
 """
 
 import json
