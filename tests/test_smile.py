@@ -1,7 +1,9 @@
 """SMILE: routed experts as the third payload of the ledger, live, in releases, and back and forth in time."""
 
+import copy
 import json
 import os
+import pickle
 import re
 import shutil
 import subprocess
@@ -24,6 +26,7 @@ from hf_pm.hub.releases import Releases
 from hf_pm.runs.doctor import examine
 from hf_pm.runs.history import counterfactual, rollback
 from hf_pm.store.ledger import Ledger
+from hf_pm.weights import mixture
 from hf_pm.weights.adapters import StoredAdapter, attach, lora_layers, restore
 from hf_pm.weights.modeling_smile import CODE, EXPERTS, Experts, add_experts, router
 
@@ -265,6 +268,9 @@ def test_rolled_back_and_going_on(model, stream, tokenizer, lora, config):
     run = Path(args.output_dir)
     before, first = digests(run), (run / "releases" / "task-01-colour" / EXPERTS).read_bytes()
     last = (run / "releases" / "task-02-mood" / EXPERTS).read_bytes()
+    with pytest.raises(UserError, match="holds routed experts, which no LoRA adapter can be. Write it as a merged"):
+        Releases.open(run).write(2, run / "again", kind="adapter")
+    assert not (run / "again").exists()
     with pytest.raises(UserError, match="which are no sum. Roll the run back"):
         counterfactual(run, "mood", run.parent / "without", None)
     rollback(run, 1)
@@ -344,3 +350,34 @@ def test_senseless_combinations_are_refused_before_loading(overrides, message, r
     said = capsys.readouterr().err
     assert re.search(message, said) and said.count("\n") == 1
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("release", ["merged", "none"])
+def test_parameters_and_foreign_code_are_refused_in_python(release, model, stream, tokenizer, config):
+    lora = LoraConfig(r=2, target_modules=[], target_parameters=["q_proj.weight"], lora_dropout=0.0)
+    args = config(method="smile", release=release)
+    with pytest.raises(
+        UserError, match="'model.layers.0.self_attn.q_proj.weight' is a parameter. Use `target_modules`"
+    ):
+        PMTrainer(model=again(model), args=args, stream=stream, processing_class=tokenizer, peft_config=lora)
+
+
+def test_a_base_with_code_of_its_own_is_not_released(model, stream, tokenizer, lora, config):
+    args = config(method="smile", release="none", num_train_epochs=1)
+    trained(model, stream, tokenizer, lora, args)
+    path = Path(model.name_or_path) / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"auto_map": {"AutoConfig": "code.Config"}}))
+    with pytest.raises(UserError, match="brings code of its own.*Use `release: none`"):
+        Releases.open(args.output_dir).write(1)
+
+
+def test_a_live_mixture_can_be_copied_and_pickled(model, stream, tokenizer, lora, config):
+    trainer, _ = trained(model, stream, tokenizer, lora, config(method="smile", release="none", num_train_epochs=1))
+    expected = live_logits(trainer, BATCH)
+    for made in (copy.deepcopy(trainer.model), pickle.loads(pickle.dumps(trainer.model))):
+        with torch.no_grad():
+            assert torch.equal(made(**BATCH).logits, expected)
+        mixture.remove(made)
+        assert not any(isinstance(module, Experts) for module in made.modules())
+        with torch.no_grad():
+            assert not torch.equal(made(**BATCH).logits, expected)
