@@ -11,7 +11,7 @@ from conftest import COLOUR, MOOD, build, rows
 from hub_server import Blob, HubServer, connect
 from peft import LoraConfig
 from safetensors.torch import load_file
-from transformers import LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 import hf_pm
 from hf_pm import PMConfig, PMTrainer, Task, TaskStream
@@ -559,3 +559,26 @@ def test_a_run_with_dense_updates_is_pushed_restored_and_goes_on(start, base, to
     assert not [finding for finding in examine("me/stream", str(base)) if finding.problem]
     with pytest.raises(UserError, match="cannot be left out"):
         counterfactual(run, "mood", tmp_path / "without", None)
+
+
+def test_a_mixture_is_pushed_restored_and_goes_on(base, tokenizer, server, tmp_path):
+    """SMILE: the payload of an entry is its adapter, and the repository brings the code of the model."""
+    run = tmp_path / "mixture"
+    make_trainer(base, run, tokenizer, method="smile").train_stream()
+    whole = essence(run)
+    push_all(run)
+    assert not [finding for finding in examine("me/stream", str(base)) if finding.problem]
+    restored = from_hub("me/stream", tmp_path / "elsewhere", revision=TAGS[1])
+    assert [entry.expert for entry in Ledger(restored).entries] == [{"top_k": 1, "router_rank": 8}] * 2
+    moved = Path(shutil.copytree(base, tmp_path / "my-base"))
+    make_trainer(moved, restored, tokenizer, method="smile").train_stream()
+    after = essence(restored)
+    assert after["ledger"] == whole["ledger"] and after["results"] == whole["results"]
+    experts = {name: digest for name, digest in whole.items() if name.endswith("experts.safetensors")}
+    assert len(experts) == 3
+    again = Releases.open(restored, str(moved)).write(2, tmp_path / "again")
+    assert sha256_file(again / "experts.safetensors") == experts[f"releases/{TAGS[1]}/experts.safetensors"]
+    model = AutoModelForCausalLM.from_pretrained("me/stream", revision=TAGS[2], trust_remote_code=True)
+    assert len(model.config.to_dict()) and sum(type(m).__name__ == "Experts" for m in model.modules()) == 14
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        AutoModelForCausalLM.from_pretrained("me/stream", revision=TAGS[2], trust_remote_code=False)

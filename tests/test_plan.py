@@ -41,7 +41,12 @@ def recipe(tmp_path, tokenizer):
 
 @pytest.mark.parametrize(
     "overrides",
-    [{}, {"curvature_dtype": "bfloat16", "curvature_history": "last", "release": "both"}, {"method": "average"}],
+    [
+        {},
+        {"curvature_dtype": "bfloat16", "curvature_history": "last", "release": "both"},
+        {"method": "average"},
+        {"method": "smile"},
+    ],
 )
 def test_the_run_takes_what_the_plan_says(recipe, overrides):
     plan = plan_recipe(recipe(**overrides))

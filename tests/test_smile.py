@@ -1,7 +1,9 @@
 """SMILE: routed experts as the third payload of the ledger, live, in releases, and back and forth in time."""
 
+import copy
 import json
 import os
+import pickle
 import re
 import shutil
 import subprocess
@@ -11,19 +13,21 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from conftest import build
 from peft import LoraConfig
 from safetensors.torch import load_file
 from test_cli import recipe  # noqa: F401
 from test_trainer import StopAt, again, comparable, digests, trained
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, pipeline
 
-from hf_pm import UserError
+from hf_pm import PMSeq2SeqConfig, PMSeq2SeqTrainer, PMTrainer, UserError
 from hf_pm.cli import main
 from hf_pm.hub.releases import Releases
 from hf_pm.runs.doctor import examine
 from hf_pm.runs.history import counterfactual, rollback
 from hf_pm.store.ledger import Ledger
-from hf_pm.weights.adapters import StoredAdapter, attach
+from hf_pm.weights import mixture
+from hf_pm.weights.adapters import StoredAdapter, attach, lora_layers, restore
 from hf_pm.weights.modeling_smile import CODE, EXPERTS, Experts, add_experts, router
 
 
@@ -184,12 +188,53 @@ def test_a_stream_ends_in_a_mixture_that_loads_without_hf_pm(model, stream, toke
     # The first task's release is the adapter model itself.
     first = run / "releases" / "task-01-colour"
     alone = attach(AutoModelForCausalLM.from_pretrained(base), LoraConfig(**lora.to_dict()), "CAUSAL_LM").eval()
-    trainer_logits = logits_elsewhere(first, BATCH, tmp_path)
-    from hf_pm.weights.adapters import restore
-
     restore(alone, StoredAdapter(run / entries[0].adapter))
     with torch.no_grad():
-        assert torch.allclose(alone(**BATCH).logits, trainer_logits, atol=1e-5)
+        assert torch.allclose(alone(**BATCH).logits, logits_elsewhere(first, BATCH, tmp_path), atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["t5", "gpt2"])
+def test_other_architectures(kind, stream, tokenizer, seq2seq_tokenizer, lora, config, tmp_path):
+    """An encoder-decoder, and a model whose layers store their weights transposed; built in Python, without files."""
+    if kind == "t5":
+        args, cls, auto = config(cls=PMSeq2SeqConfig, method="smile"), PMSeq2SeqTrainer, "AutoModelForSeq2SeqLM"
+    else:
+        args, cls, auto = config(method="smile", method_kwargs={"smile_top_k": 2}), PMTrainer, "AutoModelForCausalLM"
+        lora.fan_in_fan_out = True
+    words = seq2seq_tokenizer if kind == "t5" else tokenizer
+    trainer, results = trained(build(kind), stream, words, lora, args, cls=cls)
+    release = Path(args.output_dir) / "releases" / "task-02-mood"
+    batch = BATCH | ({"decoder_input_ids": BATCH["input_ids"]} if kind == "t5" else {})
+    assert torch.equal(live_logits(trainer, batch), logits_elsewhere(release, batch, tmp_path, auto))
+    assert all(task["parity"]["reloaded"]["max_difference"] == 0 for task in results["per_task"])
+    assert not [finding for finding in examine(args.output_dir) if finding.problem]
+
+
+def test_a_bfloat16_model_is_released_as_it_runs(model, stream, tokenizer, lora, config):
+    args = config(method="smile", bf16=True)
+    model = AutoModelForCausalLM.from_pretrained(model.name_or_path, dtype=torch.bfloat16)
+    _, results = trained(model, stream, tokenizer, lora, args)
+    assert [task["parity"]["dtype"] for task in results["per_task"]] == ["bfloat16", "bfloat16"]
+    assert all(task["parity"]["reloaded"]["max_difference"] == 0 for task in results["per_task"])
+
+
+def test_a_pipeline_runs_the_release(model, stream, tokenizer, lora, config, monkeypatch, tmp_path):
+    args = config(method="smile", num_train_epochs=1)
+    trained(model, stream, tokenizer, lora, args)
+    release = Path(args.output_dir) / "releases" / "task-02-mood"
+    generate = pipeline("text-generation", str(release), trust_remote_code=True)
+    assert isinstance(generate("red apple", max_new_tokens=2)[0]["generated_text"], str)
+
+
+def test_a_model_that_was_a_mixture_is_trained_as_the_base(model, stream, tokenizer, lora, config):
+    """Another run with the same model object: what the first left in it is no part of the second."""
+    first, second = (config(output_dir=f"{config().output_dir}-{n}", method="smile", release="none") for n in "ab")
+    trainer, _ = trained(model, stream, tokenizer, lora, first)
+    assert sum(isinstance(module, Experts) for module in trainer.model.modules()) == len(lora_layers(trainer.model))
+    PMTrainer(
+        model=trainer.model, args=second, stream=stream, processing_class=tokenizer
+    ).train_stream()  # fmt: skip
+    assert digests(Path(first.output_dir)) == digests(Path(second.output_dir))
 
 
 def test_the_experts_are_silent_while_a_task_is_trained(model, stream, tokenizer, lora, config):
@@ -223,6 +268,9 @@ def test_rolled_back_and_going_on(model, stream, tokenizer, lora, config):
     run = Path(args.output_dir)
     before, first = digests(run), (run / "releases" / "task-01-colour" / EXPERTS).read_bytes()
     last = (run / "releases" / "task-02-mood" / EXPERTS).read_bytes()
+    with pytest.raises(UserError, match="holds routed experts, which no LoRA adapter can be. Write it as a merged"):
+        Releases.open(run).write(2, run / "again", kind="adapter")
+    assert not (run / "again").exists()
     with pytest.raises(UserError, match="which are no sum. Roll the run back"):
         counterfactual(run, "mood", run.parent / "without", None)
     rollback(run, 1)
@@ -302,3 +350,34 @@ def test_senseless_combinations_are_refused_before_loading(overrides, message, r
     said = capsys.readouterr().err
     assert re.search(message, said) and said.count("\n") == 1
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("release", ["merged", "none"])
+def test_parameters_and_foreign_code_are_refused_in_python(release, model, stream, tokenizer, config):
+    lora = LoraConfig(r=2, target_modules=[], target_parameters=["q_proj.weight"], lora_dropout=0.0)
+    args = config(method="smile", release=release)
+    with pytest.raises(
+        UserError, match="'model.layers.0.self_attn.q_proj.weight' is a parameter. Use `target_modules`"
+    ):
+        PMTrainer(model=again(model), args=args, stream=stream, processing_class=tokenizer, peft_config=lora)
+
+
+def test_a_base_with_code_of_its_own_is_not_released(model, stream, tokenizer, lora, config):
+    args = config(method="smile", release="none", num_train_epochs=1)
+    trained(model, stream, tokenizer, lora, args)
+    path = Path(model.name_or_path) / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"auto_map": {"AutoConfig": "code.Config"}}))
+    with pytest.raises(UserError, match="brings code of its own.*Use `release: none`"):
+        Releases.open(args.output_dir).write(1)
+
+
+def test_a_live_mixture_can_be_copied_and_pickled(model, stream, tokenizer, lora, config):
+    trainer, _ = trained(model, stream, tokenizer, lora, config(method="smile", release="none", num_train_epochs=1))
+    expected = live_logits(trainer, BATCH)
+    for made in (copy.deepcopy(trainer.model), pickle.loads(pickle.dumps(trainer.model))):
+        with torch.no_grad():
+            assert torch.equal(made(**BATCH).logits, expected)
+        mixture.remove(made)
+        assert not any(isinstance(module, Experts) for module in made.modules())
+        with torch.no_grad():
+            assert not torch.equal(made(**BATCH).logits, expected)

@@ -36,8 +36,8 @@ ALPHA = {
     "last": "1, every update is kept whole.",
     "ties": "none here.\nTIES merges the task vectors so far into one dense update, in which no task has a fraction "
     "of its own.",
-    "experts": "1:\nevery update is kept whole, as an expert beside the base, and each token of each layer takes the "
-    "experts whose\ninput directions it lies in (SMILE, arXiv 2408.10174).",
+    "experts": "1, every update is kept whole,\nas an expert beside the base. In each layer, a token goes to the "
+    "experts whose input directions it shares most\n(SMILE, arXiv 2408.10174).",
 }
 # Part of a parity certificate -> what it compares.
 COMPARED = {"folded": "merged with adapter", "reloaded": "release with merged"}

@@ -1,8 +1,8 @@
 """Base + ledger -> a mixture of routed experts, live or as a release.
 
 The module `modeling_smile`, of which every release holds a copy, computes the router and the mixture; the live model
-uses the same functions, so that the two agree to the bit. The release stores the experts' factors as they were trained:
-its bytes follow from the ledger on every machine, and the router is derived where the model is loaded.
+uses the same functions, so that the two agree to the bit. The release stores the experts' factors as trained: its
+bytes follow from the ledger on every machine, and the router is derived where the model is loaded.
 """
 
 import json
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 
+from ..errors import UserError
 from ..store.ledger import Entry, read_json, write_bytes
 from ..store.tensorfiles import write_streaming
 from . import modeling_smile
@@ -69,9 +70,14 @@ def into_checkpoint(folder: Folder, task_number: int, to: Path, task_type: str) 
     experts = folder.experts(task_number)
     if not experts:
         return
+    names, config = sorted(folder.names), read_json(to / "config.json")
+    if "auto_map" in config:
+        raise UserError(
+            f"The base {folder.base.model_id!r} brings code of its own (`auto_map` in its config.json), which cannot "
+            "be joined with that of the mixture. Use `release: none`."
+        )
     shutil.copyfile(modeling_smile.__file__, to / CODE)
-    names = sorted(folder.names)
-    config = _routed(read_json(to / "config.json"), task_type, names, experts)
+    config = _routed(config, task_type, names, experts)
     write_bytes(to / "config.json", (json.dumps(config, indent=2, sort_keys=True) + "\n").encode())
 
     def factors() -> Iterator[tuple[str, torch.Tensor]]:

@@ -61,30 +61,32 @@ class Experts(nn.Module):
 
     def gates(self, x: torch.Tensor) -> torch.Tensor:
         """w_e(x) of every expert, 0 for those not chosen: (..., in) -> (..., experts)."""
-        scores = torch.einsum("...i,eki->...ek", x, self.V.to(x.dtype)).norm(dim=-1)
+        scores = torch.einsum("...i,eki->...ek", x, self.V.to(x)).norm(dim=-1)
         best, chosen = scores.topk(self.top_k, dim=-1)
         return torch.zeros_like(scores).scatter(-1, chosen, best.softmax(-1))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The sum over the chosen experts, (..., in) -> (..., out), at least float32.
 
-        The factors of all experts are multiplied, and the gates select: at low rank this costs less than sorting the
-        tokens by expert.
+        The factors of all experts are multiplied, and the gates select: at low rank this costs less than sorting
+        tokens by expert. The factors are those of the trained adapter, so that no singular value is cut off.
         """
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         with torch.autocast(x.device.type, enabled=False):
-            inner = torch.einsum("...i,eri->...er", x, self.A.to(x.dtype)) * self.gates(x).unsqueeze(-1)
-            return torch.einsum("...er,eor->...o", inner, self.B.to(x.dtype))
+            inner = torch.einsum("...i,eri->...er", x, self.A.to(x)) * self.gates(x).unsqueeze(-1)
+            return torch.einsum("...er,eor->...o", inner, self.B.to(x))
 
 
 def add_experts(layer: nn.Module, experts: Experts) -> torch.utils.hooks.RemovableHandle:
-    """Let a linear layer add what its experts say; the sum is rounded once to the dtype of the layer."""
+    """Let a linear layer add what its experts say, in every call until the handle is removed."""
+    # Of an offloaded layer the weight is on no device until it is called.
+    layer.smile = experts if layer.weight.is_meta else experts.to(layer.weight.device)
+    return layer.register_forward_hook(_add)
 
-    def add(layer: nn.Module, args: tuple[torch.Tensor], output: torch.Tensor) -> torch.Tensor:
-        return (output + layer.smile(args[0])).to(output.dtype)
 
-    layer.smile = experts.to(layer.weight.device)
-    return layer.register_forward_hook(add)
+def _add(layer: nn.Module, args: tuple[torch.Tensor], output: torch.Tensor) -> torch.Tensor:
+    """The output of the layer and its experts, summed in at least float32 and rounded once."""
+    return (output + layer.smile(args[0]).to(output.device)).to(output.dtype)
 
 
 @functools.cache
