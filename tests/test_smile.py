@@ -134,6 +134,9 @@ def logits(folder):
 model, found = logits(release)
 assert model.generate(torch.load(batch)["input_ids"], max_new_tokens=3, do_sample=False).shape[1] > 1
 model.save_pretrained(to + "-again")
+again, same = logits(to + "-again")
+assert torch.equal(same, found)
+again.save_pretrained(to + "-again")
 assert torch.equal(logits(to + "-again")[1], found)
 torch.save(found, to)
 """
@@ -360,6 +363,17 @@ def test_parameters_and_foreign_code_are_refused_in_python(release, model, strea
         UserError, match="'model.layers.0.self_attn.q_proj.weight' is a parameter. Use `target_modules`"
     ):
         PMTrainer(model=again(model), args=args, stream=stream, processing_class=tokenizer, peft_config=lora)
+
+
+def test_an_adapter_that_is_not_finite_is_refused_before_it_is_committed(model, stream, tokenizer, lora, config):
+    class Diverges(PMTrainer):
+        def _measure(self, stage):
+            next(iter(lora_layers(self.model).values())).lora_B["default"].weight.data[0, 0] = float("nan")
+
+    args = config(method="smile", num_train_epochs=1)
+    with pytest.raises(UserError, match="The adapter of task 'colour' is not finite in 'model.layers.0"):
+        trained(model, stream, tokenizer, lora, args, cls=Diverges)
+    assert not len(Ledger(args.output_dir))
 
 
 def test_a_base_with_code_of_its_own_is_not_released(model, stream, tokenizer, lora, config):

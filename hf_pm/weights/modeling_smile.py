@@ -13,7 +13,6 @@ where V_e holds the top right singular vectors of B_e A_e. Each token of each la
 
 import copy
 import functools
-import shutil
 from pathlib import Path
 
 import torch
@@ -132,8 +131,9 @@ class SmileModel(PreTrainedModel):
         def save_pretrained(folder, *args, **kwargs):
             save(folder, *args, **kwargs)
             written.save_pretrained(folder)
-            for source in (file, __file__):
-                shutil.copyfile(source, Path(folder) / (EXPERTS if source is file else CODE))
+            for name, source in ((EXPERTS, file), (CODE, __file__)):
+                # Read before it is written: the folder may be the one that the model came from.
+                (Path(folder) / name).write_bytes(Path(source).read_bytes())
 
         model.save_pretrained = save_pretrained
         return model

@@ -9,18 +9,20 @@ from ...weights import adapters
 from ..contract import Ended, Merge, Merged, Setting
 
 
+COUNT = "must be a whole number of at least 1", lambda value: value >= 1 and value % 1 == 0
+
+
 class Experts(Merge):
     """The payload of a task is its trained adapter as an expert of a mixture (SMILE, arXiv 2408.10174).
 
-    Nothing is computed from data: the router's vectors follow from the adapters, when the mixture is built. How it is
-    routed goes into the ledger, so that base + ledger give the whole model.
+    Nothing is computed from data: the router's vectors follow from the adapters when the mixture is built (see
+    `weights.mixture`). `smile_top_k` experts answer for a token, and `smile_router_rank` singular vectors of each
+    decide which; both go into the ledger, so that base + ledger give the whole model.
     """
 
     settings = {
-        "smile_top_k": Setting(1, "must be a whole number of at least 1", lambda value: value >= 1 and value % 1 == 0),
-        "smile_router_rank": Setting(
-            8, "must be a whole number of at least 1", lambda value: value >= 1 and value % 1 == 0
-        ),
+        "smile_top_k": Setting(1, *COUNT),
+        "smile_router_rank": Setting(8, *COUNT),
     }
     expert = True
     growth = "nothing beside the adapters, but all of them are part of every release and of every forward pass"
@@ -78,5 +80,15 @@ class Experts(Merge):
                 )
 
     def solve(self, ended: Ended) -> Merged:
+        broken = [
+            name
+            for name, update in ended.updates.items()
+            if not (update.A.isfinite().all() & update.B.isfinite().all())
+        ]
+        if broken:
+            raise UserError(
+                f"The adapter of task {ended.name!r} is not finite in {broken[0]!r}, so that no router follows from "
+                "it. Lower `learning_rate`, or use a wider dtype."
+            )
         routing = {"top_k": int(self["smile_top_k"]), "router_rank": int(self["smile_router_rank"])}
         return Merged(1.0, expert=routing)
