@@ -323,7 +323,7 @@ class PMSeq2SeqConfig(PMConfig, Seq2SeqTrainingArguments):
 
 @dataclass
 class Recipe(PMConfig):
-    """What a recipe file may say: `PMConfig` plus the model, the adapter and the stream.
+    """The fields of a recipe file: `PMConfig` plus the model, the adapter and the stream.
 
     Args:
         model_name_or_path (`str`):
@@ -443,7 +443,7 @@ LATER_TASKS_FIELDS = frozenset(
 
 
 def settings(config: PMConfig) -> dict[str, Any]:
-    """What the user set: the fields that differ from their defaults, as plain JSON values without tokens."""
+    """The fields that differ from their defaults, as plain JSON values without tokens."""
     return dict(config.given)
 
 

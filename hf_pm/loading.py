@@ -73,7 +73,7 @@ LOADING_ERRORS = (OSError, ValueError, TypeError, KeyError, AttributeError, Impo
 
 
 def cannot_load(recipe: Recipe, error: Exception) -> UserError:
-    """What went wrong with the model or its tokenizer, in one line."""
+    """Error message for a model or a tokenizer that cannot be loaded, in one line."""
     reason = cause_of(error)
     remedy = "Correct `model_name_or_path` or `task_type`."
     if "custom code" in reason and not recipe.trust_remote_code:

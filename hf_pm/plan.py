@@ -1,4 +1,4 @@
-"""What a recipe will take, before anything is trained: bytes on disk and in memory, steps, scores."""
+"""Estimate of a recipe before anything is trained: bytes on disk and in memory, steps, scores."""
 
 import math
 import shutil
@@ -51,7 +51,7 @@ class Plan(NamedTuple):
 
 
 class MethodBytes(NamedTuple):
-    """What a method adds: the state file after a task, a task's dense update, and the memory that a merge takes."""
+    """Bytes that a method adds: the state file after a task, a task's dense update, and the memory of a merge."""
 
     state: int
     dense: int

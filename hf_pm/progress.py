@@ -1,4 +1,4 @@
-"""What a person sees while a stream trains."""
+"""Progress bar of a whole stream."""
 
 import time
 

@@ -29,7 +29,7 @@ KINDS = {
 
 
 class _Loader(yaml.SafeLoader):
-    """Texts, numbers, truth values, lists and mappings."""
+    """Values that a YAML recipe may contain: str, int, float, bool, list, dict."""
 
     yaml_constructors = {tag: make for tag, make in yaml.SafeLoader.yaml_constructors.items() if tag in {None, *PLAIN}}
     yaml_implicit_resolvers = {
@@ -111,7 +111,7 @@ def _wrong(problem: str, node: yaml.Node) -> ConstructorError:
 
 
 def _reason(error: Exception) -> str:
-    """What is wrong and where; never the line itself, which may hold a token."""
+    """Error message with the place of a YAML error; never the line itself, which may hold a token."""
     if isinstance(error, RecursionError):
         return "its brackets are nested too deeply"
     if isinstance(error, yaml.MarkedYAMLError) and error.problem and error.problem_mark:

@@ -246,7 +246,7 @@ class PMTrainerMixin(TaskTraining):
         self._checkpoint_dir = self.run.task_dir(number) / "checkpoints"
         self._checkpoint_dir.mkdir(parents=True, exist_ok=True)
         self.live = None
-        everyones = self.args.num_train_epochs
+        default_epochs = self.args.num_train_epochs
         self.args.num_train_epochs = self.rows.epochs(stage)
         try:
             self._resumed = self._resume_point(number)
@@ -256,7 +256,7 @@ class PMTrainerMixin(TaskTraining):
                 raise recovery.Interrupted(f"Stopped at step {self.state.global_step} of {self._label()}.")
         finally:
             self._checkpoint_dir = self._resumed = self._loss = None
-            self.args.num_train_epochs = everyones
+            self.args.num_train_epochs = default_epochs
         self._seconds = {"train_seconds": time.monotonic() - started, "curvature_seconds": 0.0}
 
     def _resume_point(self, number: int) -> tuple[Path, float] | None:
@@ -270,7 +270,7 @@ class PMTrainerMixin(TaskTraining):
         return found
 
     def _measure(self, stage: Stage) -> Measured | None:
-        """What the parts want to know at the end of the task, in one pass."""
+        """Measure everything that the parts ask for at the end of the task, in one pass."""
         wanted = self.parts.measures()
         if not wanted:
             return None

@@ -1,4 +1,4 @@
-"""What differs from HF's `Trainer` while one task is trained: perturbation, penalties, optimizer, checkpoints."""
+"""Training one task: the overrides of HF's `Trainer` for perturbation, penalties, optimizer and checkpoints."""
 
 import math
 from pathlib import Path
@@ -70,7 +70,7 @@ class TaskTraining:
         return (loss, outputs) if return_outputs else loss
 
     def _micro_steps_in(self, num_items_in_batch: torch.Tensor | int | None) -> int:
-        """What a mean over one micro-batch is divided by: 1 where `Trainer` divides the loss later."""
+        """Number of micro-batches to divide the mean over one of them by; 1 where `Trainer` divides the loss later."""
         scaled = self.loss_is_scaled_for_ga
         if scaled is None:
             by_items = self.model_accepts_loss_kwargs and num_items_in_batch is not None
@@ -136,7 +136,7 @@ class TaskTraining:
         )
 
     def _label(self) -> str:
-        """Of the task that is being trained, for messages."""
+        """Name of the task that is being trained, for messages."""
         return "the training" if self._checkpoint_dir is None else f"task {self.stages[self.task_number - 1].name!r}"
 
     def _require_finite(self, loss: float) -> None:
@@ -150,7 +150,7 @@ class TaskTraining:
     @property
     def exact(self) -> bool:
         """Whether all that rounds is float32."""
-        plain = self.model.get_base_model().dtype == torch.float32 and not adapters.quantised(self.model)
+        plain = self.model.get_base_model().dtype == torch.float32 and not adapters.quantized(self.model)
         return plain and self.accelerator.mixed_precision == "no"
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:

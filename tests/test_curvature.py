@@ -188,14 +188,14 @@ def test_bf16_model_and_autocast_accumulate_in_float32():
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_quantised_base_gives_the_curvature_of_its_dequantised_weights(bits, tmp_path):
-    pytest.importorskip("bitsandbytes", reason="quantised bases need the extra `quantization`")
+def test_quantized_base_gives_the_curvature_of_its_dequantized_weights(bits, tmp_path):
+    pytest.importorskip("bitsandbytes", reason="quantized bases need the extra `quantization`")
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     build("llama").save_pretrained(tmp_path)
-    quantisation = {4: {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, 8: {"load_in_8bit": True}}[bits]
+    quantization = {4: {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, 8: {"load_in_8bit": True}}[bits]
     base = AutoModelForCausalLM.from_pretrained(
-        tmp_path, quantization_config=BitsAndBytesConfig(**quantisation), device_map={"": "cpu"}
+        tmp_path, quantization_config=BitsAndBytesConfig(**quantization), device_map={"": "cpu"}
     )
     model = attach(base, LoraConfig(r=3, lora_alpha=6, target_modules="all-linear"), "CAUSAL_LM")
     plain = adapted("llama", "CAUSAL_LM")

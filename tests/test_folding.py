@@ -458,8 +458,8 @@ QUANTISED = {
 }
 
 
-def quantised(folder, kind, dtype="auto"):
-    pytest.importorskip("bitsandbytes", reason="quantised bases need the extra `quantization`")
+def quantized(folder, kind, dtype="auto"):
+    pytest.importorskip("bitsandbytes", reason="quantized bases need the extra `quantization`")
     from transformers import BitsAndBytesConfig
 
     settings = BitsAndBytesConfig(**QUANTISED[kind])
@@ -467,7 +467,7 @@ def quantised(folder, kind, dtype="auto"):
 
 
 def numbers(layer):
-    """Everything that a quantised weight is made of."""
+    """Everything that a quantized weight is made of."""
     state = getattr(layer.weight, "quant_state", None)
     if state is None:  # int8 keeps its scales with the weight until it is used, then with the layer
         return [layer.weight.data, layer.state.SCB if layer.weight.SCB is None else layer.weight.SCB]
@@ -483,17 +483,17 @@ def equal(some, others):
 @pytest.mark.parametrize(
     ("dtype", "loaded_as"), [(torch.float32, "auto"), (torch.bfloat16, "auto"), (torch.bfloat16, torch.float32)]
 )
-def test_quantised_layers_are_what_the_quantised_release_is(tmp_path, kind, dtype, loaded_as):
-    """Folded in float32 on the full-precision base and quantised once: the same as loading the full-precision release
-    in quantised form, and for no task at all the same as loading the base."""
+def test_quantized_layers_are_what_the_quantized_release_is(tmp_path, kind, dtype, loaded_as):
+    """Folded in float32 on the full-precision base and quantized once: the same as loading the full-precision release
+    in quantized form, and for no task at all the same as loading the base."""
     build("llama").to(dtype).save_pretrained(tmp_path / "base")
-    live = quantised(tmp_path / "base", kind, loaded_as)
+    live = quantized(tmp_path / "base", kind, loaded_as)
     live = adapters.attach(live, LoraConfig(r=4, lora_alpha=8, target_modules="all-linear"), "CAUSAL_LM")
     base, ledger = BaseCheckpoint(tmp_path / "base"), Ledger(tmp_path / "run")
     folder = Folder(base, ledger, stored_names(live, base))
     rounded = "" if dtype == torch.float32 else "rounded to bfloat16, "
     name = kind.partition(",")[0]
-    assert folder.policy(live) == f"float32 sum of the full-precision base, {rounded}quantised once to {name}"
+    assert folder.policy(live) == f"float32 sum of the full-precision base, {rounded}quantized once to {name}"
     layers = {name: layer.get_base_layer() for name, layer in adapters.lora_layers(live).items()}
     loaded = {name: [part.clone() for part in numbers(layer)] for name, layer in layers.items()}
     live.eval()(**PROBE)
@@ -504,7 +504,7 @@ def test_quantised_layers_are_what_the_quantised_release_is(tmp_path, kind, dtyp
             commit(ledger, live, f"task{number}", 0.5)
         folder.into_model(live)
         folder.into_checkpoint(tmp_path / "release")
-        release = quantised(tmp_path / "release", kind, loaded_as).eval()
+        release = quantized(tmp_path / "release", kind, loaded_as).eval()
         for name, layer in layers.items():
             assert equal(numbers(layer), numbers(release.get_submodule(name))), (name, number)
             assert number or equal(numbers(layer), loaded[name]), name
@@ -521,7 +521,7 @@ def test_four_bit_weights_stay_readable_after_an_evaluation(tmp_path):
     wrong or impossible afterwards."""
     bitsandbytes = pytest.importorskip("bitsandbytes", reason="4-bit needs the extra `quantization`")
     build("llama").save_pretrained(tmp_path / "base")
-    live = quantised(tmp_path / "base", "nf4")
+    live = quantized(tmp_path / "base", "nf4")
     live = adapters.attach(live, LoraConfig(r=2, target_modules="all-linear"), "CAUSAL_LM")
     layer = next(iter(adapters.lora_layers(live).values())).get_base_layer()
 
@@ -535,13 +535,13 @@ def test_four_bit_weights_stay_readable_after_an_evaluation(tmp_path):
     live.train()(**PROBE, labels=PROBE["input_ids"]).loss.backward()
 
 
-def test_a_quantised_model_without_a_full_precision_base_is_refused(tmp_path):
+def test_a_quantized_model_without_a_full_precision_base_is_refused(tmp_path):
     build("llama").save_pretrained(tmp_path / "base")
-    live = quantised(tmp_path / "base", "nf4")
-    live.save_pretrained(tmp_path / "quantised")
+    live = quantized(tmp_path / "base", "nf4")
+    live.save_pretrained(tmp_path / "quantized")
     live = adapters.attach(live, LoraConfig(r=2, target_modules="all-linear"), "CAUSAL_LM")
-    with pytest.raises(UserError, match="quantised form. Name the full-precision checkpoint"):
-        stored_names(live, BaseCheckpoint(tmp_path / "quantised"))
+    with pytest.raises(UserError, match="quantized form. Name the full-precision checkpoint"):
+        stored_names(live, BaseCheckpoint(tmp_path / "quantized"))
     with pytest.raises(UserError, match="no full-precision weights"):
         snapshot_base(live, tmp_path / "own")
     assert not (tmp_path / "own").exists()

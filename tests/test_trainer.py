@@ -634,7 +634,7 @@ def test_composes_with_trls_sft_trainer(model, stream, tokenizer, lora, config):
     assert len(trainer.parts.perturbation.layers) == 14
 
 
-def test_four_bit_base_is_quantised_once_from_the_full_precision_sum(model, stream, tokenizer, lora, config):
+def test_four_bit_base_is_quantized_once_from_the_full_precision_sum(model, stream, tokenizer, lora, config):
     bitsandbytes = pytest.importorskip("bitsandbytes", reason="4-bit needs the quantization extra")
     from transformers import BitsAndBytesConfig
 
@@ -649,12 +649,12 @@ def test_four_bit_base_is_quantised_once_from_the_full_precision_sum(model, stre
     assert len(results["matrix"]) == 2
     for name, layer in lora_layers(trainer.model).items():
         target = layer.get_base_layer()
-        quantised = bitsandbytes.functional.dequantize_4bit(target.weight.data, target.weight.quant_state)
+        quantized = bitsandbytes.functional.dequantize_4bit(target.weight.data, target.weight.quant_state)
         fresh = bitsandbytes.nn.Params4bit(
             trainer.run.folder.merged(name), requires_grad=False, quant_type="nf4", compress_statistics=False
         ).to("cpu")
         expected = bitsandbytes.functional.dequantize_4bit(fresh.data, fresh.quant_state)
-        assert torch.allclose(quantised, expected, atol=1e-6), name
+        assert torch.allclose(quantized, expected, atol=1e-6), name
     released = load_file(Path(args.output_dir) / "releases" / "task-02-mood" / "model.safetensors")
     name, stored = next(iter(trainer.run.folder.names.items()))
     assert torch.equal(released[stored], trainer.run.folder.merged(name))

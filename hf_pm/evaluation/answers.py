@@ -1,4 +1,4 @@
-"""What the live model says to a batch of rows: verdicts without generation where none is needed, options, texts."""
+"""Answers of the live model to a batch: exact match without generation, options by likelihood, generated text."""
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -40,7 +40,7 @@ def predict(model: nn.Module, batch: Mapping[str, Any]) -> tuple[torch.Tensor, t
 
 
 def _decoder_inputs(model: nn.Module, labels: torch.Tensor) -> torch.Tensor:
-    """What the decoder reads to predict `labels`: the same, one position later."""
+    """Decoder inputs for teacher forcing: `labels` shifted one position to the right."""
     if hasattr(model, "prepare_decoder_input_ids_from_labels"):
         return model.prepare_decoder_input_ids_from_labels(labels=labels)
     # M2M-100 and Blenderbot do it within `forward` only.
@@ -231,7 +231,7 @@ def option_log_likelihoods(
 
     Returns:
         `torch.Tensor`: (rows, options) in nats, float32 on the CPU. Divide by the options' numbers of tokens for the
-        length-normalised score.
+        length-normalized score.
     """
     inner = _plain(model)
     score = _after_encoder if inner.config.is_encoder_decoder else _after_cached_prompt

@@ -171,7 +171,7 @@ class Card:
 
     @property
     def name(self) -> str:
-        """What the model is called."""
+        """Title of the model card."""
         return self.repo_id.split("/")[-1] if self.repo_id else f"{self._base}-hf-pm"
 
     @property

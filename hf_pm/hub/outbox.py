@@ -1,4 +1,4 @@
-"""What has still to be pushed: complete on disk first, pushed in order, in the background while the next task trains.
+"""Releases that wait for their push: complete on disk, pushed in order, while the next task trains.
 
 `outbox/task-01-<name>/` is a repository as it shall be after a task (links, which take no space), and the `.json` of
 the same name says that it is complete. `pushed.json` remembers what is on the Hub. No failure here costs a run.
@@ -392,7 +392,7 @@ class Outbox:
             os.close(folder)
 
     def preview(self) -> list[tuple[str, list[tuple[str, int]], str]]:
-        """What a push would send: tag, files with their bytes, and the card, for each task that is not on the Hub."""
+        """Contents of a push, for each task that is not on the Hub: tag, files with their bytes, and the card."""
         shown = []
         pushed = self.pushed()
         for number in self.releases.scored():

@@ -220,7 +220,7 @@ def base_license(model_id: str, revision: str | None, token: str | None) -> dict
 
 
 class Owned:
-    """What of a repository's history is this run's own.
+    """Commits and tags of a repository that this run made.
 
     Args:
         adapters (`Sequence[str]`): sha256 of the adapter of each committed task, oldest first.

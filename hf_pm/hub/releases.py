@@ -44,7 +44,7 @@ PER_STAGE = ("coefficients", "coefficient_terms", "per_task")
 
 @dataclass(frozen=True)
 class Facts:
-    """What a release says or needs beside the ledger and the results; `release.json` of the run folder.
+    """Facts that a release needs beside the ledger and the results; `release.json` of the run folder.
 
     Args:
         task_type (`str`): `CAUSAL_LM`, `SEQ_2_SEQ_LM` or `SEQ_CLS`.
@@ -91,7 +91,7 @@ class Facts:
     def of_run(
         cls, args: PMConfig, folder: Folder, stages: list[str], stream: TaskStream, task_type: str, repo_id: str | None
     ) -> "Facts":
-        """What the configuration of a run says."""
+        """The facts that follow from the configuration of a run."""
         learned = [[task] for task in stream] if len(stages) == len(list(stream)) else [list(stream)]
         search = args.coefficient_search == "use"
         method, base = args.resolved_method(), folder.base
@@ -231,7 +231,7 @@ class Releases:
         return self.folder.ledger
 
     def results(self) -> dict[str, Any]:
-        """What is recorded now."""
+        """The content of results.json, or an empty record before the first score."""
         path = self.path / "results.json"
         return read_json(path) if path.is_file() else {"matrix": [], "tasks": self.facts.stages}
 
@@ -396,7 +396,7 @@ class Releases:
             _replace_text(part / "README.md", self.card(number, kind, repo_id, restorable).render())
 
     def _stage_adapter(self, folder: Path, number: int, entry: Entry, kind: str, repo_id: str) -> None:
-        """What one task added, as an adapter for the state it was trained on."""
+        """Stage the update of one task, as an adapter for the model it was trained on."""
         own, facts = self.path / entry.adapter, self.facts
         link(own / adapters.WEIGHTS, folder / adapters.WEIGHTS)
         shutil.copyfile(own / "adapter_config.json", folder / "adapter_config.json")

@@ -1,1 +1,1 @@
-"""What happens to an update: the table of methods and the parts they are made of."""
+"""The table of methods, and the parts that methods are made of."""

@@ -41,7 +41,7 @@ from ..weights.states import StoredState, Value
 
 
 class Measured(NamedTuple):
-    """What the measuring pass found at the end of a task, by matrix name; means over the rows of all ranks.
+    """Result of the measuring pass at the end of a task, by matrix name; means over the rows of all ranks.
 
     `curvature` and `gradient` are empty where no part wants them. `exact` is delta' F delta with the full matrix F of
     the task, cross terms between entries and matrices included: it costs nothing beside any estimator, and shows what
@@ -62,7 +62,7 @@ class Measured(NamedTuple):
 
 
 class Merged(NamedTuple):
-    """What a merge keeps of a task: the payload of its ledger entry.
+    """Result of a merge: the payload of the task's ledger entry.
 
     `alpha`: fraction of the adapter's update that is kept; `None` for a dense update. `per_matrix`: alpha of each
     matrix where they differ. `record`: numbers that explain the result, for the ledger and the report. `dense`: gives
@@ -209,11 +209,11 @@ class Part:
         """Read what the steps of the task need."""
 
     def end(self, ended: Ended) -> dict[str, torch.Tensor]:
-        """What is kept beside the matrices: small tensors by key, integers or floats."""
+        """State beside the matrices: small tensors by key, integers or floats."""
         return {}
 
     def end_matrix(self, ended: Ended, name: str) -> dict[str, Value]:
-        """What is kept of the matrix `name`, by the keys of `keeps`; float32."""
+        """State of the matrix `name`, by the keys of `keeps`; float32."""
         return {}
 
 

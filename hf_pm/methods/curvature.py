@@ -11,7 +11,7 @@ With G_n = d(sum of the answer's token losses) / dW of row n and w_n = 1 / n_tok
 
 The same pass can fill `Moments`: the Kronecker factors, second moments of inputs and of output gradients.
 
-G_n is the product of a layer's output gradient and its input, so no `weight.grad` is needed and quantised bases work;
+G_n is the product of a layer's output gradient and its input, so no `weight.grad` is needed and quantized bases work;
 those of the adapter's own factors are not computed either.
 <G_n, delta> comes from the adapter itself: delta enters the layer as scale * B (A x), and by the product rule the sum
 over tokens of (A x) * d loss / d(A x) is <G_n, delta>. Squaring the gradient of a batch mean instead would depend on
@@ -80,7 +80,7 @@ class Moments:
         return {name: self._counts[leader] for name, leader in self._leader.items()}
 
     def new_batch(self) -> None:
-        """What lies at an address is another tensor now."""
+        """Forget the addresses of the last batch: other tensors lie there now."""
         self._readers = {}
 
     def see_input(self, name: str, tensor: torch.Tensor, x: torch.Tensor, real: torch.Tensor | None) -> None:
@@ -257,7 +257,7 @@ def mean_gradient(
 
 
 class _Batch(NamedTuple):
-    """What one backward pass left behind: w_n (rows,), <G_n, delta> (rows,) of each matrix, rows seen so far."""
+    """Result of one backward pass: w_n (rows,), <G_n, delta> (rows,) of each matrix, rows seen so far."""
 
     weights: torch.Tensor
     slopes: dict[str, torch.Tensor]

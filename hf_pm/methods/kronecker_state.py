@@ -1,4 +1,4 @@
-"""What parts with Kronecker-factored curvature measure and keep: two small matrices a layer."""
+"""State of parts with Kronecker-factored curvature: two small matrices for each layer."""
 
 from typing import Any
 

@@ -70,7 +70,7 @@ def certificate(
         expected (`torch.Tensor`, *optional*): Logits of the adapter model at scale alpha; `None` for another payload.
         folded (`torch.Tensor`): Logits of the folded live model.
         dtype (`torch.dtype`): Of the live weights.
-        policy (`str`): How weights were summed, rounded or quantised.
+        policy (`str`): How weights were summed, rounded or quantized.
         exact (`bool`): Whether everything is float32, so that nothing but the order of sums may differ.
         task_name (`str`): For messages.
     """
@@ -100,7 +100,7 @@ def _judge(record: dict[str, Any], key: str, what: str, other: str, task_name: s
     found = record[key]["relative_difference"]
     if not found <= record["tolerance"]:
         logger.warning(
-            "The %s of task %r differs from its %s by %.2g of the largest logit, more than %.2g. With quantised "
+            "The %s of task %r differs from its %s by %.2g of the largest logit, more than %.2g. With quantized "
             "weights this is their rounding; otherwise train in a wider `dtype`.",
             what,
             task_name,

@@ -171,11 +171,11 @@ class Parts:
         return self.merge.solve(ended)
 
     def end(self, ended: Ended) -> dict[str, torch.Tensor]:
-        """What the parts keep beside the matrices."""
+        """State that the parts keep beside the matrices, by key."""
         return {key: tensor for part in self for key, tensor in part.end(ended).items()}
 
     def end_matrix(self, ended: Ended, name: str) -> dict[str, Value]:
-        """What the parts keep of a matrix."""
+        """State that the parts keep of one matrix, by key."""
         return {key: value for part in self for key, value in part.end_matrix(ended, name).items()}
 
 

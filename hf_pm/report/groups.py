@@ -88,7 +88,7 @@ class Run:
 
     @property
     def settings(self) -> dict[str, Any] | None:
-        """What was set, without what may differ from run to run; `None` if the run did not record it."""
+        """Settings of the run without those that may differ from run to run; `None` if the run did not record them."""
         if self.run is None:
             return None
         # A recipe holds only what was set; of the adapter the actual shape is recorded.
@@ -99,7 +99,7 @@ class Run:
 
     @property
     def identity(self) -> dict[str, str]:
-        """What has to be equal before the scores of two runs may stand in one mean or one difference."""
+        """Values that must be equal before the scores of two runs may enter one mean or one difference."""
         results = self.results
         stream = [record_of(results, "stream", j) for j in range(len(results["tasks"]))]
         digests = as_record(as_record((self.run or {}).get("base")).get("sha256"))
@@ -270,7 +270,7 @@ def labels_of(runs: Sequence[Run]) -> list[str]:
 
 
 def reason_of(run: Run, first: Run) -> str:
-    """What makes `run` not comparable with `first`; empty if nothing does."""
+    """Reasons why `run` is not comparable with `first`; empty if it is."""
     return "; ".join(
         f"{key}: {_brief(value)} instead of {_brief(first.identity[key])}"
         for key, value in run.identity.items()
@@ -284,7 +284,7 @@ def _brief(text: str) -> str:
 
 
 def notes_on_group(label: str, runs: Sequence[Run]) -> list[str]:
-    """What makes the runs of one label other than repetitions of one method with several seeds."""
+    """Differences between the runs of one label other than their seeds."""
     notes = [
         f"{label} has {count} runs with seed {plain_text(seed)}: the spread is not one over seeds, and that seed is "
         "in no paired difference. Give labels to tell the runs apart."

@@ -1,4 +1,4 @@
-"""What a run did, for people: one self-contained HTML page, its pictures and tables as files, and a terminal table.
+"""Report of a run: one self-contained HTML page, its pictures and tables as files, and a terminal table.
 
 Everything is computed from `results.json` and `run.json`; no model is loaded. The page needs no network and no
 JavaScript, and its pictures are inline SVG.

@@ -205,7 +205,7 @@ class RunFolder:
     # ---- Committing a task --------------------------------------------------------------------------------------
 
     def read_state(self) -> StoredState:
-        """What the method keeps between tasks, after the last entry."""
+        """State of the method after the last entry of the ledger."""
         last = self.ledger.entries[-1].state if len(self.ledger) else None
         return StoredState(self.path / last if last is not None else None)
 
@@ -349,7 +349,7 @@ def _check_kind(path: Path, recorded: Any, expected: dict[str, Any]) -> None:
 def _changes(
     run: RunFolder, recorded: dict[str, Any], described: dict[str, Any], rows: StreamRows
 ) -> dict[str, tuple[Any, Any]]:
-    """What is different now and may be: key -> (value of the tasks before, value now).
+    """Allowed differences from the recorded run: key -> (value of the tasks before, value now).
 
     Raises:
         UserError: With another base, other data, or another value of a key that may not change; names every one.

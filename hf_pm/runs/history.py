@@ -107,7 +107,7 @@ def _rollback(path: Path, to: int, weights_only: bool) -> Path:
 
 
 def _later(path: Path, folders: tuple[str, ...], to: int) -> list[Path]:
-    """What these folders of a run hold of tasks after number `to`."""
+    """Items of these folders of a run that belong to tasks after number `to`."""
     found = [item for folder in folders for item in sorted((path / folder).glob("*"))]
     return [item for item in found if (match := NUMBER.match(item.name)) and int(match[1]) > to]
 
@@ -282,7 +282,7 @@ def _tagged(repo_id: str, token: str | None, facts: Facts, count: int, commit: s
 def counterfactual(
     run_dir: str | Path, task: str, to: str | Path, load: Callable[[dict[str, Any]], Any], *, base: str | None = None
 ) -> dict[str, Any]:
-    """What the run's model scores if the update of one task is left out: an approximation, and labelled as one.
+    """Score the run's model without the update of one task: an approximation, and labeled as one.
 
     The later tasks were trained, and their coefficients found, with that update in place; a run that never had the
     task would have gone another way. The run itself is not touched.

@@ -1,4 +1,4 @@
-"""What lets a run be stopped at any instant: checkpoints that are whole, advice on errors, signals that wait.
+"""Stopping and resuming a run at any instant: complete checkpoints, advice on errors, deferred signals.
 
 Everything else that a run writes appears by a rename (see `ledger`); checkpoints inside a task are written by HF's
 `Trainer`, file by file, and count only once they are sealed.

@@ -1,4 +1,4 @@
-"""What a run finds around it: folders that cannot be written, and variables of a launcher that cannot be true."""
+"""Checks of a run's surroundings: folders that cannot be written, launcher variables that cannot be true."""
 
 import os
 import re

@@ -1,4 +1,4 @@
-"""What the Hub accepts as repository names, licenses and tags; checked before anything is trained."""
+"""Rules of the Hub for repository names, licenses and tags; checked before anything is trained."""
 
 import re
 from difflib import get_close_matches
@@ -66,7 +66,7 @@ def check_tags(tags: Any) -> None:
 
 
 def missing_base_id(path: str) -> str:
-    """What to say when a run on a local base is to be pushed."""
+    """Error message for a push of a run whose base is a local folder."""
     return (
         f"The base is a local folder ({last_part(path)!r}), which nobody else has: to be pushed, cards and adapters "
         "have to name its Hub id. Set `base_model_id` to `owner/name`, or train with `push_to_hub: false`."
@@ -79,6 +79,6 @@ def is_hub_id(name: str) -> bool:
 
 
 def last_part(path: str) -> str:
-    """What is left of a local path when nothing of this machine may be shown."""
+    """Last part of a local path, which shows nothing of this machine."""
     part = re.split(r"[\\/]+", path.rstrip("\\/"))[-1]
     return part.lstrip(".~") or "checkpoint"

@@ -145,7 +145,7 @@ class Entry:
         return self.coefficient if self.coefficients is None else self.coefficients[name]
 
     def weights_problem(self, run_dir: Path) -> str | None:
-        """What is wrong with the files that the weights are made from, if anything."""
+        """The first problem with the files that the weights are made from, if there is one."""
         folder = run_dir / self.adapter
         checks = [(folder / WEIGHTS, self.adapter_sha256, sha256_file)]
         if self.settings_sha256 is not None:
@@ -155,7 +155,7 @@ class Entry:
         return next((found for check in checks if (found := file_problem(*check)) is not None), None)
 
     def problem(self) -> str | None:
-        """What no run would have written, if anything; a ledger may come from elsewhere."""
+        """The first value that no run would have written, if there is one; a ledger may come from elsewhere."""
         texts = (self.name, self.adapter, self.adapter_sha256, self.start)
         alphas = self.coefficients if self.coefficients is not None else {}
         if not all(isinstance(text, str) for text in texts) or not isinstance(alphas, dict):

@@ -156,7 +156,7 @@ def base_row_of(results: Mapping[str, Any]) -> list[float | None]:
 
 
 def cell_of(results: Mapping[str, Any], step: int, task: int) -> Mapping[str, Any]:
-    """What was recorded with the score on a task (0-based) after `step` tasks; step 0 is the base."""
+    """Record of the score on a task (0-based) after `step` tasks; step 0 is the base model."""
     cells = as_record(as_record(results.get("cells")).get(str(step)))
     return as_record(cells.get(results["tasks"][task]))
 

@@ -62,7 +62,7 @@ class Header(NamedTuple):
 
 
 def read_header(path: str | Path) -> Header:
-    """What a safetensors file holds, without reading the tensors.
+    """Header of a safetensors file, without reading the tensors.
 
     Every number is checked against the size of the file, so that what follows may trust it.
 

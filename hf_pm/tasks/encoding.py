@@ -109,7 +109,7 @@ class Encoder:
 
     @property
     def described(self) -> dict[str, str]:
-        """What the prompts depend on besides the tasks, as plain JSON; empty for `plain`."""
+        """Plain JSON of the settings that the prompts depend on besides the tasks; empty for `plain`."""
         if self.prompt == "plain":
             return {}
         template = hashlib.sha256(str(self.tokenizer.chat_template).encode()).hexdigest()
@@ -184,10 +184,10 @@ class Encoder:
         return ids, _first_token(encoded["offset_mapping"], len(prompt))
 
     def _read_ending(self) -> tuple[str, str]:
-        """What the template writes after an answer, and how much of it the model has to say: up to a special token.
+        """Text that the chat template writes after an answer, and how much of it is part of the completion.
 
-        What follows that token (a line break, mostly) is never generated. Where there is none, the end-of-sequence
-        token ends the answer.
+        The completion ends with the first special token; text after it (a line break, mostly) is never generated.
+        Without a special token the end-of-sequence token ends the answer.
         """
         mark = "0123456789"
         turns = [{"role": "user", "content": mark}, {"role": "assistant", "content": mark}]

@@ -1,4 +1,4 @@
-"""What the values of a label column say: texts, numbers that are texts, or positions in the options.
+"""Reading a label column as a whole: texts, numbers that are texts, or positions in the options.
 
 The whole column decides, never a single row: the label 1 beside the options 1 to 5 is the option "1", not the second
 one, and a column that can be read in two ways is refused with both readings.

@@ -197,7 +197,7 @@ class StreamRows:
 
 
 def _source(source: Any) -> str:
-    """What a person can find again: a Hub id, the last parts of a path, or that rows came from Python."""
+    """Public name of a data source: a Hub id, the last parts of a path, or that the rows came from Python."""
     if not isinstance(source, str):
         return f"a {type(source).__name__}"
     path = Path(source)
@@ -224,7 +224,7 @@ def fingerprints(
     limits: tuple[int | None, ...] = (),
     prompt: Mapping[str, str] = MappingProxyType({}),
 ) -> list[str]:
-    """What `fingerprint` gives for the first task alone, the first two, and so on."""
+    """The `fingerprint` of the first task alone, of the first two, and so on."""
     found = []
     digest = hashlib.sha256(json.dumps(limits).encode())
     if prompt:

@@ -475,7 +475,7 @@ class Task:
         if any(isinstance(value, bool) for value in values):
             raise UserError(
                 f"`{key}` of task {self.name!r} holds {list(values)}: YAML reads the words yes, no, on, off, true and "
-                "false as truth values. Put quotes around them."
+                "false as booleans. Put quotes around them."
             )
         return [str(value) for value in values]
 
@@ -497,7 +497,7 @@ class Task:
         return isinstance(source, DatasetDict) or (isinstance(source, str) and Path(source).suffix not in LOADERS)
 
     def described(self, prompt: str = "plain") -> list[Any]:
-        """What a model sees of the task besides its rows, and what is done with them, as plain JSON.
+        """Plain JSON of everything but the rows that the result depends on: instruction, options, columns, sizes.
 
         A part that has its default is left out, so that a new one does not change old fingerprints.
         """

@@ -51,7 +51,7 @@ class Update(NamedTuple):
         return (self.A.mT, scaled.mT) if self.transposed else (scaled, self.A)
 
     def shape(self) -> tuple[int, ...]:
-        """Of the live weight, were it not quantised."""
+        """Shape of the live weight before quantization."""
         left, right = self.factors()
         return (*left.shape[:-1], right.shape[-1])
 
@@ -70,7 +70,7 @@ def check_config(config: LoraConfig, task_type: str) -> None:
     if not isinstance(config, LoraConfig):
         raise UserError(f"`peft_config` must be a `LoraConfig`, but got {type(config).__name__}. Use LoRA.")
     refused = {
-        "use_dora=True": (config.use_dora, "DoRA renormalises the sum, so a fraction of its update is not a merge"),
+        "use_dora=True": (config.use_dora, "DoRA renormalizes the sum, so a fraction of its update is not a merge"),
         f"bias={config.bias!r}": (config.bias != "none", "trained biases are not part of scale * B @ A"),
         "lora_bias=True": (config.lora_bias, "the bias of lora_B is not part of scale * B @ A"),
         f"init_lora_weights={config.init_lora_weights!r}": (
@@ -117,8 +117,8 @@ def attach(model: PreTrainedModel, config: LoraConfig, task_type: str) -> PeftMo
         kind = type(layer.get_base_layer()).__name__
         if is_experts(layer) and not base_weight(layer).is_floating_point():
             raise UserError(
-                f"The LoRA target {name!r} holds quantised values, to which nothing can be added. Use "
-                "`target_modules` for quantised layers."
+                f"The LoRA target {name!r} holds quantized values, to which nothing can be added. Use "
+                "`target_modules` for quantized layers."
             )
         if is_experts(layer) and not isinstance(layer.get_base_layer(), nn.Embedding):
             continue
@@ -426,7 +426,7 @@ def mix(model: PeftModel, mixing: Mapping[str, torch.Tensor]) -> None:
         B.copy_((B.float() @ (M.mT if _layout(layer)[1] else M)).to(B.dtype))
 
 
-def quantised(model: nn.Module) -> bool:
+def quantized(model: nn.Module) -> bool:
     """Whether some adapted weight is stored in fewer bits than a float has."""
     return any(not base_weight(layer).is_floating_point() for layer in lora_layers(model).values())
 

@@ -173,7 +173,7 @@ class BaseCheckpoint:
         return read_tensor(*self.where(name, index))
 
     def identity(self) -> dict[str, object]:
-        """What makes two bases the same: sha256 of every weight file."""
+        """Identity of the base: sha256 of every weight file."""
         return {
             "model": self.model_id,
             "revision": self.revision,
@@ -188,14 +188,14 @@ def stored_names(model: nn.Module, base: BaseCheckpoint) -> dict[str, str | tupl
     """Adapted matrix -> where its weight is in the base files, or `None` if some live weight is not the stored one.
 
     Live models carry or lack a prefix that the files lack or carry (`bert.`, `model.`), so both are tried; what counts
-    is that the stored values, cast to the live dtype, are the live values. Quantised weights are compared by name.
+    is that the stored values, cast to the live dtype, are the live values. Quantized weights are compared by name.
     What goes by another name or is stored in pieces (fused experts) is found by its values.
 
     Returns:
         `dict`: The name of the tensor, or its pieces.
 
     Raises:
-        UserError: If the files hold quantised values of an adapted matrix.
+        UserError: If the files hold quantized values of an adapted matrix.
     """
     names: dict[str, str | tuple[Piece, ...]] = {}
     numbered = defaultdict(list)
@@ -210,8 +210,8 @@ def stored_names(model: nn.Module, base: BaseCheckpoint) -> dict[str, str | tupl
         stored = next((candidate for candidate in candidates if candidate in base), None)
         if stored is not None and not base.where(stored)[1].dtype.is_floating_point:
             raise UserError(
-                f"{base.model_id!r} holds {stored!r} in quantised form. Name the full-precision checkpoint it was "
-                "made from, and quantise it while loading (`load_in_4bit` or `load_in_8bit`)."
+                f"{base.model_id!r} holds {stored!r} in quantized form. Name the full-precision checkpoint it was "
+                "made from, and quantize it while loading (`load_in_4bit` or `load_in_8bit`)."
             )
         if not weight.is_floating_point():
             pieces = stored
@@ -298,12 +298,12 @@ def snapshot_base(model: PeftModel, folder: Path) -> None:
     For models that have no checkpoint of their own or differ from it. `folder` appears whole or not at all.
 
     Raises:
-        UserError: If the model is quantised: its full-precision weights are gone.
+        UserError: If the model is quantized: its full-precision weights are gone.
     """
     if not all(base_weight(layer).is_floating_point() for layer in lora_layers(model).values()):
         raise UserError(
-            "The live model is quantised and no stored checkpoint, so that there are no full-precision weights to add "
-            "updates to. Save the full-precision model first, and quantise it while loading."
+            "The live model is quantized and no stored checkpoint, so that there are no full-precision weights to add "
+            "updates to. Save the full-precision model first, and quantize it while loading."
         )
     logger.warning("The live model is not a stored checkpoint: its weights are saved once to %s.", folder)
     inner = model.get_base_model()

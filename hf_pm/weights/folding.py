@@ -165,7 +165,7 @@ class Folder:
                 yield piece, where, rows, block
 
     def _payload(self, name: str, adapter: StoredAdapter, entry: Entry) -> Term:
-        """What an entry adds to the live weight `name`."""
+        """The term that an entry of the ledger adds to the live weight `name`."""
         if entry.dense is None:
             return entry.alpha(name), *adapter.read(name).factors()
         path = self.ledger.run_dir / entry.dense
@@ -250,8 +250,8 @@ class Folder:
     def into_model(self, model: PeftModel, task_number: int | None = None, workers: int | None = None) -> None:
         """Write the merged weights into the live model and silence its adapter.
 
-        Only the adapted matrices are read from the base. A 4-bit or 8-bit layer is quantised afresh from the values of
-        the release, never from quantised weights: loading the release in quantised form gives the same bits.
+        Only the adapted matrices are read from the base. A 4-bit or 8-bit layer is quantized afresh from the values of
+        the release, never from quantized weights: loading the release in quantized form gives the same bits.
 
         Args:
             model (`PeftModel`): With the adapter that `names` was made for.
@@ -276,7 +276,7 @@ class Folder:
         silence(model)
 
     def _dtype(self, name: str) -> torch.dtype:
-        """Of the weight in the base, and so in every release."""
+        """Dtype of the weight in the base, and so in every release."""
         piece = self._pieces[name][0]
         return self.base.where(piece.stored)[1].dtype
 
@@ -291,7 +291,7 @@ class Folder:
             else:
                 dtype, kind = self._dtype(name), getattr(weight, "quant_type", "int8")
                 rounded = "" if dtype == torch.float32 else f", rounded to {_short(dtype)}"
-                said.add(f"float32 sum of the full-precision base{rounded}, quantised once to {kind}")
+                said.add(f"float32 sum of the full-precision base{rounded}, quantized once to {kind}")
         return "; ".join(sorted(said))
 
     def into_checkpoint(self, folder: Path, task_number: int | None = None, workers: int | None = None) -> None:
@@ -333,7 +333,7 @@ class Folder:
     def _jobs(
         self, file: str, source: int, target: int, adapters: Sequence[tuple[StoredAdapter, Entry]]
     ) -> Iterator[tuple[Callable[..., None], ...]]:
-        """What has to be done to write one file: calls that touch different bytes."""
+        """Jobs that together write one file: calls that touch different bytes."""
         header = self.base.headers[file]
         places = []
         for name, pieces in self._pieces.items():

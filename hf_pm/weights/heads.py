@@ -22,7 +22,7 @@ HEADS = "heads.safetensors"
 
 
 class Head(NamedTuple):
-    """What a task of a classifier trained whole.
+    """Classification head that one task trained.
 
     `task`: its name. `tensors`: by their name in the checkpoint. `classes`: what the outputs stand for, in order;
     `None` where that was not recorded, as in runs of earlier versions, whose releases stay as they were.

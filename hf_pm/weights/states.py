@@ -1,4 +1,4 @@
-"""What is kept between tasks, on disk: values of every adapted matrix, one matrix in memory at a time.
+"""State kept between tasks, on disk: values of every adapted matrix, one matrix in memory at a time.
 
 One safetensors file after each task. A value of the matrix `layer` under the key `S` is the tensor `S/layer`, or
 several tensors where its form has several parts (`S_rows/layer`, `S_cols/layer`); whatever is kept beside the

@@ -1,1 +1,1 @@
-"""What of a trained update is kept."""
+"""Merges: the rules for how much of a trained update is kept."""

@@ -1,1 +1,1 @@
-"""What is added to the loss of a training step."""
+"""Penalties: terms added to the loss of a training step."""

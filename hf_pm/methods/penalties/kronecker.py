@@ -31,7 +31,7 @@ class Kronecker(KroneckerState, Penalty):
         }
 
     def weighing(self, factors: Factors) -> Factors:
-        """What of the factors enters the penalty."""
+        """The factors that enter the penalty."""
         return factors
 
     def loss(self, step: Step) -> torch.Tensor | None:
