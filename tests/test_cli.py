@@ -151,7 +151,7 @@ MISTAKES = [
     ({"save_strategy": "sometimes"}, "sometimes is not a valid SaveStrategy"),
     ({"eval_strategy": "steps", "eval_steps": 2}, "validation_samples"),
     ({"release": "all"}, "Unknown `release` 'all'"),
-    ({"use_dora": True}, "`use_dora=True` is not supported: DoRA renormalises the sum"),
+    ({"use_dora": True}, "`use_dora=True` is not supported: DoRA renormalizes the sum"),
     ({"lora_bias": "all"}, "`bias='all'` is not supported: trained biases"),
     ({"lora_target_modules": ["query"]}, "LoRA target modules ['query'] cannot be adapted"),
     ({"model_name_or_path": None}, "`model_name_or_path` is missing"),

@@ -390,7 +390,7 @@ MODELS: dict[str, tuple[Change, str]] = {
     "unknown targets": (recipe(lora_target_modules=["query"]), "LoRA target modules ['query'] cannot be adapted"),
     "no targets": (recipe(lora_target_modules=[]), "LoRA target"),
     "a broken pattern": (recipe(lora_target_modules="(q_proj"), "The LoRA target modules (q_proj cannot be adapted"),
-    "DoRA": (recipe(use_dora=True), "`use_dora=True` is not supported: DoRA renormalises"),
+    "DoRA": (recipe(use_dora=True), "`use_dora=True` is not supported: DoRA renormalizes"),
     "a bias": (recipe(lora_bias="all"), "`bias='all'` is not supported"),
     "the embeddings": (recipe(lora_target_modules=["embed_tokens"]), "only linear layers are supported"),
 }  # fmt: skip
