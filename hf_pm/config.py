@@ -153,6 +153,10 @@ class PMConfig(TrainingArguments):
     > Parameters that control the data and the output
 
     Args:
+        global_batch_size (`int`, *optional*):
+            Rows of one optimizer step, whatever the number of processes: `gradient_accumulation_steps` follows from it
+            and `per_device_train_batch_size`. By default a step takes that many rows of each process, and more
+            processes mean larger steps.
         max_length (`int`, *optional*, defaults to `512`):
             Tokens per row, prompt and answer together; a longer text is cut, never the instruction, the options or
             the answer.
@@ -220,6 +224,7 @@ class PMConfig(TrainingArguments):
     coefficient_search_tasks: list[str] | None = _knob(None, "Earlier tasks whose rows may be kept.")
     lm_eval_tasks: list[str] | None = _knob(None, "Tasks of the `lm-eval` harness.")
     lm_eval_limit: int | None = _knob(None, "Rows of each of them.")
+    global_batch_size: int | None = _knob(None, "Rows of one optimizer step of all processes.")
     max_length: int = _knob(512, "Tokens per row.")
     max_train_samples: int | None = _knob(None, "Training rows per task.")
     max_eval_samples: int | None = _knob(None, "Evaluation rows per task.")
@@ -298,10 +303,32 @@ class PMConfig(TrainingArguments):
         if self.use_cpu:
             join_ranks(self.ddp_backend, self.ddp_timeout)
         super().__post_init__()
+        if self.global_batch_size is not None:
+            self._accumulate()
         # The two are found in another way, where they run.
         missing = sorted({*self.report_to} - {*get_available_reporting_integrations(), "azure_ml", "flyte"})
         rule = "must name trackers that are installed"
         _require(not missing, "report_to", missing, rule, "Install them, or use `report_to: none`.")
+
+    def _accumulate(self) -> None:
+        """Take as many micro-batches a step as make the global batch."""
+        asked, own = self.global_batch_size, self.gradient_accumulation_steps
+        remedy = "Set one of the two."
+        _require(own == 1, "gradient_accumulation_steps", own, "follows from `global_batch_size`", remedy)
+        together = self.effective_batch_size
+        _require(
+            asked % together == 0,
+            "global_batch_size",
+            asked,
+            f"must be a multiple of the {together} rows that {self.world_size} process(es) take at once",
+            "Change it or `per_device_train_batch_size`.",
+        )
+        self.gradient_accumulation_steps = asked // together
+
+    @property
+    def effective_batch_size(self) -> int:
+        """Rows of one optimizer step: of all processes, and all their micro-batches."""
+        return self.train_batch_size * self.gradient_accumulation_steps * self.world_size
 
     def __getstate__(self) -> dict[str, Any]:
         # `Trainer` pickles its arguments into every checkpoint.
@@ -438,8 +465,10 @@ RUN_INVARIANT_FIELDS = frozenset(
 # What may change for the tasks to come, and is then noted in run.json; `num_train_epochs` of single tasks likewise.
 LATER_TASKS_FIELDS = frozenset(
     "num_train_epochs max_steps learning_rate lr_scheduler_type warmup_steps weight_decay max_grad_norm "
-    "per_device_train_batch_size gradient_accumulation_steps gradient_checkpointing".split()
+    "global_batch_size gradient_checkpointing".split()
 )
+# How the rows of a step are dealt out. What counts is how many they are: `effective_batch_size`.
+DEALING_FIELDS = frozenset({"per_device_train_batch_size", "gradient_accumulation_steps", "global_batch_size"})
 
 
 def settings(config: PMConfig) -> dict[str, Any]:

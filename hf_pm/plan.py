@@ -131,7 +131,7 @@ def estimate(
     parts = Parts(config.resolved_method(), config)
     train_rows = [own + parts.replay.added(own, own_rows[:number]) for number, own in enumerate(own_rows)]
     test_rows = [len(split) for split in rows.test]
-    batch = config.per_device_train_batch_size * config.gradient_accumulation_steps * config.world_size
+    batch = config.effective_batch_size
     epochs = [rows.epochs(stage) for stage in stages]
     if config.max_steps > 0:
         steps = config.max_steps * len(stages)
