@@ -233,6 +233,25 @@ def test_coefficient_is_the_papers_over_three_tasks(model, stream, tokenizer, lo
     assert torch.allclose(actual_r, expected_r, atol=1e-4 * float(expected_r.abs().max()))
 
 
+@pytest.mark.parametrize("where", ["probe_logits", "reload_logits"])
+def test_a_certificate_without_memory_costs_no_task(
+    model, stream, tokenizer, lora, config, monkeypatch, caplog, where
+):
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 12.00 GiB")
+
+    monkeypatch.setattr(f"hf_pm.methods.parity.{where}", full)
+    _, results = trained(model, stream, tokenizer, lora, config())
+    assert len(results["matrix"]) == 2
+    for task in results["per_task"]:
+        assert task["parity"]["reloaded"] is None
+        assert (task["parity"]["folded"] is None) == (where == "probe_logits")
+    said = [record.message for record in caplog.records if "No parity certificate for task 'mood'" in record.message]
+    assert said and "not enough memory" in said[0]
+    release = Path(config().output_dir) / "releases" / "task-02-mood"
+    assert "mood" in (release / "README.md").read_text()
+
+
 def test_results_report_and_releases(model, stream, tokenizer, lora, config):
     args = config(num_train_epochs=4, release="both")
     _, results = trained(model, stream, tokenizer, lora, args)
