@@ -9,9 +9,18 @@ from pathlib import Path
 
 import pytest
 
+from hf_pm.cli import main
+
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text()
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "recipes" / "README.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+]
 
 PACKAGE = ROOT / "hf_pm"
 # Lowest first: a wing (a folder, or a module at the top) may import those before it, never those after it.
@@ -89,22 +98,40 @@ def test_python_example_of_the_readme_runs(tmp_path):
     assert done.stdout.rstrip().splitlines()[-1].startswith("[[")
 
 
-def test_paths_in_the_readme_exist():
-    blocks = README.split("## What is where")[1].split("```")[1]
+def test_paths_of_the_tree_exist():
     folder = ""
-    for line in blocks.strip().splitlines():
+    for line in CONTRIBUTING.split("## What is where")[1].split("```")[1].strip().splitlines():
         name = line.split()[0]
         if not line.startswith(" "):
             folder = name if name.endswith("/") else ""
             assert (ROOT / name).exists(), name
         else:
             assert (ROOT / folder / name).exists(), name
-    for name in re.findall(r"(?:recipes|scripts|docs|hf_pm/demo)/[\w./-]+\.\w+", README):
-        assert (ROOT / name).exists(), name
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_paths_and_links_of_the_pages_exist(page):
+    text = page.read_text()
+    for name in re.findall(r"(?<![\w./])(?:recipes|scripts|docs|hf_pm/demo)/[\w./-]+\.\w+", text):
+        assert (ROOT / name).exists() or (page.parent / name).exists(), name
+    for link in re.findall(r"\]\((?!https?:)([^)#]+)", text):
+        assert (page.parent / link).exists(), link
+
+
+def test_the_page_of_methods_has_the_table_as_it_is(capsys):
+    assert main(["methods", "--markdown"]) == 0
+    table = capsys.readouterr().out
+    assert (
+        table.strip() == (ROOT / "docs" / "methods.md").read_text().split("## The table")[1].split("\n\n")[-1].strip()
+    )
+
+
+def test_the_readme_is_one_page():
+    assert len(README.splitlines()) <= 150
 
 
 def test_the_diff_of_the_smallest_method_is_the_code():
-    (diff,) = re.findall(r"```diff\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.DOTALL)
+    (diff,) = re.findall(r"```diff\n(.*?)```", CONTRIBUTING, re.DOTALL)
     for section in diff.split("--- ")[1:]:
         file, *lines = section.splitlines()
         added = [line[1:] for line in lines if line.startswith("+")]
@@ -113,9 +140,9 @@ def test_the_diff_of_the_smallest_method_is_the_code():
         assert not file.endswith("lwf.py") or added == code
 
 
-def test_every_wing_is_in_the_readmes_tree():
+def test_every_wing_is_in_the_tree():
     names = {name if (PACKAGE / name).is_dir() else f"{name}.py" for name in WINGS}
-    tree = re.findall(r"^  ([\w.]+)/? ", README.split("## What is where")[1], re.MULTILINE)
+    tree = re.findall(r"^  ([\w.]+)/? ", CONTRIBUTING.split("## What is where")[1], re.MULTILINE)
     assert names - {"errors.py"} <= set(tree)
 
 
