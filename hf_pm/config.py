@@ -49,6 +49,17 @@ AT_LEAST = {
 POSITIVE = ("num_train_epochs", "save_steps")
 TASK_TYPES = ("CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+# Whether a base has 8 bits rather than 4 -> the arguments of `BitsAndBytesConfig` that it takes.
+QUANTIZATION = {
+    False: (
+        "bnb_4bit_quant_type",
+        "bnb_4bit_use_double_quant",
+        "bnb_4bit_compute_dtype",
+        "bnb_4bit_quant_storage",
+        "llm_int8_skip_modules",
+    ),
+    True: ("llm_int8_threshold", "llm_int8_skip_modules"),
+}
 
 
 def _knob(default: Any, text: str) -> Any:
@@ -362,6 +373,10 @@ class Recipe(PMConfig):
         attn_implementation (`str`, *optional*): As in `from_pretrained` (`sdpa`, `eager`, `flash_attention_2`).
         load_in_4bit (`bool`, *optional*, defaults to `False`): Train on an nf4 base (needs `hf_pm[quantization]`).
         load_in_8bit (`bool`, *optional*, defaults to `False`): Train on an int8 base, likewise.
+        quantization_kwargs (`dict`, *optional*):
+            Further arguments of `BitsAndBytesConfig` for one of the two: `bnb_4bit_quant_type` (`nf4` by default),
+            `bnb_4bit_use_double_quant`, `bnb_4bit_compute_dtype` (`bfloat16` by default), `bnb_4bit_quant_storage`,
+            `llm_int8_threshold`, `llm_int8_skip_modules`.
         trust_remote_code (`bool`, *optional*, defaults to `False`):
             Run code that comes with the model. Read that code first: it can do anything that you can.
         stream (`str`, *optional*): Id of a published task order, such as `olora/order1`.
@@ -388,6 +403,7 @@ class Recipe(PMConfig):
     attn_implementation: str | None = _knob(None, "As in `from_pretrained`.")
     load_in_4bit: bool = _knob(False, "Train on an nf4 base.")
     load_in_8bit: bool = _knob(False, "Train on an int8 base.")
+    quantization_kwargs: dict[str, Any] | None = _knob(None, "Further arguments of `BitsAndBytesConfig`.")
     trust_remote_code: bool = _knob(False, "Run code that comes with the model.")
     stream: str | None = _knob(None, "Id of a published task order.")
     tasks: list[dict[str, Any]] | None = _knob(None, "The stream written out.")
@@ -450,7 +466,22 @@ class Recipe(PMConfig):
         for name in ("load_in_4bit", "load_in_8bit"):
             rule, remedy = "needs bitsandbytes, which is not installed", "Install `hf_pm[quantization]`."
             _require(not getattr(self, name) or find_spec("bitsandbytes") is not None, name, True, rule, remedy)
+        self._check_quantization()
         super().__post_init__()
+
+    def _check_quantization(self) -> None:
+        known, given = QUANTIZATION[self.load_in_8bit], self.quantization_kwargs or {}
+        for name in given:
+            choose("key of `quantization_kwargs`", name, known)
+        bits = self.load_in_4bit or self.load_in_8bit
+        remedy = "Set `load_in_4bit: true` or `load_in_8bit: true`, or leave it out."
+        _require(bits or not given, "quantization_kwargs", given, "needs a quantized base", remedy)
+        for name in ("bnb_4bit_compute_dtype", "bnb_4bit_quant_storage"):
+            if name in given:
+                allowed = DTYPES[1:] + (("uint8", "int8") if name.endswith("storage") else ())
+                choose(f"`{name}`", given[name], allowed)
+        if "bnb_4bit_quant_type" in given:
+            choose("`bnb_4bit_quant_type`", given["bnb_4bit_quant_type"], ("nf4", "fp4"))
 
 
 # What may differ between two starts of the same run: it changes neither the weights nor the scores.

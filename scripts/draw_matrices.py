@@ -1,6 +1,6 @@
 """Draw the score matrices of finished runs side by side, as in the README.
 
-    python scripts/draw_matrices.py runs/sequential runs/kronecker --output docs/real-text.png
+python scripts/draw_matrices.py runs/sequential runs/kronecker --output docs/real-text.png
 """
 
 import argparse

@@ -674,6 +674,12 @@ def test_four_bit_base_is_quantized_once_from_the_full_precision_sum(model, stre
         ).to("cpu")
         expected = bitsandbytes.functional.dequantize_4bit(fresh.data, fresh.quant_state)
         assert torch.allclose(quantized, expected, atol=1e-6), name
-    released = load_file(Path(args.output_dir) / "releases" / "task-02-mood" / "model.safetensors")
+    release = Path(args.output_dir) / "releases" / "task-02-mood"
+    released = load_file(release / "model.safetensors")
     name, stored = next(iter(trainer.run.folder.names.items()))
     assert torch.equal(released[stored], trainer.run.folder.merged(name))
+    # The card says which of the two models its scores are of.
+    assert (
+        "scores of the model with its weights quantized to nf4, as it was trained"
+        in (release / "README.md").read_text()
+    )
