@@ -13,12 +13,12 @@ from test_trainer import again, digests, trained
 from torch.nn.functional import cross_entropy
 
 from hf_pm import UserError
-from hf_pm.methods import curvature
 from hf_pm.methods.contract import Task
 from hf_pm.methods.curvature import Moments, measure_curvature
 from hf_pm.methods.penalties.kronecker import Gram, Kronecker
 from hf_pm.runs.doctor import examine
 from hf_pm.store.ledger import Ledger
+from hf_pm.weights import kronecker
 from hf_pm.weights.adapters import ADAPTER, StoredAdapter, lora_layers, mix, updates
 from hf_pm.weights.kronecker import Cut, price
 from hf_pm.weights.merging import LowRank
@@ -62,7 +62,7 @@ def by_rows(kind):
 @pytest.mark.parametrize("batch_size", [1, 2, 5])
 def test_moments_equal_the_row_loop(kind, batch_size):
     """Padding is in none of them, whatever it is batched with."""
-    moments = Moments()
+    moments = Moments(32)
     measure_curvature(adapted(kind), batches(kind, batch_size), estimator="directional", moments=moments)
     G, A, tokens = by_rows(kind)
     assert moments.outputs.keys() == moments.inputs.keys() == A.keys() and moments.tokens == tokens
@@ -73,14 +73,14 @@ def test_moments_equal_the_row_loop(kind, batch_size):
 
 
 def test_moments_do_not_change_what_else_is_measured():
-    found = [measure_curvature(adapted("llama"), batches("llama", 2), moments=m) for m in (None, Moments())]
+    found = [measure_curvature(adapted("llama"), batches("llama", 2), moments=m) for m in (None, Moments(32))]
     for name, fisher in found[0].curvature.items():
         assert torch.equal(fisher, found[1].curvature[name])
     assert found[0].slope == found[1].slope
 
 
 def test_layers_that_read_the_same_input_share_its_moment():
-    moments = Moments()
+    moments = Moments(32)
     measure_curvature(adapted("llama"), batches("llama", 2), moments=moments)
     q, k, v, o = (moments.inputs[f"model.layers.0.self_attn.{n}_proj"] for n in "qkvo")
     gate, up, down = (moments.inputs[f"model.layers.0.mlp.{n}_proj"] for n in ("gate", "up", "down"))
@@ -90,7 +90,7 @@ def test_layers_that_read_the_same_input_share_its_moment():
 def test_one_token_of_one_row_is_exact():
     """There F is the Kronecker product, so <D, F D> is the exact slope of the pass, matrix by matrix."""
     batch = batches("bert", 1)[0]
-    model, moments = adapted("bert"), Moments()
+    model, moments = adapted("bert"), Moments(32)
     found = measure_curvature(model, [batch], estimator="directional", normalization="token", moments=moments)
     name = "bert.pooler.dense"  # sees the first token alone
     delta = lora_layers(model)[name].get_delta_weight(ADAPTER).detach().double()
@@ -98,17 +98,19 @@ def test_one_token_of_one_row_is_exact():
     assert (G @ delta @ A * delta).sum().item() == pytest.approx(found.slopes[name], rel=1e-4)
 
 
-def test_wide_layers_are_streamed(monkeypatch):
-    monkeypatch.setattr(curvature, "WIDE", 8)
-    monkeypatch.setattr(curvature, "MOMENT_RANK", 16)
-    cut, whole = Moments(), Moments(whole=True)
-    for moments in (cut, whole):
+def test_wide_layers_are_sketched(monkeypatch):
+    monkeypatch.setattr(kronecker, "EXACT", 8)
+    sketched, whole = Moments(3), Moments(32)
+    for moments in (sketched, whole):
         measure_curvature(adapted("llama"), batches("llama", 2), moments=moments)
-    for name, matrix in cut.inputs.items():
-        assert isinstance(matrix, Cut)
-        assert torch.allclose(matrix.dense().diagonal(), whole.inputs[name].diagonal(), rtol=1e-4)
-        if matrix.roots.shape[0] == 16:  # as many directions as there are
-            assert torch.allclose(matrix.dense(), whole.inputs[name], rtol=1e-3, atol=1e-4)
+    for name, matrix in sketched.inputs.items():
+        columns = sketched.columns(len(matrix.diagonal))
+        assert torch.allclose(matrix.product, whole.inputs[name] @ columns, rtol=1e-3, atol=1e-4)
+        assert torch.allclose(matrix.diagonal, whole.inputs[name].diagonal(), rtol=1e-4)
+    for name, matrix in sketched.outputs.items():
+        expected = whole.outputs[name]
+        assert torch.allclose(matrix.product, expected @ sketched.columns(len(expected)), rtol=1e-3, atol=1e-5)
+        assert torch.allclose(matrix.diagonal, expected.diagonal(), rtol=1e-3, atol=1e-8)
 
 
 # ---- On disk --------------------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ the batch size: it is not done. Expert weights (`target_parameters`) have no inp
 gradient is taken where the adapted weight enters the layer, with one row at a time.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from functools import partial
@@ -27,6 +28,7 @@ from typing import Any, NamedTuple
 import torch
 from peft import PeftModel
 from torch import nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..errors import UserError
 from ..evaluation.answers import evaluating, predict
@@ -39,8 +41,6 @@ from ..weights.merging import Curvature, Factored
 ESTIMATORS = ("diagonal", "factored", "directional")
 # Elements of a per-row gradient that exist at a time.
 CHUNK = 1 << 22
-# Side up to which second moments are summed up whole; beyond, as `MOMENT_RANK` directions and a diagonal.
-WIDE, MOMENT_RANK = 2048, 128
 # What tells that several examples share a row.
 PACKED_KEYS = ("cu_seq_lens_q", "cu_seqlens", "seq_idx", "seq_lengths")
 
@@ -50,58 +50,75 @@ class Moments:
 
     For one layer W (out, in) with input x_t and d_t = d l / d(W x_t) at token t, where l is the sum of a row's answer
     losses: A = sum over real tokens (prompt too, padding not) of x x^T, and G = sum over rows of w_n sum_t d d^T. With
-    the means of both, F ~ G (x) A (Ritter et al. 2018, arXiv 1805.07810).
+    the means of both, F ~ G (x) A (Ritter et al. 2018, arXiv 1805.07810). Float32. Small matrices are summed up whole,
+    the others as a `kronecker.Sketch`: one process or many, the sums are those of all rows.
 
     Args:
-        whole (`bool`, *optional*, defaults to `False`): Sum up every matrix whole, however wide, so that the sums of
-            many processes can be added.
+        rank (`int`): Directions of each matrix that are wanted.
+        device (`torch.device`, *optional*, defaults to `"cpu"`): Of the model.
 
     Attributes:
-        outputs (`dict`): Layer -> G, (out, out) float32.
-        inputs (`dict`): Layer -> A, (in, in) float32. Layers that read the same tensor (q, k, v) share one object.
+        outputs (`dict`): Layer -> G, (out, out). Every expert is a layer of its own, see [`expert_name`].
+        inputs (`dict`): Layer -> A, (in, in). Layers that read the same tensor (q, k, v) share one object.
         tokens (`dict`): Layer -> number of real tokens.
+        leaders (`dict`): Layer -> the first layer that reads the same tensor.
     """
 
-    def __init__(self, whole: bool = False) -> None:
-        self.of_many = whole
-        self.limit = 1 << 62 if whole else WIDE
-        self.outputs: dict[str, kronecker.Symmetric] = {}
-        self._sums: dict[str, kronecker.Symmetric] = {}
+    def __init__(self, rank: int, device: torch.device | str = "cpu") -> None:
+        self.rank = rank
+        self.device = device
+        self.outputs: dict[str, torch.Tensor | kronecker.Sketch] = {}
+        self._sums: dict[str, torch.Tensor | kronecker.Sketch] = {}
         self._counts: dict[str, int] = {}
-        self._leader: dict[str, str] = {}  # layer -> the first one that reads its input
-        self._readers: dict[tuple[int, torch.Size], str] = {}
+        self.leaders: dict[str, str] = {}
+        self._readers = WeakTensorKeyDictionary()  # addresses and ids of freed tensors are those of others later
+        self._columns: dict[int, torch.Tensor | None] = {}
 
     @property
-    def inputs(self) -> dict[str, kronecker.Symmetric]:
-        return {name: self._sums[leader] for name, leader in self._leader.items()}
+    def inputs(self) -> dict[str, torch.Tensor | kronecker.Sketch]:
+        return {name: self._sums[leader] for name, leader in self.leaders.items() if leader in self._sums}
 
     @property
     def tokens(self) -> dict[str, int]:
-        return {name: self._counts[leader] for name, leader in self._leader.items()}
+        return {name: self._counts[leader] for name, leader in self.leaders.items() if leader in self._counts}
 
-    def new_batch(self) -> None:
-        """Forget the addresses of the last batch: other tensors lie there now."""
-        self._readers = {}
+    def columns(self, n: int) -> torch.Tensor | None:
+        """Those of the sketches of side n; `None` where the sum is whole."""
+        if n not in self._columns:
+            whole = kronecker.summed_whole(n, self.rank)
+            self._columns[n] = None if whole else kronecker.random_columns(n, self.rank, self.device)
+        return self._columns[n]
 
-    def see_input(self, name: str, tensor: torch.Tensor, x: torch.Tensor, real: torch.Tensor | None) -> None:
-        """Add x (rows, tokens, in); `real` says which tokens are no padding, (rows, tokens), or all are."""
-        leader = self._readers.setdefault((tensor.data_ptr(), tensor.shape), name)
-        self._leader[name] = leader
-        if leader == name:
-            x = x.flatten(0, 1) if real is None else x[real]
-            self._sums[name] = kronecker.add_outer(self._sums.get(name), x, MOMENT_RANK, self.limit)
-            self._counts[name] = self._counts.get(name, 0) + len(x)
+    def leads(self, name: str, tensor: torch.Tensor) -> bool:
+        """Whether this layer is the first to read the input `tensor`, which is then to be added under its name."""
+        self.leaders[name] = self._readers.setdefault(tensor, name)
+        return self.leaders[name] == name
 
-    def see_gradient(self, name: str, d: torch.Tensor, weights: torch.Tensor) -> None:
-        """Add d (rows, tokens, out), each row with its weight (rows,)."""
-        d = (d * weights.sqrt()[:, None, None]).flatten(0, 1)
-        self.outputs[name] = kronecker.add_outer(self.outputs.get(name), d, MOMENT_RANK, self.limit)
+    def add_input(self, name: str, x: torch.Tensor) -> None:
+        """Add x (tokens, in), without padding."""
+        self._sums[name] = kronecker.add_outer(self._sums.get(name), x, self.columns(x.shape[-1]))
+        self._counts[name] = self._counts.get(name, 0) + len(x)
+
+    def add_gradient(self, name: str, d: torch.Tensor, weights: torch.Tensor) -> None:
+        """Add d (tokens, out), each token with its weight (tokens,)."""
+        self.outputs[name] = kronecker.add_outer(self.outputs.get(name), d, self.columns(d.shape[-1]), weights)
 
 
-def moment_bytes(shapes: Mapping[str, Sequence[int]]) -> int:
-    """Bytes of the sums of [`Moments`] in one process, for matrices of these shapes (out, in) that share no input."""
-    sides = [side for shape in shapes.values() for side in shape[-2:]]
-    return 4 * sum(side * (side if side <= WIDE else MOMENT_RANK + 1) for side in sides)
+def expert_name(name: str, expert: int) -> str:
+    """Name under which [`Moments`] has an expert of the stacked parameter `name`."""
+    return f"{name}[{expert}]"
+
+
+def moment_bytes(shapes: Mapping[str, Sequence[int]], rank: int) -> int:
+    """Bytes of the sums of [`Moments`] in one process, for matrices of these shapes (..., out, in) that share no
+    input."""
+    numbers = 0
+    for *experts, rows, columns in shapes.values():
+        sizes = [
+            n * (n if kronecker.summed_whole(n, rank) else kronecker.sketch_size(rank) + 1) for n in (rows, columns)
+        ]
+        numbers += math.prod(experts) * sum(sizes)
+    return 4 * numbers
 
 
 class Measurement(NamedTuple):
@@ -202,10 +219,7 @@ def measure_curvature(
         for name, layer in lora_layers(model).items():
             if name not in curvature:
                 curvature[name] = _nothing(base_weight(layer), estimator)
-    squares = [*curvature.items()]
-    if moments is not None:
-        squares += [*moments.outputs.items(), *moments.inputs.items()]
-    for name, square in squares:
+    for name, square in curvature.items():
         if not all(bool(torch.isfinite(part).all()) for part in _parts(square)):
             raise UserError(
                 f"The squared gradients of {name!r} in the curvature pass of task {task_name!r} overflow float32. "
@@ -303,25 +317,27 @@ def _row_gradients(
         return 1.0 / counts**power
 
     def on_output(name: str, transposed: bool, module: nn.Module, args: tuple[torch.Tensor, ...], out: Any) -> None:
+        if not out.requires_grad:
+            return
         # Detached: a hook that holds a tensor of the graph it hangs on is a cycle that nobody collects.
         inputs = args[0].detach()
+        # Found out here, where all readers of a tensor hold it; summed up in the backward pass, which comes by once,
+        # also where checkpointing runs the forward pass twice.
+        leads = moments is not None and moments.leads(name, args[0])
+        mask = real[0] if name in of_encoder or inputs.data_ptr() in encoded else real[1]
 
         def on_gradient(gradient: torch.Tensor) -> None:
             d = by_row(name, gradient.detach())
             norms.add_(d.square().sum((1, 2)))
-            x = by_row(name, inputs)
+            x = by_row(name, inputs) if collectors or leads else None
             for collect, totals, power in collectors:
                 collect(totals, name, x, d, by_targets(power), transposed)
             if moments is not None:
-                moments.see_gradient(name, d, weights)
+                moments.add_gradient(name, d.flatten(0, 1), weights.repeat_interleave(d.shape[1]))
+            if leads:
+                moments.add_input(name, x[mask] if mask is not None and x.shape[:2] == mask.shape else x.flatten(0, 1))
 
-        if out.requires_grad:
-            out.register_hook(on_gradient)
-            if moments is not None:
-                x = by_row(name, inputs)
-                within = name in of_encoder or inputs.data_ptr() in encoded
-                mask = real[0] if within else real[1]
-                moments.see_input(name, inputs, x, mask if mask is not None and x.shape[1] == mask.shape[1] else None)
+        out.register_hook(on_gradient)
 
     def on_down_projection(name: str, module: nn.Module, args: tuple[torch.Tensor, ...], out: torch.Tensor) -> None:
         if torch.is_grad_enabled():
@@ -380,7 +396,6 @@ def _row_gradients(
             rows = len(batch["labels"])
             lengths = {batch[key].shape[1] for key in ("input_ids", "labels") if batch[key].ndim == 2}
             if moments is not None:
-                moments.new_batch()
                 encoded.clear()
                 real = _real_tokens(model, batch)
             with autocast():
@@ -454,7 +469,7 @@ def _add_gradients(totals, name, x, d, weights, transposed) -> None:  # noqa: AN
     totals[name] = totals[name] + gradient if name in totals else gradient
 
 
-def _parts(fisher: Curvature | kronecker.Symmetric) -> tuple[torch.Tensor, ...]:
+def _parts(fisher: Curvature) -> tuple[torch.Tensor, ...]:
     return (fisher,) if isinstance(fisher, torch.Tensor) else tuple(fisher)
 
 

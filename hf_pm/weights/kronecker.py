@@ -122,22 +122,71 @@ def add(a: Symmetric | None, b: Symmetric, rank: int) -> Symmetric:
     return cut(_dense(a) + _dense(b), rank)
 
 
-def add_outer(a: Symmetric | None, rows: torch.Tensor, rank: int, limit: int) -> Symmetric:
-    """a + rows^T @ rows, the running sum of the outer products of `rows` (..., T, n).
+class Sketch(NamedTuple):
+    """A symmetric matrix known by its product with fixed random columns, (..., n, s), and by its diagonal, (..., n).
 
-    Up to n = `limit` the sum is dense and is not cut; beyond, it starts as a `Cut` of rank `rank` and takes a few rows
-    at a time, so that no (n, n) matrix is formed. Its diagonal is exact either way, the rest up to that rank.
+    Both are linear in the matrix, so that the sketches of two processes add up to that of the sum.
+    """
+
+    product: torch.Tensor
+    diagonal: torch.Tensor
+
+
+def summed_whole(n: int, rank: int) -> bool:
+    """Whether a sum of outer products of side n, of which `rank` directions are wanted, is summed up whole: where its
+    eigenpairs are computed exactly, or a [`Sketch`] would not cost less."""
+    return n <= max(EXACT, 2 * sketch_size(rank))
+
+
+def sketch_size(rank: int) -> int:
+    """Columns of a [`Sketch`] of which `rank` directions are wanted."""
+    return 2 * rank
+
+
+def random_columns(n: int, rank: int, device: torch.device | str = "cpu") -> torch.Tensor:
+    """The columns of a [`Sketch`], (n, s) float32; the same on every machine and in every process."""
+    generator = torch.Generator().manual_seed(n)
+    return torch.randn(n, sketch_size(rank), generator=generator).to(device)
+
+
+def add_outer(
+    total: torch.Tensor | Sketch | None,
+    rows: torch.Tensor,
+    columns: torch.Tensor | None = None,
+    weights: torch.Tensor | None = None,
+) -> torch.Tensor | Sketch:
+    """total + rows^T diag(weights) rows, the running sum of outer products of `rows` (..., T, n).
+
+    With `columns` (n, s) the sum is a [`Sketch`], and 4 n s operations a row instead of 2 n^2. `weights` (..., T) are
+    at least 0, and 1 by default. `total` is `None` at the start.
     """
     rows = rows.detach().to(torch.promote_types(rows.dtype, torch.float32))
-    if isinstance(a, torch.Tensor) or (a is None and rows.shape[-1] <= limit):
-        outer = rows.mT @ rows
-        return outer if a is None else a + outer
-    if a is None:
-        a = Cut(rows.mT[..., :0], rows.new_zeros(rows.shape[:-2] + rows.shape[-1:]))
-    # The cost per row is that of a Gram matrix of rank + piece columns, shared by the rows of the piece.
-    for piece in rows.split(4 * rank, dim=-2):
-        a = _cut_roots(torch.cat([a.roots, piece.mT], dim=-1), a.diagonal, rank)
-    return a
+    if columns is None:
+        left = rows if weights is None else rows * weights[..., None]
+        outer = left.mT @ rows
+        return outer if total is None else total + outer
+    low = rows @ columns.to(rows.dtype)
+    if weights is None:
+        diag = torch.linalg.vector_norm(rows, dim=-2).square()
+    else:
+        low = low * weights[..., None]
+        diag = (weights[..., None, :] @ rows.square())[..., 0, :]
+    sketch = Sketch(rows.mT @ low, diag)
+    return sketch if total is None else Sketch(*(a + b for a, b in zip(total, sketch, strict=True)))
+
+
+def from_sketch(sketch: Sketch, columns: torch.Tensor) -> Cut:
+    """The matrix of a [`Sketch`], with as many roots as it has columns.
+
+    By Nystrom's formula Y (X^T Y)^-1 Y^T for Y = M X (fixed-rank approximation of a streamed positive semidefinite
+    matrix, Tropp et al. 2017, arXiv 1706.05736), which is never above M and exact up to the number of columns. The
+    diagonal is that of M.
+    """
+    noise = torch.finfo(sketch.product.dtype).eps
+    product = sketch.product.double()
+    roots = _nystrom(product, columns.double().mT @ product, noise)
+    rest = sketch.diagonal.double() - roots.square().sum(-1)
+    return Cut(roots.to(sketch.product.dtype), rest.clamp(min=0).to(sketch.diagonal.dtype))
 
 
 def _dense(matrix: Symmetric) -> torch.Tensor:
@@ -178,12 +227,16 @@ def _leading_iterated(matrix: torch.Tensor, rank: int) -> torch.Tensor:
         basis = torch.linalg.qr(fast @ basis).Q
     basis = basis.double()
     product = torch.cat([block.double() @ basis for block in matrix.split(BLOCK, dim=-2)], dim=-2)
-    inner = basis.mT @ product
+    return _leading_columns(_nystrom(product, basis.mT @ product, torch.finfo(fast.dtype).eps), rank)
+
+
+def _nystrom(product: torch.Tensor, inner: torch.Tensor, eps: float) -> torch.Tensor:
+    """Roots of product inner^-1 product^T, (..., n, s), for product = M X and inner = X^T M X, rounded by `eps`."""
     values, vectors = torch.linalg.eigh((inner + inner.mT) / 2)
     # Eigenvalues within the rounding of the matrix are noise, which the inverse would magnify.
-    noise = values[..., -1:] * max(10 * torch.finfo(fast.dtype).eps, FLOOR)
+    noise = values[..., -1:] * max(10 * eps, FLOOR)
     inverse = torch.where(values > noise.clamp(min=0), values, torch.inf).rsqrt()
-    return _leading_columns(product @ (vectors * inverse[..., None, :]), rank)
+    return product @ (vectors * inverse[..., None, :])
 
 
 def subspace(
