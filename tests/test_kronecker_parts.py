@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
-from test_curvature import TASK_TYPES, batches, single_rows
+from test_curvature import TASK_TYPES, batches, build_experts, causal_batches, quantized_pair, single_rows
 from test_curvature import adapted as adapted_model
 from test_parts import arguments, step_of
 from test_trainer import again, digests, trained
@@ -14,12 +14,12 @@ from torch.nn.functional import cross_entropy
 
 from hf_pm import UserError
 from hf_pm.methods.contract import Task
-from hf_pm.methods.curvature import Moments, measure_curvature
+from hf_pm.methods.curvature import Moments, expert_name, measure_curvature
 from hf_pm.methods.penalties.kronecker import Gram, Kronecker
 from hf_pm.runs.doctor import examine
 from hf_pm.store.ledger import Ledger
 from hf_pm.weights import kronecker
-from hf_pm.weights.adapters import ADAPTER, StoredAdapter, lora_layers, mix, updates
+from hf_pm.weights.adapters import ADAPTER, StoredAdapter, base_weight, live_delta, lora_layers, mix, updates
 from hf_pm.weights.kronecker import Cut, price
 from hf_pm.weights.merging import LowRank
 from hf_pm.weights.states import StoredState, state_bytes, write_state
@@ -77,6 +77,122 @@ def test_moments_do_not_change_what_else_is_measured():
     for name, fisher in found[0].curvature.items():
         assert torch.equal(fisher, found[1].curvature[name])
     assert found[0].slope == found[1].slope
+
+
+@pytest.mark.parametrize("kind", ["llama", "t5"])
+def test_moments_with_gradient_checkpointing_are_the_same(kind):
+    """The forward pass runs twice, into memory that earlier tensors have left; tokens count once."""
+    model, plain = adapted(kind), Moments(32)
+    measure_curvature(model, batches(kind, 2), estimator="directional", moments=plain)
+    for reentrant in (True, False):
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        model.enable_input_require_grads()
+        moments = Moments(32)
+        measure_curvature(model.train(), batches(kind, 2), estimator="directional", moments=moments)
+        assert moments.tokens == plain.tokens and moments.leaders == plain.leaders
+        for found, expected in ((moments.inputs, plain.inputs), (moments.outputs, plain.outputs)):
+            assert found.keys() == expected.keys()
+            for name, matrix in found.items():
+                assert torch.allclose(matrix, expected[name], rtol=1e-5, atol=1e-6 * float(matrix.abs().max())), name
+
+
+def test_moments_of_sampled_labels_are_those_of_these_labels():
+    """Inputs do not change; gradients are those of the drawn labels, put into the rows of the data."""
+    model = adapted("llama")
+    moments, empirical = Moments(32), Moments(32)
+    generator = torch.Generator().manual_seed(3)
+    measure_curvature(model, batches("llama", 1), estimator="directional", generator=generator, moments=moments)
+    measure_curvature(model, batches("llama", 1), estimator="directional", moments=empirical)
+    G, generator = {}, torch.Generator().manual_seed(3)
+    for inputs, (positions, answers) in zip(*single_rows("llama"), strict=True):
+        outs, hooks = {}, []
+        for name, layer in lora_layers(model.eval()).items():
+            hooks.append(layer.register_forward_hook(lambda m, a, out, n=name, o=outs: o.update({n: out})))
+        log_probabilities = model(**inputs).logits[0][positions].log_softmax(-1)
+        drawn = torch.multinomial(log_probabilities.detach().exp(), 1, generator=generator)
+        gradients = torch.autograd.grad(log_probabilities.gather(1, drawn).sum(), list(outs.values()))
+        for name, d in zip(outs, gradients, strict=True):
+            G[name] = G.get(name, 0) + (d[0].T @ d[0]).double() / len(answers)
+        for hook in hooks:
+            hook.remove()
+    for name, expected in G.items():
+        found = moments.outputs[name].double()
+        assert torch.allclose(found, expected, rtol=1e-3, atol=1e-5 * float(expected.abs().max())), name
+        assert not torch.allclose(empirical.outputs[name].double(), expected, rtol=0.1)
+        assert torch.equal(moments.inputs[name], empirical.inputs[name])
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_moments_of_a_quantized_base_are_those_of_its_dequantized_weights(bits, tmp_path):
+    quantized, plain = quantized_pair(bits, tmp_path)
+    found, expected = Moments(32), Moments(32)
+    for model, moments in ((quantized, found), (plain, expected)):
+        measure_curvature(model, causal_batches(2), estimator="directional", moments=moments)
+    assert found.tokens == expected.tokens and found.leaders == expected.leaders
+    tolerance = {4: 0.05, 8: 0.3}[bits]  # int8 layers also round their inputs
+    for mine, theirs in ((found.inputs, expected.inputs), (found.outputs, expected.outputs)):
+        for name, matrix in mine.items():
+            assert matrix.dtype == torch.float32
+            assert (matrix - theirs[name]).norm() < tolerance * theirs[name].norm(), name
+
+
+def expert_factors(model):
+    """G, A and tokens of every expert of Mixtral's, token by token: name -> expert -> matrix."""
+    G, A, tokens = {}, {}, {}
+
+    def loop(prefix, seen, module, args, out):
+        parts = [torch.zeros_like(row) for row in args[0]]
+        for t, x in enumerate(args[0]):
+            for expert, share in zip(args[1][t].tolist(), args[2][t], strict=True):
+                both = module.gate_up_proj[expert] @ x
+                gate, up = both.chunk(2)
+                low = torch.nn.functional.silu(gate) * up
+                high = module.down_proj[expert] @ low
+                parts[t] = parts[t] + share * high
+                seen += [(f"{prefix}.gate_up_proj", expert, x, both), (f"{prefix}.down_proj", expert, low, high)]
+        return torch.stack(parts)
+
+    for inputs, (positions, answers) in zip(*single_rows("mixtral"), strict=True):
+        seen, hooks = [], []
+        for number, layer in enumerate(model.model.layers):
+            hook = partial(loop, f"model.layers.{number}.mlp.experts", seen)
+            hooks.append(layer.mlp.experts.register_forward_hook(hook))
+        loss = cross_entropy(model(**inputs).logits[0][positions], answers, reduction="sum")
+        for hook in hooks:
+            hook.remove()
+        gradients = torch.autograd.grad(loss, [out for *_, out in seen])
+        for (name, expert, x, _), d in zip(seen, gradients, strict=True):
+            for sums, value in ((A, torch.outer(x, x).detach()), (G, torch.outer(d, d) / len(answers))):
+                of_name = sums.setdefault(name, {})
+                of_name[expert] = of_name.get(expert, 0) + value
+            counts = tokens.setdefault(name, {})
+            counts[expert] = counts.get(expert, 0) + 1
+    return G, A, tokens
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_every_expert_has_a_pair_from_its_own_tokens(batch_size):
+    """Rows are padded in a batch, and the padding goes to no expert."""
+    model, dense = build_experts(), build_experts().double()
+    layers = lora_layers(dense)
+    with torch.no_grad():
+        for layer in layers.values():
+            base_weight(layer).add_(live_delta(layer).double())
+            layer.lora_B[ADAPTER].weight.zero_()
+    G, A, tokens = expert_factors(dense.unload().eval().requires_grad_(True))
+    moments = Moments(32)
+    measure_curvature(model, causal_batches(batch_size), estimator="directional", moments=moments)
+    assert model.config._experts_implementation == build_experts().config._experts_implementation
+    assert len(G) == 4
+    for name in G:
+        assert len(set(tokens[name].values())) > 1
+        for expert in range(4):
+            part, count = expert_name(name, expert), tokens[name].get(expert, 0)
+            assert moments.tokens.get(part, 0) == count
+            for found, expected in ((moments.outputs, G), (moments.inputs, A)) if count else ():
+                matrix = expected[name][expert]
+                scale = 1e-5 * float(matrix.abs().max())
+                assert torch.allclose(found[part].double(), matrix, rtol=1e-3, atol=scale), part
 
 
 def test_layers_that_read_the_same_input_share_its_moment():

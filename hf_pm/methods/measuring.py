@@ -75,7 +75,7 @@ def measure(trainer: Any, rows: Dataset, wanted: Collection[str], task_name: str
         factor = 1 / mean if mean > 0 else 1.0
     measured = Measured(curvature, gradient, updates, exact, 1.0)
     if moments is not None:
-        measured = measured._replace(kronecker=_means(moments, updates, count, accelerator, task_name))
+        measured = measured._replace(kronecker=means(moments, updates, count, accelerator, task_name))
     if curvature and args.curvature_estimator == "directional":
         along = math.fsum(quadratic(fisher, measured.delta(name).dense()) for name, fisher in curvature.items())
         measured = measured._replace(calibration=exact / along if along > 0 else 1.0)
@@ -89,7 +89,7 @@ def measure(trainer: Any, rows: Dataset, wanted: Collection[str], task_name: str
     )
 
 
-def _means(
+def means(
     moments: Moments, updates: Mapping[str, adapters.Update], rows: float, accelerator: Accelerator, task_name: str
 ) -> dict[str, kronecker.Factors]:
     """Matrix name -> its Kronecker factors over all ranks, in the orientation of the live weight, on the CPU.

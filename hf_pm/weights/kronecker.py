@@ -9,9 +9,11 @@ Every update is a product of low rank, D = left @ right, so that no function but
 or (n, n) matrix that it was not handed. All tensors may have the same leading dimensions (experts), written `...`.
 """
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from .merging import LowRank, Terms, _cut
 
@@ -71,7 +73,7 @@ def mean_diagonal(matrix: Symmetric) -> Cut:
 
 
 def times(matrix: Symmetric, B: torch.Tensor) -> torch.Tensor:
-    """matrix @ B, (..., n, r), in the wider of the two dtypes and differentiable in `B`."""
+    """matrix @ B, (..., n, r), in the wider of the two dtypes."""
     dtype = torch.promote_types(B.dtype, (matrix.roots if isinstance(matrix, Cut) else matrix).dtype)
     B = B.to(dtype)
     if isinstance(matrix, Cut):
@@ -81,18 +83,45 @@ def times(matrix: Symmetric, B: torch.Tensor) -> torch.Tensor:
 
 
 def sandwich(matrix: Symmetric, B: torch.Tensor) -> torch.Tensor:
-    """B^T matrix B, (..., r, r), in the wider of the two dtypes and differentiable in `B`."""
+    """B^T matrix B, (..., r, r), in the wider of the two dtypes."""
     product = times(matrix, B)
     return B.to(product.dtype).mT @ product
 
 
 def price(G: Symmetric, A: Symmetric, delta: LowRank) -> torch.Tensor:
-    """<D, F D> summed over the leading dimensions, differentiable in the update.
+    """<D, F D> summed over the leading dimensions, differentiable in the update (once).
 
     tr(G D A D^T) = tr((left^T G left) (right A right^T)): thin products and r^2 numbers. With `mean_diagonal(G)` in
     the place of G only the inputs' second moments count.
     """
-    return (sandwich(G, delta.left) * sandwich(A, delta.right.mT)).sum()
+    return _Price.apply(delta.left, delta.right, G, A)
+
+
+class _Price(torch.autograd.Function):
+    """With P = left^T G left and Q = right A right^T the gradients are 2 G left Q and 2 P right A: what the forward
+    pass has formed anyway, so that G and A are multiplied with once a step."""
+
+    @staticmethod
+    def forward(ctx: Any, left: torch.Tensor, right: torch.Tensor, G: Symmetric, A: Symmetric) -> torch.Tensor:
+        g, a = times(G, left), times(A, right.mT)
+        P, Q = left.to(g.dtype).mT @ g, right.to(a.dtype) @ a
+        ctx.save_for_backward(g, a, P, Q)
+        ctx.dtypes = left.dtype, right.dtype
+        return (P * Q).sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        g, a, P, Q = ctx.saved_tensors
+        of_left, of_right = g @ (Q.to(g.dtype) * (2 * grad)), (P.to(a.dtype) * (2 * grad)) @ a.mT
+        return of_left.to(ctx.dtypes[0]), of_right.to(ctx.dtypes[1]), None, None
+
+
+def stacked(matrices: Sequence[Symmetric]) -> Symmetric:
+    """Matrices of one side, all whole or all cut to one rank, along a new leading dimension."""
+    if isinstance(matrices[0], Cut):
+        return Cut(*(torch.stack(parts) for parts in zip(*matrices, strict=True)))
+    return torch.stack(list(matrices))
 
 
 def cut(matrix: Symmetric, rank: int) -> Symmetric:
@@ -154,6 +183,7 @@ def add_outer(
     rows: torch.Tensor,
     columns: torch.Tensor | None = None,
     weights: torch.Tensor | None = None,
+    squares: torch.Tensor | None = None,
 ) -> torch.Tensor | Sketch:
     """total + rows^T diag(weights) rows, the running sum of outer products of `rows` (..., T, n).
 
@@ -167,11 +197,11 @@ def add_outer(
         return outer if total is None else total + outer
     low = rows @ columns.to(rows.dtype)
     if weights is None:
-        diag = torch.linalg.vector_norm(rows, dim=-2).square()
+        weights = rows.new_ones(rows.shape[:-1])
     else:
         low = low * weights[..., None]
-        diag = (weights[..., None, :] @ rows.square())[..., 0, :]
-    sketch = Sketch(rows.mT @ low, diag)
+    squares = rows.square() if squares is None else squares
+    sketch = Sketch(rows.mT @ low, (weights[..., None, :] @ squares)[..., 0, :])
     return sketch if total is None else Sketch(*(a + b for a, b in zip(total, sketch, strict=True)))
 
 
