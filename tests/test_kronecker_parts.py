@@ -1,19 +1,29 @@
 """Kronecker factors from the measuring pass to the state on disk, the penalties and the merge."""
 
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
+from conftest import build
+from peft import LoraConfig
 from safetensors import safe_open
+from safetensors.torch import load_file
+from test_cli import ROOT, recipe  # noqa: F401
 from test_curvature import TASK_TYPES, batches, build_experts, causal_batches, quantized_pair, single_rows
 from test_curvature import adapted as adapted_model
+from test_experts import EXPERTS, moe
 from test_parts import arguments, step_of
 from test_trainer import again, digests, trained
 from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM
 
-from hf_pm import UserError
-from hf_pm.methods.contract import Task
+from hf_pm import PMTrainer, UserError
+from hf_pm.cli import main
+from hf_pm.methods.contract import Measured, Task
 from hf_pm.methods.curvature import Moments, expert_name, measure_curvature
 from hf_pm.methods.penalties.kronecker import Gram, Kronecker
 from hf_pm.runs.doctor import examine
@@ -378,3 +388,197 @@ def test_a_penalty_and_a_merge_keep_one_state(model, stream, tokenizer, lora, co
     with safe_open(Path(alone.output_dir) / "curvature" / "state-02.safetensors", "pt") as file:
         assert names == set(file.keys())
     assert len(results["matrix"]) == 2 and digests(Path(args.output_dir))
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "gpt_oss"])
+def test_experts_have_a_penalty_a_merge_and_a_state(kind, tmp_path, stream, tokenizer, config):
+    """Matrices of every expert along a leading dimension, in the orientation of the live weight."""
+    moe(kind).save_pretrained(tmp_path / "base")
+    lora = LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj"], target_parameters=EXPERTS)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    args = config(method="subspace", penalty="kronecker", num_train_epochs=1, method_kwargs={"kronecker_rank": 48})
+    trainer, results = trained(model, stream, tokenizer, lora, args)
+    assert not [finding for finding in examine(args.output_dir) if finding.problem]
+    assert all(task["parity"]["folded"]["relative_difference"] < 1e-5 for task in results["per_task"])
+    run = trainer.run.path
+    state, stored = StoredState(run / "curvature/state-01.safetensors"), StoredAdapter(run / "tasks/01-colour/adapter")
+    shapes = {name: stored.read(name).shape() for name in stored.names}
+    assert {len(shape) for shape in shapes.values()} == {2, 3}
+    cost = 0.0
+    for name, shape in shapes.items():
+        G, A, delta = state.get("G", name), state.get("A", name), stored.read(name).delta()
+        assert G.shape == (*shape[:-1], shape[-2]) and A.shape == (*shape[:-2], shape[-1], shape[-1])
+        cost += 0.5 * float((G @ delta @ A * delta).sum())
+    assert cost == pytest.approx(1, rel=1e-4)
+    planned = state_bytes({"G": "rows", "A": "columns"}, shapes, dtype="float32", rank=0, cut=48)
+    written = [state.get(key, name).numel() for key in "GA" for name in shapes]
+    assert planned == 4 * sum(written)
+    mixed = StoredAdapter(run / "tasks/02-mood/adapter")
+    assert all(mixed.read(name).delta().isfinite().all() for name in mixed.names)
+
+
+def test_a_parameter_whose_inputs_cannot_be_seen_is_refused_before_training(tmp_path, stream, tokenizer, config):
+    """GPT-2's own layer adds the bias in the same operation."""
+    build("gpt2").save_pretrained(tmp_path / "base")
+    lora = LoraConfig(r=2, target_modules=[], target_parameters=["c_proj.weight"])
+    args = config(method="kronecker", release="none")
+    with pytest.raises(UserError, match="inputs of 'transformer.h.*c_proj.weight' cannot be seen"):
+        trained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), stream, tokenizer, lora, args)
+    assert not list(Path(args.output_dir).iterdir())
+
+
+# ---- Bad input ------------------------------------------------------------------------------------------------------
+
+
+def test_a_rank_that_no_matrix_reaches_is_refused(model, stream, tokenizer, lora, config):
+    """Of the recipe, not of the default; a rank above some of them keeps those whole."""
+    small = LoraConfig(r=2, target_modules=["q_proj"])
+    args = config(method="kronecker", method_kwargs={"kronecker_rank": 17})
+    with pytest.raises(UserError, match="`kronecker_rank` in `method_kwargs` is 17, but the largest.* 16 rows"):
+        trained(again(model), stream, tokenizer, small, args)
+    assert not Path(args.output_dir).exists()
+    for settings, adapter in (({"kronecker_rank": 17}, lora), (None, small)):
+        args = config(method="kronecker", method_kwargs=settings)
+        PMTrainer(model=again(model), args=args, stream=stream, processing_class=tokenizer, peft_config=adapter)
+
+
+@pytest.mark.parametrize("spoiled", [float("inf"), float("nan")])
+def test_factors_that_are_not_finite_are_named_and_nothing_is_committed(
+    spoiled, model, stream, tokenizer, lora, config, monkeypatch
+):
+    args = config(method="kronecker", release="none")
+
+    class Spoils(PMTrainer):
+        def _measure(self, stage):
+            add = Moments.add_input
+
+            def spoil(self, name, x):
+                add(self, name, x * (spoiled if name == "model.layers.1.self_attn.o_proj" else 1.0))
+
+            if stage.name == "mood":
+                monkeypatch.setattr(Moments, "add_input", spoil)
+            return super()._measure(stage)
+
+    with pytest.raises(
+        UserError, match="factors of 'model.layers.1.self_attn.o_proj' in .* task 'mood' are not finite"
+    ):
+        trained(model, stream, tokenizer, lora, args, cls=Spoils)
+    assert len(Ledger(args.output_dir)) == 1 and len(list(Path(args.output_dir).glob("curvature/*"))) == 1
+
+
+def test_a_price_that_is_not_finite_is_refused():
+    update = updates(adapted("llama"))["model.layers.0.mlp.up_proj"]
+    huge = torch.full((32, 32), 3e38), torch.full((16, 16), 3e38)
+    measured = Measured({}, {}, {"x": update}, 0.0, 1.0, {"x": huge})
+    with pytest.raises(UserError, match="price of undoing the task is .*, first of all for 'x', but must be finite"):
+        Kronecker(arguments()).price(measured)
+
+
+@pytest.mark.parametrize("change", [{"kronecker_rank": 8}, {"kronecker_normalize": 0}])
+def test_a_resumed_run_keeps_its_settings(change, recipe, tmp_path, capsys):  # noqa: F811
+    path, values = recipe
+    path.write_text(yaml.safe_dump(values | {"method": "kronecker", "release": "none"}))
+    assert main(["run", str(path)]) == 0
+    run = Path(values["output_dir"])
+    before = {file: file.read_bytes() for file in run.rglob("*") if file.is_file()}
+    path.write_text(yaml.safe_dump(values | {"method": "kronecker", "release": "none", "method_kwargs": change}))
+    capsys.readouterr()
+    assert main(["run", str(path)]) == 2
+    said = capsys.readouterr().err
+    assert "method_kwargs" in said and said.count("\n") == 1
+    assert {file: file.read_bytes() for file in run.rglob("*") if file.is_file()} == before
+    path.write_text(
+        yaml.safe_dump(values | {"method": "kronecker", "release": "none", "lora_target_modules": ["q_proj"]})
+    )
+    assert main(["run", str(path)]) == 2
+    said = capsys.readouterr().err
+    assert "lora_target_modules" in said and said.count("\n") == 1
+    assert {file: file.read_bytes() for file in run.rglob("*") if file.is_file()} == before
+
+
+# ---- Precision ------------------------------------------------------------------------------------------------------
+
+
+def test_a_bf16_state_hardly_changes_the_price(tmp_path):
+    """Every number is rounded to 8 bits, and a price is a sum of many of them."""
+    model, moments = adapted("llama"), Moments(32)
+    measure_curvature(model, batches("llama", 2), estimator="directional", moments=moments)
+    deltas = {name: LowRank(*update.factors()) for name, update in updates(model).items()}
+    shapes = {name: update.shape() for name, update in updates(model).items()}
+    values = {
+        name: {
+            "G": kronecker.cut(moments.outputs[name], 6),
+            "A": kronecker.cut(moments.inputs[name], 6),
+        }
+        for name in shapes
+    }
+    keeps, prices = {"G": "rows", "A": "columns"}, []
+    for dtype in ("float32", "bfloat16"):
+        write_state(tmp_path / dtype, keeps, shapes, values.get, dtype=dtype)
+        state = StoredState(tmp_path / dtype)
+        prices.append([float(price(state.get("G", n), state.get("A", n), deltas[n])) for n in shapes])
+    for wide, narrow in zip(*prices, strict=True):
+        assert narrow == pytest.approx(wide, rel=0.02)
+    assert sum(prices[1]) == pytest.approx(sum(prices[0]), rel=0.005)
+
+
+# ---- Several processes ----------------------------------------------------------------------------------------------
+
+MEASURE = """
+import sys, torch
+from pathlib import Path
+sys.path.insert(0, "tests")
+import conftest
+from peft import LoraConfig
+from safetensors.torch import save_file
+from hf_pm import PMConfig, PMTrainer
+from hf_pm.methods.measuring import measure
+from hf_pm.weights import kronecker
+from hf_pm.weights.adapters import lora_layers
+
+torch.set_num_threads(1)
+kronecker.EXACT = 8
+args = PMConfig(
+    output_dir=sys.argv[1], use_cpu=True, disable_tqdm=True, method="kronecker", curvature_labels="empirical",
+    curvature_batch_size=2, method_kwargs={"kronecker_rank": 4},
+)
+trainer = PMTrainer(
+    model=conftest.build("llama"), args=args, stream=conftest.stream.__wrapped__(),
+    processing_class=conftest.tokenizer.__wrapped__(), peft_config=LoraConfig(r=4, target_modules="all-linear"),
+)
+generator = torch.Generator().manual_seed(5)
+for layer in lora_layers(trainer.model).values():
+    weight = layer.lora_B["default"].weight
+    weight.data = torch.randn(weight.shape, generator=generator) / 4
+found = {}
+for count in (1, 13):
+    rows = trainer.rows.encoded_train(trainer.stages[0]).select(range(count))
+    measured = measure(trainer, rows, {"kronecker"}, "colour", 0)
+    q, k = (measured.kronecker[f"model.layers.0.self_attn.{n}_proj"] for n in "qk")
+    assert q[1] is k[1] and q[0] is not k[0]
+    assert isinstance(measured.kronecker["model.layers.0.mlp.up_proj"][0], kronecker.Cut)
+    for name, pair in measured.kronecker.items():
+        for factor, matrix in zip("GA", pair):
+            found[f"{count} {name} {factor}"] = kronecker._dense(matrix).clone()
+save_file(found, f"{sys.argv[1]}-{args.process_index}of{args.world_size}")
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_sum_what_one_does(tmp_path):
+    """Whole matrices and sketches; with one row, one of the processes has none."""
+    script = tmp_path / "measure.py"
+    script.write_text(MEASURE)
+    seen = {}
+    for world in (1, 2):
+        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"] if world == 2 else []
+        command = [sys.executable, *launch, str(script), str(tmp_path / str(world))]
+        settings = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)}
+        done = subprocess.run(command, cwd=ROOT, env=settings, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        seen[world] = [load_file(tmp_path / f"{world}-{rank}of{world}") for rank in range(world)]
+    (one,), (first, second) = seen[1], seen[2]
+    assert one.keys() == first.keys() and len(one) == 2 * 14 * 2
+    for name, matrix in one.items():
+        assert torch.equal(first[name], second[name])
+        assert torch.allclose(first[name], matrix, rtol=1e-3, atol=1e-4 * float(matrix.abs().max())), name

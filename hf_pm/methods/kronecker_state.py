@@ -45,9 +45,9 @@ class KroneckerState(Part):
         return None
 
     def attach(self, model: PeftModel) -> None:
-        """Refuse a rank that no matrix reaches: nothing would be cut, though the recipe asks for it."""
+        """Refuse a rank of the recipe that no matrix reaches: nothing would be cut, though it was asked for."""
         largest = max((max(layer.in_features, layer.out_features) for layer in lora_layers(model).values()), default=0)
-        if self.cut_rank > largest > 0:
+        if "kronecker_rank" in (self.args.method_kwargs or {}) and self.cut_rank > largest:
             raise UserError(
                 f"`kronecker_rank` in `method_kwargs` is {self.cut_rank}, but the largest adapted matrix has "
                 f"{largest} rows or columns. Use {largest} to keep every matrix whole, or less to cut them."
