@@ -72,7 +72,7 @@ def method_bytes(shapes: Mapping[str, Sequence[int]], config: PMConfig) -> Metho
         form = "dense" if config.curvature_estimator == "diagonal" else "factored"
         measured = state_bytes({"F": form}, shapes, dtype="float32", rank=0)
     if "kronecker" in parts.measures():
-        measured += moment_bytes(shapes)
+        measured += moment_bytes(shapes, parts.cut_rank)
     # For one matrix at a time, old and new values of everything that is kept, and dense updates.
     at_once = 2 * len(keeps) + 1 if keeps else 0
     at_once += 3 if dense else 0

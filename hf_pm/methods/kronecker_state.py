@@ -1,5 +1,6 @@
 """State of parts with Kronecker-factored curvature: two small matrices for each layer."""
 
+import math
 from typing import Any
 
 import torch
@@ -7,7 +8,7 @@ from peft import PeftModel
 
 from ..errors import UserError
 from ..weights import kronecker
-from ..weights.adapters import is_experts, lora_layers
+from ..weights.adapters import lora_layers
 from ..weights.kronecker import Factors
 from ..weights.states import StoredState, Value
 from .contract import Ended, Measured, Part, Setting
@@ -44,11 +45,12 @@ class KroneckerState(Part):
         return None
 
     def attach(self, model: PeftModel) -> None:
-        experts = [name for name, layer in lora_layers(model).items() if is_experts(layer)]
-        if experts:
+        """Refuse a rank of the recipe that no matrix reaches: nothing would be cut, though it was asked for."""
+        largest = max((max(layer.in_features, layer.out_features) for layer in lora_layers(model).values()), default=0)
+        if "kronecker_rank" in (self.args.method_kwargs or {}) and self.cut_rank > largest:
             raise UserError(
-                f"Kronecker factors need a layer with inputs and outputs of its own, but {experts[0]!r} is a bare "
-                "parameter (`lora_target_parameters`). Adapt linear layers only, or use `penalty: ewc`."
+                f"`kronecker_rank` in `method_kwargs` is {self.cut_rank}, but the largest adapted matrix has "
+                f"{largest} rows or columns. Use {largest} to keep every matrix whole, or less to cut them."
             )
 
     @property
@@ -73,8 +75,14 @@ class KroneckerState(Part):
         if not self["kronecker_normalize"]:
             return 1.0
         if getattr(self, "_measured", None) is not measured:
-            costs = [float(kronecker.price(*pair, measured.delta(n))) for n, pair in measured.kronecker.items()]
-            self._measured, self._price = measured, 0.5 * sum(costs)
+            costs = {n: float(kronecker.price(*pair, measured.delta(n))) for n, pair in measured.kronecker.items()}
+            self._measured, self._price = measured, 0.5 * sum(costs.values())
+            if not math.isfinite(self._price):
+                worst = next((n for n, cost in costs.items() if not math.isfinite(cost)), max(costs, key=costs.get))
+                raise UserError(
+                    f"The price of undoing the task is {self._price}, first of all for {worst!r}, but must be finite. "
+                    "Nothing of it was committed; lower `learning_rate`."
+                )
         return self._price if self._price > 0 else 1.0
 
     @torch.no_grad()

@@ -48,7 +48,7 @@ class Subspace(KroneckerState, Merge):
                     damping=self["kronecker_damping"],
                     R=ended.before.get("R", name),
                 )
-        norms = [float(torch.linalg.matrix_norm(M, 2)) for M in mixing.values()]
+        norms = [float(torch.linalg.matrix_norm(M, 2).max()) for M in mixing.values()]
         record = {"price": self.price(ended.measured), "largest_norm": max(norms, default=1.0)}
         return Merged(1.0, record=record, mixing=mixing or None)
 
