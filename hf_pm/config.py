@@ -18,6 +18,7 @@ from transformers.integrations import get_available_reporting_integrations
 
 from .errors import UserError, choose
 from .methods.parts import Parts, resolve
+from .methods.protection import SELF
 from .methods.table import Method
 from .recipefiles import coerce, parse_words, read_recipe
 from .store.environment import check_environment, check_token, join_ranks, place_problem
@@ -43,8 +44,8 @@ AT_LEAST = {
     0: "learning_rate weight_decay max_grad_norm warmup_steps seed data_seed dataloader_num_workers eval_steps "
     "logging_steps",
     1: "per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps save_total_limit "
-    "curvature_num_samples curvature_batch_size max_length max_train_samples max_eval_samples validation_samples "
-    "lm_eval_limit",
+    "curvature_num_samples curvature_batch_size protect_num_samples max_length max_train_samples max_eval_samples "
+    "validation_samples lm_eval_limit",
 }
 POSITIVE = ("num_train_epochs", "save_steps")
 TASK_TYPES = ("CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS")
@@ -127,6 +128,13 @@ class PMConfig(TrainingArguments):
             What S and R are stored as: `float32` or `bfloat16`. Sums are made in float32.
         curvature_history (`str`, *optional*, defaults to `"all"`):
             `all` keeps S and R after every task, so that a rollback can go on from there; `last` only the newest.
+        protect (`str`, *optional*):
+            Text that stands for what the base can do. Its curvature enters the Kronecker factors of the method as
+            that of a task before the first, so that general ability is kept as a task is. `self`: text that the base
+            itself generates before the first task; or a `.txt` file, or a file of rows with a column `text`. How
+            much drift it allows is the setting `protect_tolerance` of the parts with Kronecker factors.
+        protect_num_samples (`int`, *optional*, defaults to `128`):
+            Windows of that text, of 128 tokens (or `max_length`) at most.
 
     > Parameters that control the coefficient
 
@@ -214,6 +222,8 @@ class PMConfig(TrainingArguments):
     curvature_normalization: str = _knob("sequence", "`sequence`, `token` or `trace`.")
     curvature_dtype: str = _knob("float32", "Of the stored S and R: `float32` or `bfloat16`.")
     curvature_history: str = _knob("all", "`all` or `last`.")
+    protect: str | None = _knob(None, "Text to protect as a task before the first: `self` or a file.")
+    protect_num_samples: int = _knob(128, "Windows of that text.")
     coefficient_scope: str = _knob("global", "`global` or `module`.")
     coefficient_first_order: bool = _knob(False, "Correct for a gradient that is not zero yet.")
     coefficient_search: str = _knob("off", "`off`, `report` or `use`.")
@@ -474,8 +484,8 @@ def parse_recipe(path: str | Path | None, overrides: list[str]) -> Recipe:
         choose("recipe key", key, known)
     values = {key: coerce(key, value, hints[key]) for key, value in values.items()}
     values.setdefault("output_dir", "outputs")
-    for key in ("model_name_or_path", "data_dir"):
-        if isinstance(values.get(key), str):
+    for key in ("model_name_or_path", "data_dir", "protect"):
+        if isinstance(values.get(key), str) and (key, values[key]) != ("protect", SELF):
             values[key] = resolve_path(values[key], folder)
     for task in values.get("tasks") or []:
         if isinstance(task, dict):

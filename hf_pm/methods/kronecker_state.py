@@ -25,14 +25,21 @@ class KroneckerState(Part):
     `kronecker_normalize: 0` takes c_i = 1. After every task each sum is cut to its `kronecker_rank` leading
     eigenpairs and the diagonal of the rest; smaller matrices stay whole. Online structured Laplace: Ritter, Botev and
     Barber 2018, arXiv 1805.07810.
+
+    With `protect` the base is task 0: i runs from 0 and the mean is over t + 1. 1/2 <D, F_0 D> is the Kullback-Leibler
+    divergence, in nats per token of the protected text, that an update D makes between the base and the changed model
+    (to second order), and c_0 = `protect_tolerance`: a drift of that many nats per token costs as much as undoing one
+    task.
     """
 
     settings = {
         "kronecker_rank": Setting(32, "must be a whole number of at least 1", lambda v: v >= 1 and v == int(v)),
         "kronecker_normalize": Setting(1, "must be 0 or 1", lambda value: value in (0, 1)),
+        "protect_tolerance": Setting(0.1, "must be more than 0", lambda value: value > 0),
     }
     measures = frozenset({"kronecker"})
     growth = "constant: two cut square matrices for every matrix"
+    protects = True
 
     def needs_merged_start(self, merge: str, method: Any) -> str | None:
         """Why a merge with this curvature cannot work in the row `method`; `None` if it can."""
@@ -58,10 +65,12 @@ class KroneckerState(Part):
     def keeps(self) -> dict[str, str]:
         return {"G": "rows", "A": "columns"}
 
-    def old(self, before: StoredState, name: str, learned: int) -> Factors | None:
-        """Factors of the summed curvature of the `learned` tasks before; `None` before the first."""
+    def old(self, before: StoredState, name: str, number: int) -> Factors | None:
+        """Factors of the summed curvature of the tasks before task `number`, the protected base among them; `None` if
+        there are none."""
         G, A = before.get("G", name), before.get("A", name)
-        return None if G is None else (G, kronecker.scaled(A, 1 / learned))
+        tasks = number - 1 + (self.args.protect is not None)
+        return None if G is None else (G, kronecker.scaled(A, 1 / tasks))
 
     def new(self, measured: Measured, name: str) -> Factors:
         """Factors of the new task's curvature, on the same scale."""
@@ -76,6 +85,11 @@ class KroneckerState(Part):
             costs = [float(kronecker.price(*pair, measured.delta(n))) for n, pair in measured.kronecker.items()]
             self._measured, self._price = measured, 0.5 * sum(costs)
         return self._price if self._price > 0 else 1.0
+
+    def protect_matrix(self, measured: Measured, name: str) -> dict[str, Value]:
+        G, A = measured.kronecker[name]
+        scaled = kronecker.scaled(G, 1 / self["protect_tolerance"])
+        return {"G": kronecker.cut(scaled, self.cut_rank), "A": kronecker.cut(A, self.cut_rank)}
 
     @torch.no_grad()
     def end_matrix(self, ended: Ended, name: str) -> dict[str, Value]:

@@ -17,6 +17,7 @@ from ..errors import UserError
 from ..evaluation.scoring import Cell, metric_of
 from ..methods.contract import Ended
 from ..methods.parts import Parts
+from ..methods.protection import Protection
 from ..metrics import continual
 from ..report import page
 from ..store.ledger import SETTINGS, Entry, Ledger, read_json, sha256_file, sha256_settings, write_json
@@ -88,8 +89,16 @@ class RunFolder:
             raise differs
         return base, names
 
-    def open(self, folder: Folder, rows: StreamRows, adapter: LoraConfig, task_type: str, parts: Parts) -> None:
-        """Adopt the folder, or create it.
+    def open(
+        self,
+        folder: Folder,
+        rows: StreamRows,
+        adapter: LoraConfig,
+        task_type: str,
+        parts: Parts,
+        protection: Protection | None = None,
+    ) -> None:
+        """Check whether the folder is this run's, or can be; nothing is written before [`adopt`].
 
         Args:
             folder (`Folder`): Rebuilds weights from the base and this run's ledger.
@@ -97,10 +106,10 @@ class RunFolder:
             adapter (`LoraConfig`): The adapter of every task.
             task_type (`str`): `CAUSAL_LM`, `SEQ_2_SEQ_LM` or `SEQ_CLS`.
             parts (`Parts`): Of the method; what they keep between tasks is kept here.
+            protection (`Protection`, *optional*): The protected text.
 
         Raises:
-            UserError: If the folder belongs to another recipe, data or base, or a committed file was altered. Nothing
-                is written in that case.
+            UserError: If the folder belongs to another recipe, data or base, or a committed file was altered.
         """
         args, self.folder = self.args, folder
         described = {
@@ -120,12 +129,15 @@ class RunFolder:
             },
             "data_fingerprint": rows.fingerprint,
         }
+        optional = {"epochs"}  # earlier versions had none
+        if protection is not None:
+            described["protect"] = {"text": protection.kind, "sha256": protection.fingerprint}
+            optional |= {"protect"}
         path = self.path / "run.json"
-        recorded = None
+        recorded, changes = None, {}
         if path.is_file():
             recorded = read_json(path)
-            # Earlier versions had no `epochs`.
-            _check_kind(path, recorded, {key: value for key, value in described.items() if key != "epochs"})
+            _check_kind(path, recorded, {key: value for key, value in described.items() if key not in optional})
             changes = _changes(self, recorded, described, rows)
         elif len(self.ledger):
             raise UserError(f"{str(self.path)!r} has a ledger but no run.json. Use another `output_dir`.")
@@ -155,17 +167,26 @@ class RunFolder:
             "seed": args.seed,
             "versions": described["versions"],
         }
+        fresh = self.results
         if (self.path / "results.json").is_file():
             results = read_json(self.path / "results.json")
             _check_kind(self.path / "results.json", results, self.results)
-            fresh, self.results = self.results, results
+            self.results = results
         if self.keeps_rows:
             self.results["keeps_rows"] = True
+        if protection is not None:
+            self.results.setdefault("protect", {"text": protection.kind})
+        self._opened = recorded, described, changes, fresh
+
+    def adopt(self) -> None:
+        """Create the folder that was opened, or bring it up to date."""
+        recorded, described, changes, fresh = self._opened
+        path = self.path / "run.json"
         if self.writes and recorded is None:
             write_json(path, described)
         elif self.writes and changes:
             write_json(path, _changed(recorded, described, changes, len(self.ledger) + 1))
-        if recorded is not None and self.results["tasks"] != rows.stream.names:
+        if recorded is not None and self.results["tasks"] != described["tasks"]:
             # Tasks were added, by this start or by one that died here.
             self.results |= {key: fresh[key] for key in OF_THE_STREAM}
             self.write_results()
@@ -359,7 +380,7 @@ def _changes(
             f"The weight files of the base {described['base']['model']!r} are not those that {str(run.path)!r} "
             "started from (sha256 differs). Restore the checkpoint, or use another `output_dir`."
         )
-    elsewhere = RUN_INVARIANT_FIELDS | {"tasks", "stream", "model_name_or_path", "num_train_epochs"}
+    elsewhere = RUN_INVARIANT_FIELDS | {"tasks", "stream", "model_name_or_path", "num_train_epochs", "protect"}
     old, new = ({k: v for k, v in run["recipe"].items() if k not in elsewhere} for run in (recorded, described))
     # What was not set had its default.
     usual = {item.name: item.default for item in fields(run.args)}
@@ -368,9 +389,9 @@ def _changes(
     for key, there in recorded["adapter"].items():
         if there != described["adapter"][key]:
             different[f"adapter.{key}"] = there, described["adapter"][key]
-    for key in ("tasks", "data_fingerprint"):
-        if recorded[key] != described[key]:
-            different[key] = recorded[key], described[key]
+    for key in ("tasks", "data_fingerprint", "protect"):
+        if recorded.get(key) != described.get(key):
+            different[key] = recorded.get(key), described.get(key)
     known = len(recorded["tasks"])
     goes_on = run.stages[:known] == recorded["tasks"] and rows.fingerprints[known - 1] == recorded["data_fingerprint"]
     allowed = {"epochs", "tasks", "data_fingerprint"} if goes_on else set()

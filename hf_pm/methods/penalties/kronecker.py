@@ -22,7 +22,7 @@ class Kronecker(KroneckerState, Penalty):
     }
 
     def begin(self, task: Task) -> None:
-        found = {name: self.old(task.before, name, task.number - 1) for name in task.matrices}
+        found = {name: self.old(task.before, name, task.number) for name in task.matrices}
         device = task.model.device
         self.factors = {
             name: tuple(_moved(matrix, device) for matrix in self.weighing(pair))
