@@ -139,7 +139,8 @@ def row_losses(
     chosen, wanted = logits[mask], targets[mask]
     chosen = chosen if chosen.dtype == torch.float64 else chosen.float()
     if generator is not None:
-        probabilities = chosen.detach().softmax(-1).cpu()
+        # Where logits are not finite, neither is the loss, which names the row; any label will do.
+        probabilities = chosen.detach().softmax(-1).nan_to_num(nan=1.0).cpu()
         wanted = torch.multinomial(probabilities, 1, generator=generator)[:, 0].to(chosen.device)
     losses = nn.functional.cross_entropy(chosen, wanted, reduction="none")
     rows = torch.arange(len(targets), device=targets.device)[:, None].expand_as(targets)[mask]
