@@ -385,7 +385,7 @@ def test_a_run_is_resumed_with_the_same_text_rank_and_layers_only(recipe, tmp_pa
     (tmp_path / "known.txt").write_text(text(300, seed=1))
     before = contents(tmp_path)
     for words, message in (
-        ([], "another recipe: protect is {'text': 'text', 'sha256': .* there, {'text': 'text'"),
+        ([], "another recipe: protect is {'kind': 'file', 'sha256': .* there, {'kind': 'file'"),
         (["--protect", "self"], "another recipe: protect is"),
         (["--protect", "null"], "another recipe: protect is {.* there, None now"),
         (["--protect", "moved.txt", "--method_kwargs", "{kronecker_rank: 16}"], "method_kwargs is None there, {'kron"),
@@ -421,7 +421,7 @@ def test_results_report_card_and_plan_say_what_was_protected(protect, said, reci
     assert main(["run", str(path)]) == 0
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     used = results["protect"]
-    assert used["text"] == (protect or "text") and used["windows"] == int(planned[1]) == 4
+    assert used["kind"] == (protect or "file") and used["windows"] == int(planned[1]) == 4
     assert 0 < used["tokens"] <= int(planned[3])
     assert [row["after"] for row in results["panel"]] == [0, 1, 2]
     report, card = (

@@ -1,6 +1,5 @@
 """Text that stands for what the base knows: its curvature enters Kronecker-factored parts as task 0 (`protect`)."""
 
-import hashlib
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from ..errors import UserError
 from ..evaluation import panel
 from ..evaluation.answers import sample_texts
+from ..store.ledger import sha256_file
 from ..tasks.encoding import IGNORE_INDEX, by_length
 from ..tasks.formats import LOADERS, read_texts
 from ..tasks.stream import subset
@@ -74,7 +74,7 @@ class Protection:
         directions (`int`): Rank at which the factors are kept: fewer tokens would not fill them.
 
     Attributes:
-        kind (`str`): `self` or `text`.
+        kind (`str`): `self` or `file`.
         fingerprint (`str`): sha256 of the file; empty for `self`, which follows from the base and the seed.
         rows (`Dataset`, *optional*): Encoded windows; `None` for `self` before [`generate`].
 
@@ -85,7 +85,7 @@ class Protection:
     def __init__(
         self, source: str, tokenizer: PreTrainedTokenizerBase, config: Any, args: Any, directions: int
     ) -> None:
-        self.kind = SELF if source == SELF else "text"
+        self.kind = SELF if source == SELF else "file"
         self.tokenizer = tokenizer
         self.windows, self.seed = args.protect_num_samples, args.seed
         positions = getattr(config, "max_position_embeddings", None) or math.inf
@@ -93,7 +93,7 @@ class Protection:
         self.fingerprint, self.rows = "", None
         if self.kind == SELF:
             return
-        self.fingerprint = hashlib.sha256(Path(source).read_bytes()).hexdigest()
+        self.fingerprint = sha256_file(Path(source))
         texts = read_texts(source, f"`protect: {source}`")
         if len(texts) > self.windows:  # each has a window
             texts = subset(Dataset.from_dict({"text": texts}), self.windows, self.seed)["text"][:]

@@ -131,7 +131,7 @@ class RunFolder:
         }
         optional = {"epochs"}  # earlier versions had none
         if protection is not None:
-            described["protect"] = {"text": protection.kind, "sha256": protection.fingerprint}
+            described["protect"] = {"kind": protection.kind, "sha256": protection.fingerprint}
             optional |= {"protect"}
         path = self.path / "run.json"
         recorded, changes = None, {}
@@ -175,7 +175,7 @@ class RunFolder:
         if self.keeps_rows:
             self.results["keeps_rows"] = True
         if protection is not None:
-            self.results.setdefault("protect", {"text": protection.kind})
+            self.results.setdefault("protect", {"kind": protection.kind})
         self._opened = recorded, described, changes, fresh
 
     def adopt(self) -> None:
