@@ -44,8 +44,8 @@ AT_LEAST = {
     0: "learning_rate weight_decay max_grad_norm warmup_steps seed data_seed dataloader_num_workers eval_steps "
     "logging_steps",
     1: "per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps save_total_limit "
-    "curvature_num_samples curvature_batch_size protect_num_samples max_length max_train_samples max_eval_samples "
-    "validation_samples lm_eval_limit",
+    "curvature_num_samples curvature_batch_size max_length max_train_samples max_eval_samples validation_samples "
+    "lm_eval_limit",
 }
 POSITIVE = ("num_train_epochs", "save_steps")
 TASK_TYPES = ("CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS")
@@ -114,7 +114,7 @@ class PMConfig(TrainingArguments):
             `directional` the latter, scaled so that the new task's curvature along its update is exact, cross terms
             included. See `methods/curvature.py`.
         curvature_num_samples (`int`, *optional*, defaults to `256`):
-            Training rows whose gradients make up the curvature.
+            Training rows whose gradients make up the curvature, and windows of the text of `protect`.
         curvature_batch_size (`int`, *optional*, defaults to `8`):
             Rows per forward pass; changes memory and speed, not the result.
         curvature_labels (`str`, *optional*, defaults to `"empirical"`):
@@ -133,8 +133,6 @@ class PMConfig(TrainingArguments):
             that of a task before the first, so that general ability is kept as a task is. `self`: text that the base
             itself generates before the first task; or a `.txt` file, or a file of rows with a column `text`. How
             much drift it allows is the setting `protect_tolerance` of the parts with Kronecker factors.
-        protect_num_samples (`int`, *optional*, defaults to `128`):
-            Windows of that text, of 128 tokens (or `max_length`) at most.
 
     > Parameters that control the coefficient
 
@@ -223,7 +221,6 @@ class PMConfig(TrainingArguments):
     curvature_dtype: str = _knob("float32", "Of the stored S and R: `float32` or `bfloat16`.")
     curvature_history: str = _knob("all", "`all` or `last`.")
     protect: str | None = _knob(None, "Text to protect as a task before the first: `self` or a file.")
-    protect_num_samples: int = _knob(128, "Windows of that text.")
     coefficient_scope: str = _knob("global", "`global` or `module`.")
     coefficient_first_order: bool = _knob(False, "Correct for a gradient that is not zero yet.")
     coefficient_search: str = _knob("off", "`off`, `report` or `use`.")

@@ -249,7 +249,7 @@ class Card:
             alphas=self._alphas(),
             terms=TERMS,
             alpha_rule=ALPHA.get(self.merge or "", None),
-            protect=results.get("protect"),
+            protect=results["protect"] if isinstance(results.get("protect"), Mapping) else None,
             parity=_parity([record_of(results, "per_task", j).get("parity") for j in range(number)], seen),
             picture=PICTURE if self.picture else None,
             metrics=[

@@ -61,7 +61,7 @@ class Protection:
     """The protected text: read and checked when the trainer is made, generated when the run begins.
 
     A text is cut into windows of at most `WINDOW` tokens, `max_length` or the model's positions, whichever is least,
-    and `protect_num_samples` of them are drawn with the seed of the run. A causal model predicts all tokens of a
+    and `curvature_num_samples` of them are drawn with the seed of the run. A causal model predicts all tokens of a
     window from its beginning-of-sequence token (its first token, if the tokenizer has none); a seq2seq model reads the
     first half and predicts the second, as in the general-ability panel. A `.txt` file is one text, each row of another
     file is one.
@@ -79,15 +79,15 @@ class Protection:
         rows (`Dataset`, *optional*): Encoded windows; `None` for `self` before [`generate`].
 
     Raises:
-        UserError: If the file cannot be read, is empty or is too short.
+        UserError: If the file cannot be read, or the text is empty or too short.
     """
 
     def __init__(
         self, source: str, tokenizer: PreTrainedTokenizerBase, config: Any, args: Any, directions: int
     ) -> None:
         self.kind = SELF if source == SELF else "file"
-        self.tokenizer = tokenizer
-        self.windows, self.seed = args.protect_num_samples, args.seed
+        self.source, self.tokenizer, self.directions = source, tokenizer, directions
+        self.windows, self.seed = args.curvature_num_samples, args.seed
         positions = getattr(config, "max_position_embeddings", None) or math.inf
         self.length = int(min(WINDOW, args.max_length, positions))
         self.fingerprint, self.rows = "", None
@@ -100,12 +100,6 @@ class Protection:
         encode = panel.halves if config.is_encoder_decoder else panel.whole
         encoded = [encode(tokenizer, window, self.length)[0] for text in texts for window in self._cut(text)]
         self._keep([row for row in encoded if _predicted(row)])
-        if self.tokens < directions:
-            raise UserError(
-                f"The text of `protect: {source}` has {self.tokens} tokens to predict, but Kronecker factors of rank "
-                f"{directions} need as many at least, and thousands to be good ones. Give a longer text, or use "
-                "`protect: self`."
-            )
 
     @property
     def tokens(self) -> int:
@@ -133,6 +127,12 @@ class Protection:
         columns = {key: [row[key] for row in rows] for key in ("input_ids", "labels")}
         columns["attention_mask"] = [[1] * len(ids) for ids in columns["input_ids"]]
         self.rows = by_length(subset(Dataset.from_dict(columns), self.windows, self.seed))
+        if self.tokens < self.directions:
+            remedy = "Raise `curvature_num_samples`, or give" if self.kind == SELF else "Give"
+            raise UserError(
+                f"The text of `protect: {self.source}` has {self.tokens} tokens to predict, but Kronecker factors of "
+                f"rank {self.directions} need as many at least, and thousands to be good ones. {remedy} a longer text."
+            )
 
 
 def _predicted(row: dict[str, list[int]]) -> int:
