@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ import yaml
 from conftest import build
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
-from test_cli import recipe  # noqa: F401 - a fixture
+from test_cli import environment, recipe  # noqa: F401 - recipe is a fixture
 from test_curvature import TASK_TYPES, adapted
 from test_malformed import contents
 from test_trainer import StopAt, again, comparable, digests, trained
@@ -30,9 +32,17 @@ from hf_pm.tasks.encoding import IGNORE_INDEX
 from hf_pm.tasks.formats import read_texts
 from hf_pm.weights.adapters import lora_layers
 from hf_pm.weights.kronecker import Cut
+from hf_pm.weights.states import StoredState
 
 
+NAME = "model.layers.0.self_attn.q_proj"
 WORDS = "apple sky grass fire sea leaf party funeral lake wedding nap a b c d e f".split()
+
+
+@pytest.fixture(autouse=True)
+def no_pictures(monkeypatch):
+    """Half of the time of a run this small."""
+    monkeypatch.setattr("hf_pm.report.page._figures", lambda results: {})
 
 
 def text(words: int, seed: int = 0) -> str:
@@ -137,7 +147,7 @@ def test_the_exact_quadratic_is_the_divergence_per_token():
             before = log_softmax(model(ids).logits[:, :-1].double(), -1)
     divergence = float((before.exp() * (before - after)).sum(-1).mean())
     with scaled_update(layers, 1.0):
-        batches = [{"input_ids": ids, "labels": ids}] * 150
+        batches = [{"input_ids": ids, "labels": ids}] * 80
         found = measure_curvature(model, batches, estimator="directional", normalization="token", generator=generator)
     assert 0.5 * found.slope / found.rows == pytest.approx(divergence, rel=0.15)
 
@@ -147,7 +157,7 @@ def test_the_exact_quadratic_is_the_divergence_per_token():
 
 def test_strength_zero_is_the_run_without_protection_to_the_bit(model, stream, tokenizer, lora, config, file):
     adapters = []
-    for number, protect in enumerate((None, "self", file)):
+    for number, protect in enumerate((None, file)):
         args = config(
             output_dir=f"{config().output_dir}-{number}", method="kronecker", protect=protect, release="none"
         )
@@ -155,16 +165,18 @@ def test_strength_zero_is_the_run_without_protection_to_the_bit(model, stream, t
         trained(again(model), stream, tokenizer, lora, args)
         found = sorted(Path(args.output_dir).glob("tasks/*/adapter/*.safetensors"))
         adapters.append([path.read_bytes() for path in found])
-    assert len(adapters[0]) == 2 and adapters[0] == adapters[1] == adapters[2]
+    assert len(adapters[0]) == 2 and adapters[0] == adapters[1]
 
 
-@pytest.mark.parametrize("method", ["kronecker", "gram", "subspace", "spectral"])
+@pytest.mark.parametrize(
+    "method", ["kronecker", "subspace", *(pytest.param(name, marks=pytest.mark.slow) for name in ("gram", "spectral"))]
+)
 def test_the_first_task_already_spares_the_base(method, model, stream, tokenizer, lora, config):
     """The less drift is tolerated, the less the first task costs the base in its own curvature."""
     drift = {}
     for tolerance in (1e6, 1e-3):
         settings = {"method": method, "method_kwargs": {"protect_tolerance": tolerance}, "release": "none"}
-        args = config(output_dir=f"{config().output_dir}-{tolerance}", protect="self", num_train_epochs=1, **settings)
+        args = config(output_dir=f"{config().output_dir}-{tolerance}", protect="self", max_length=32, **settings)
         first = TaskStream([next(iter(stream))])
         trainer, _ = trained(again(model), first, tokenizer, lora, args)
         folder, state = trainer.run.folder, trainer._before_first
@@ -206,7 +218,7 @@ def test_the_base_counts_as_one_task_in_the_sums(model, stream, tokenizer, lora,
 
 def test_stopped_and_started_again_gives_the_same_bits(model, stream, tokenizer, lora, config):
     """Before the first commit, where the text is generated and measured again, and after it."""
-    settings = {"method": "subspace", "penalty": "kronecker", "protect": "self", "release": "none"}
+    settings = {"method": "subspace", "penalty": "kronecker", "protect": "self", "release": "none", "max_length": 32}
     settings |= {"save_strategy": "steps", "save_steps": 3}
     whole = config(output_dir=config().output_dir + "-whole", **settings)
     _, expected = trained(again(model), stream, tokenizer, lora, whole)
@@ -218,6 +230,30 @@ def test_stopped_and_started_again_gives_the_same_bits(model, stream, tokenizer,
         assert comparable(results) == comparable(expected)
         assert digests(Path(args.output_dir)) == digests(Path(whole.output_dir))
         assert (trainer.protection.rows is None) == (call == 2)  # not generated for nothing
+
+
+@pytest.mark.slow
+def test_two_processes_measure_the_text_once(recipe, tmp_path):  # noqa: F811
+    """Each rank takes its share of the same windows, and the sums are those of all: the same A as of one process."""
+    path, values = recipe
+    (tmp_path / "known.txt").write_text(text(300))
+    values |= {"method": "kronecker", "protect": "known.txt", "report_to": "none", "release": "none"}
+    # Without training, what is added is the same too.
+    path.write_text(yaml.safe_dump(values | {"learning_rate": 0, "method_kwargs": {"kronecker_normalize": 0}}))
+    found = {}
+    for processes in (1, 2):
+        folder = tmp_path / f"run{processes}"
+        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"] if processes == 2 else []
+        command = [sys.executable, *launch, "-m", "hf_pm.cli", "run", str(path), "--output_dir", str(folder)]
+        done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        assert json.loads((folder / "results.json").read_text())["protect"]["windows"] == 5
+        found[processes] = StoredState(folder / "curvature" / "state-01.safetensors")
+        assert found[processes].get("A", NAME) is not None
+    one, two = (dense(state.get("A", NAME)) for state in found.values())
+    assert torch.allclose(one, two, rtol=1e-3, atol=1e-5)
+    one, two = (dense(state.get("G", NAME)) for state in found.values())
+    assert two.trace().item() == pytest.approx(one.trace().item(), rel=0.3)  # other labels are drawn
 
 
 # ---- The text -------------------------------------------------------------------------------------------------------
