@@ -18,6 +18,7 @@ from transformers.integrations import get_available_reporting_integrations
 
 from .errors import UserError, choose
 from .methods.parts import Parts, resolve
+from .methods.protection import SELF
 from .methods.table import Method
 from .recipefiles import coerce, parse_words, read_recipe
 from .store.environment import check_environment, check_token, join_ranks, place_problem
@@ -124,7 +125,7 @@ class PMConfig(TrainingArguments):
             `directional` the latter, scaled so that the new task's curvature along its update is exact, cross terms
             included. See `methods/curvature.py`.
         curvature_num_samples (`int`, *optional*, defaults to `256`):
-            Training rows whose gradients make up the curvature.
+            Training rows whose gradients make up the curvature, and windows of the text of `protect`.
         curvature_batch_size (`int`, *optional*, defaults to `8`):
             Rows per forward pass; changes memory and speed, not the result.
         curvature_labels (`str`, *optional*, defaults to `"empirical"`):
@@ -138,6 +139,11 @@ class PMConfig(TrainingArguments):
             What S and R are stored as: `float32` or `bfloat16`. Sums are made in float32.
         curvature_history (`str`, *optional*, defaults to `"all"`):
             `all` keeps S and R after every task, so that a rollback can go on from there; `last` only the newest.
+        protect (`str`, *optional*):
+            Text that stands for what the base can do. Its curvature enters the Kronecker factors of the method as
+            that of a task before the first, so that general ability is kept as a task is. `self`: text that the base
+            itself generates before the first task; or a `.txt` file, or a file of rows with a column `text`. How
+            much drift it allows is the setting `protect_tolerance` of the parts with Kronecker factors.
 
     > Parameters that control the coefficient
 
@@ -229,6 +235,7 @@ class PMConfig(TrainingArguments):
     curvature_normalization: str = _knob("sequence", "`sequence`, `token` or `trace`.")
     curvature_dtype: str = _knob("float32", "Of the stored S and R: `float32` or `bfloat16`.")
     curvature_history: str = _knob("all", "`all` or `last`.")
+    protect: str | None = _knob(None, "Text to protect as a task before the first: `self` or a file.")
     coefficient_scope: str = _knob("global", "`global` or `module`.")
     coefficient_first_order: bool = _knob(False, "Correct for a gradient that is not zero yet.")
     coefficient_search: str = _knob("off", "`off`, `report` or `use`.")
@@ -534,8 +541,8 @@ def parse_recipe(path: str | Path | None, overrides: list[str]) -> Recipe:
         choose("recipe key", key, known)
     values = {key: coerce(key, value, hints[key]) for key, value in values.items()}
     values.setdefault("output_dir", "outputs")
-    for key in ("model_name_or_path", "data_dir"):
-        if isinstance(values.get(key), str):
+    for key in ("model_name_or_path", "data_dir", "protect"):
+        if isinstance(values.get(key), str) and (key, values[key]) != ("protect", SELF):
             values[key] = resolve_path(values[key], folder)
     for task in values.get("tasks") or []:
         if isinstance(task, dict):

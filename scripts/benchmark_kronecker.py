@@ -2,9 +2,9 @@
 
     python scripts/benchmark_kronecker.py --output kronecker.json
 
-Ratios are taken pair by pair, A B A B ..., since a machine's speed drifts; medians and quartiles are printed. Steps and
-measuring are timed on a random Llama of about 35 M parameters, merges on matrices of the shapes of Llama-3.1-8B with
-random factors (one layer, times 32), and the state of all its layers is written to a temporary folder, counted and
+Ratios are taken pair by pair, A B A B ..., since a machine's speed drifts; medians and quartiles are printed. Steps
+and measuring are timed on a random Llama of about 35 M parameters, merges on matrices of the shapes of Llama-3.1-8B
+with random factors (one layer, times 32). The state of all its layers is written to a temporary folder, counted and
 deleted. No weights of that model are made.
 """
 

@@ -249,6 +249,7 @@ class Card:
             alphas=self._alphas(),
             terms=TERMS,
             alpha_rule=ALPHA.get(self.merge or "", None),
+            protect=results["protect"] if isinstance(results.get("protect"), Mapping) else None,
             parity=_parity([record_of(results, "per_task", j).get("parity") for j in range(number)], seen),
             quantized=_quantized(record_of(results, "per_task", number - 1).get("parity")),
             picture=PICTURE if self.picture else None,

@@ -158,7 +158,8 @@ def row_losses(
     chosen, wanted = logits[mask], targets[mask]
     chosen = chosen if chosen.dtype == torch.float64 else chosen.float()
     if generator is not None:
-        probabilities = chosen.detach().softmax(-1).cpu()
+        # Where logits are not finite, neither is the loss, which names the row; any label will do.
+        probabilities = chosen.detach().softmax(-1).nan_to_num(nan=1.0).cpu()
         wanted = torch.multinomial(probabilities, 1, generator=generator)[:, 0].to(chosen.device)
     losses = nn.functional.cross_entropy(chosen, wanted, reduction="none")
     rows = torch.arange(len(targets), device=targets.device)[:, None].expand_as(targets)[mask]
@@ -175,7 +176,7 @@ def measure_curvature(
     gradient: bool = False,
     moments: Moments | None = None,
     autocast: Callable[[], Any] = nullcontext,
-    task_name: str = "",
+    task_name: str | None = "",
 ) -> Measurement:
     """Curvature of every adapted matrix at the current weights, in evaluation mode.
 
@@ -190,7 +191,7 @@ def measure_curvature(
             as [`mean_gradient`] does in one of its own. It is that of the labels in use.
         moments (`Moments`, *optional*): Filled in the same pass.
         autocast (`Callable`, *optional*): Context manager factory for the forward pass.
-        task_name (`str`, *optional*): For messages.
+        task_name (`str`, *optional*): For messages; `None` for the protected text.
 
     Returns:
         `Measurement`: Float32 sums over rows, accumulated in float32 whatever the model's dtype.
@@ -224,8 +225,8 @@ def measure_curvature(
     for name, square in curvature.items():
         if not all(bool(torch.isfinite(part).all()) for part in _parts(square)):
             raise UserError(
-                f"The squared gradients of {name!r} in the curvature pass of task {task_name!r} overflow float32. "
-                "Nothing was committed; lower `learning_rate`."
+                f"The squared gradients of {name!r} in the curvature pass of {_source(task_name)} overflow float32. "
+                f"{_remedy(task_name)}."
             )
     by_matrix = {name: float(value) for name, value in slopes.items()}
     return Measurement(curvature, by_matrix, float(together), rows, sums)
@@ -258,7 +259,7 @@ def mean_gradient(
     batches: Iterable[Mapping[str, Any]],
     *,
     autocast: Callable[[], Any] = nullcontext,
-    task_name: str = "",
+    task_name: str | None = "",
 ) -> tuple[dict[str, torch.Tensor], int]:
     """Gradient of the training loss (mean over rows of the mean token loss) for every adapted matrix.
 
@@ -288,7 +289,7 @@ def _row_gradients(
     collectors: Sequence[tuple[Callable[..., None], dict[str, Any], int]],
     generator: torch.Generator | None,
     autocast: Callable[[], Any],
-    task_name: str,
+    task_name: str | None,
     power: int,
     moments: Moments | None = None,
 ) -> Iterator[_Batch]:
@@ -512,22 +513,32 @@ def _parts(fisher: Curvature) -> tuple[torch.Tensor, ...]:
     return (fisher,) if isinstance(fisher, torch.Tensor) else tuple(fisher)
 
 
-def _require_finite(values: torch.Tensor, what: str, seen: int, task_name: str) -> None:
+def _source(task_name: str | None) -> str:
+    return "the protected text" if task_name is None else f"task {task_name!r}"
+
+
+def _remedy(task_name: str | None) -> str:
+    if task_name is None:
+        return "Nothing was written; protect another text, or load the base in a wider `dtype`"
+    return "Nothing was committed; lower `learning_rate`"
+
+
+def _require_finite(values: torch.Tensor, what: str, seen: int, task_name: str | None) -> None:
     finite = torch.isfinite(values)
     if not bool(finite.all()):
         raise UserError(
-            f"The {what} of row {seen + int((~finite).nonzero()[0])} in the curvature pass of task {task_name!r} is "
-            "not finite. Nothing was committed; lower `learning_rate` or look at that row."
+            f"The {what} of row {seen + int((~finite).nonzero()[0])} in the curvature pass of {_source(task_name)} is "
+            f"not finite. {_remedy(task_name)} or look at that row."
         )
 
 
-def _refuse_packed(batch: Mapping[str, Any], task_name: str) -> None:
+def _refuse_packed(batch: Mapping[str, Any], task_name: str | None) -> None:
     """Several examples in one row would give the square of their summed gradient, not the sum of their squares."""
     positions = batch.get("position_ids")
     restarts = positions is not None and positions.ndim == 2 and bool((positions[:, 1:] < positions[:, :-1]).any())
     if restarts or any(batch.get(key) is not None for key in PACKED_KEYS):
         raise UserError(
-            f"A row in the curvature pass of task {task_name!r} holds several examples (packing), whose gradients "
+            f"A row in the curvature pass of {_source(task_name)} holds several examples (packing), whose gradients "
             "cannot be told apart. Switch `packing` and `padding_free` off."
         )
 

@@ -20,18 +20,30 @@ from .curvature import Moments, expert_name, mean_gradient, measure_curvature
 MEASURES = ("curvature", "gradient", "kronecker")
 
 
-def measure(trainer: Any, rows: Dataset, wanted: Collection[str], task_name: str, seed: int) -> Measured:
+def measure(
+    trainer: Any,
+    rows: Dataset,
+    wanted: Collection[str],
+    task_name: str | None,
+    seed: int,
+    *,
+    labels: str | None = None,
+    normalization: str | None = None,
+) -> Measured:
     """Measure the task just trained, at the unperturbed adapter model.
 
     Args:
         trainer (`PMTrainerMixin`): Gives the model, this rank's batches, the accelerator and the settings.
         rows (`Dataset`): Encoded training rows, at most `curvature_num_samples` of them.
         wanted (`Collection[str]`): Out of `MEASURES`.
-        task_name (`str`): For messages.
+        task_name (`str`, *optional*): For messages; `None` for the protected text.
         seed (`int`): Of the sampled labels.
+        labels (`str`, *optional*): In the place of `curvature_labels`.
+        normalization (`str`, *optional*): In the place of `curvature_normalization`.
     """
     args, accelerator = trainer.args, trainer.accelerator
-    sampled = args.curvature_labels == "sampled"
+    sampled = (labels or args.curvature_labels) == "sampled"
+    normalization = normalization or args.curvature_normalization
     generator = torch.Generator().manual_seed(seed + args.process_index) if sampled else None
     moments = Moments(trainer.parts.cut_rank, accelerator.device) if "kronecker" in wanted else None
     estimator = args.curvature_estimator
@@ -42,10 +54,10 @@ def measure(trainer: Any, rows: Dataset, wanted: Collection[str], task_name: str
     settings = {"autocast": accelerator.autocast, "task_name": task_name}
     found = measure_curvature(
         trainer.model,
-        trainer.batches(rows, args.curvature_batch_size, "curvature"),
+        trainer.batches(rows, args.curvature_batch_size, "curvature" if task_name is not None else "protecting"),
         # The exact form of the new task needs no memory of its own; what later tasks need of it is the factored one.
         estimator=estimator,
-        normalization=args.curvature_normalization,
+        normalization=normalization,
         generator=generator,
         gradient="gradient" in wanted and not sampled,
         moments=moments,
@@ -70,7 +82,7 @@ def measure(trainer: Any, rows: Dataset, wanted: Collection[str], task_name: str
     gradient = {name: total(tensor).div_(count) for name, tensor in gradients.items()}
     updates = adapters.updates(trainer.model)
     factor = 1.0
-    if curvature and args.curvature_normalization == "trace":
+    if curvature and normalization == "trace":
         mean = mean_entry(curvature, {name: math.prod(update.shape()) for name, update in updates.items()})
         factor = 1 / mean if mean > 0 else 1.0
     measured = Measured(curvature, gradient, updates, exact, 1.0)

@@ -17,6 +17,7 @@ from ..errors import UserError
 from ..evaluation.scoring import Cell, metric_of
 from ..methods.contract import Ended
 from ..methods.parts import Parts
+from ..methods.protection import Protection
 from ..metrics import continual
 from ..report import page
 from ..store.ledger import SETTINGS, Entry, Ledger, read_json, sha256_file, sha256_settings, write_json
@@ -33,8 +34,8 @@ logger = logging.getLogger(__name__)
 LIBRARIES = ("torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "huggingface_hub")
 # What run.json says beside the recipe, and may change.
 OF_THE_RUN = ("tasks", "epochs", "data_fingerprint", "world_size", "global_batch_size")
-# What earlier versions did not write there.
-NEWER = {"epochs", "world_size", "global_batch_size"}
+# What earlier versions did not write there, and what a run may lack.
+NEWER = {"epochs", "world_size", "global_batch_size", "protect"}
 # What results.json says of the stream, and changes where tasks are added to it.
 OF_THE_STREAM = ("tasks", "stream", "eval_samples", "overlap", "data_fingerprint", "metric")
 
@@ -91,8 +92,16 @@ class RunFolder:
             raise differs
         return base, names
 
-    def open(self, folder: Folder, rows: StreamRows, adapter: LoraConfig, task_type: str, parts: Parts) -> None:
-        """Adopt the folder, or create it.
+    def open(
+        self,
+        folder: Folder,
+        rows: StreamRows,
+        adapter: LoraConfig,
+        task_type: str,
+        parts: Parts,
+        protection: Protection | None = None,
+    ) -> None:
+        """Check whether the folder is this run's, or can be; nothing is written before [`adopt`].
 
         Args:
             folder (`Folder`): Rebuilds weights from the base and this run's ledger.
@@ -100,10 +109,10 @@ class RunFolder:
             adapter (`LoraConfig`): The adapter of every task.
             task_type (`str`): `CAUSAL_LM`, `SEQ_2_SEQ_LM` or `SEQ_CLS`.
             parts (`Parts`): Of the method; what they keep between tasks is kept here.
+            protection (`Protection`, *optional*): The protected text.
 
         Raises:
-            UserError: If the folder belongs to another recipe, data or base, or a committed file was altered. Nothing
-                is written in that case.
+            UserError: If the folder belongs to another recipe, data or base, or a committed file was altered.
         """
         args, self.folder = self.args, folder
         described = {
@@ -125,8 +134,10 @@ class RunFolder:
             "world_size": args.world_size,
             "global_batch_size": args.effective_batch_size,
         }
+        if protection is not None:
+            described["protect"] = {"kind": protection.kind, "sha256": protection.fingerprint}
         path = self.path / "run.json"
-        recorded = None
+        recorded, changes = None, {}
         if path.is_file():
             recorded = read_json(path)
             _check_kind(path, recorded, {key: value for key, value in described.items() if key not in NEWER})
@@ -159,17 +170,26 @@ class RunFolder:
             "seed": args.seed,
             "versions": described["versions"],
         }
+        fresh = self.results
         if (self.path / "results.json").is_file():
             results = read_json(self.path / "results.json")
             _check_kind(self.path / "results.json", results, self.results)
-            fresh, self.results = self.results, results
+            self.results = results
         if self.keeps_rows:
             self.results["keeps_rows"] = True
+        if protection is not None:
+            self.results.setdefault("protect", {"kind": protection.kind})
+        self._opened = recorded, described, changes, fresh
+
+    def adopt(self) -> None:
+        """Create the folder that was opened, or bring it up to date."""
+        recorded, described, changes, fresh = self._opened
+        path = self.path / "run.json"
         if self.writes and recorded is None:
             write_json(path, described)
         elif self.writes and changes:
             write_json(path, _changed(recorded, described, changes, len(self.ledger) + 1))
-        if recorded is not None and self.results["tasks"] != rows.stream.names:
+        if recorded is not None and self.results["tasks"] != described["tasks"]:
             # Tasks were added, by this start or by one that died here.
             self.results |= {key: fresh[key] for key in OF_THE_STREAM}
             self.write_results()
@@ -364,7 +384,7 @@ def _changes(
             "started from (sha256 differs). Restore the checkpoint, or use another `output_dir`."
         )
     elsewhere = RUN_INVARIANT_FIELDS | DEALING_FIELDS
-    elsewhere |= {"tasks", "stream", "model_name_or_path", "num_train_epochs"}
+    elsewhere |= {"tasks", "stream", "model_name_or_path", "num_train_epochs", "protect"}
     old, new = ({k: v for k, v in run["recipe"].items() if k not in elsewhere} for run in (recorded, described))
     # What was not set had its default.
     usual = {item.name: item.default for item in fields(run.args)}
@@ -376,6 +396,8 @@ def _changes(
     for key in ("tasks", "data_fingerprint", "world_size"):
         if recorded.get(key, described[key]) != described[key]:
             different[key] = recorded[key], described[key]
+    if recorded.get("protect") != described.get("protect"):
+        different["protect"] = recorded.get("protect"), described.get("protect")
     batches = _batch_of(recorded, run.args.world_size), described["global_batch_size"]
     if batches[0] != batches[1]:
         different["global_batch_size"] = batches

@@ -107,6 +107,22 @@ class StoredState:
                         )
 
 
+class HeldState(StoredState):
+    """State in memory, as it is before the first task: nothing of it is on the disk yet.
+
+    Args:
+        values (`Mapping`): Matrix name -> its values by key, float32.
+    """
+
+    def __init__(self, values: Mapping[str, Mapping[str, Value]]) -> None:
+        super().__init__(None)
+        self._values = values
+
+    def get(self, key: str, name: str) -> Value | None:
+        """The value `key` of the matrix `name`, float32; `None` if there is none."""
+        return self._values.get(name, {}).get(key)
+
+
 def _fits(shape: Sequence[int], expected: Sequence[int]) -> bool:
     return len(shape) == len(expected) and all(b is ... or a == b for a, b in zip(shape, expected, strict=True))
 
