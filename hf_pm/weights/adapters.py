@@ -401,16 +401,25 @@ def load_head(model: PeftModel, tensors: dict[str, torch.Tensor]) -> None:
 
 def restore(model: PeftModel, stored: StoredAdapter) -> None:
     """Put the factors of a stored adapter into the live one, its head too."""
-    with torch.no_grad():
-        for name, layer in lora_layers(model).items():
-            update = stored.read(name)
-            # Experts: (experts, r, in) and (experts, out, r) back to PEFT's (experts * r, in) and (out, r * experts).
-            B = update.B if update.B.ndim == 2 else update.B.permute(1, 2, 0).flatten(1)
-            layer.lora_A[ADAPTER].weight.copy_(update.A.flatten(0, -2))
-            layer.lora_B[ADAPTER].weight.copy_(B)
+    put(model, {name: stored.read(name) for name in stored.names})
     head = stored.head()
     if head:
         load_head(model, head)
+
+
+@torch.no_grad()
+def put(model: PeftModel, factors: Mapping[str, Update]) -> None:
+    """Put the factors of updates with the live adapter's ranks and scales into it.
+
+    Args:
+        model (`PeftModel`): With the adapter.
+        factors (`Mapping`): Matrix name -> update.
+    """
+    for name, layer in lora_layers(model).items():
+        A, B = factors[name].A, factors[name].B
+        # Experts: (experts, r, in) and (experts, out, r) back to PEFT's (experts * r, in) and (out, r * experts).
+        layer.lora_A[ADAPTER].weight.copy_(A.flatten(0, -2))
+        layer.lora_B[ADAPTER].weight.copy_(B if B.ndim == 2 else B.permute(1, 2, 0).flatten(1))
 
 
 @torch.no_grad()
