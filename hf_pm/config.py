@@ -79,13 +79,14 @@ class PMConfig(TrainingArguments):
             Row of the table in `methods/table.py`, which `hf-pm methods` prints. The next five keys override parts of
             it; a combination that makes no sense is refused with the reason.
         start (`str`, *optional*):
-            Overrides where a task begins: `merged` (the merged model so far) or `base`.
+            Overrides where a task begins: on the model so far (`merged`), on the base (`base`), or on the weights that
+            the task before ended its training with (`trained`).
         penalty (`str` or `list[str]`, *optional*):
             Overrides what is added to the loss: `ewc`, `lwf`, several of them, or `[]` for nothing.
         replay (`str`, *optional*):
             Overrides which rows of earlier tasks are kept and trained on again: `buffer` or `none`.
         merge (`str`, *optional*):
-            Overrides the method's merge: `pm`, `last`, `average`, `fixed`, `ties` or `experts`.
+            Overrides the method's merge, such as `pm`, `last`, `average`, `fixed`, `ties` or `opcm`.
         perturbation (`str`, *optional*):
             Overrides the method's perturbation: `task_vector`, `gaussian` or `none`.
 

@@ -295,7 +295,7 @@ class PMTrainerMixin(TaskTraining):
             own = left @ right
             if start == "base" or number == 1:
                 return own
-            before = folder.task_vector if start == "trained" else folder.merged_vector
+            before = folder.task_vector if start == "trained" else folder.update
             return before(name, number - 1) + own
 
         ended = Ended(
@@ -308,7 +308,7 @@ class PMTrainerMixin(TaskTraining):
             task_vector,
             self._own_rows,
             self._task_seed(number),
-            merged_vector=lambda name: folder.merged_vector(name, number - 1),
+            learned=lambda name: folder.update(name, number - 1),
         )
         merged = self.parts.solve(ended)
         record = self._seconds
@@ -320,7 +320,8 @@ class PMTrainerMixin(TaskTraining):
         if merged.mixing is not None:
             adapters.mix(self.model, merged.mixing)
         if merged.adapter is not None:
-            adapters.put(self.model, merged.adapter)
+            factors = {name: (update.A, update.B) for name, update in merged.adapter.items()}
+            adapters.load_factors(self.model, factors)
         self.parity.expect(number, merged)
         if self.is_world_process_zero():
             record |= {"merge_seconds": time.monotonic() - started, "peak_memory_bytes": _peak_memory()}

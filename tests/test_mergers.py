@@ -8,11 +8,14 @@ import peft.utils.merge_utils
 import pytest
 import torch
 from conftest import MOOD, build, rows
+from reference import paper_coefficient
+from test_curvature import TASK_TYPES, adapted, batches, single_rows
 from test_trainer import StopAt, again, comparable, digests, trained
 from transformers import AutoModelForCausalLM
 
 from hf_pm import PMTrainer, Task, TaskStream, UserError
 from hf_pm.hub.releases import Releases
+from hf_pm.methods.curvature import measure_curvature
 from hf_pm.methods.merges.dare import drop
 from hf_pm.methods.merges.fisher import weight
 from hf_pm.methods.merges.isotropic import isotropic
@@ -20,6 +23,7 @@ from hf_pm.methods.merges.magmax import larger
 from hf_pm.methods.merges.opcm import norm, orthogonal
 from hf_pm.methods.merges.regmean import combine, reduced
 from hf_pm.methods.parts import Parts
+from hf_pm.report import page
 from hf_pm.runs.doctor import examine
 from hf_pm.runs.history import rollback
 from hf_pm.weights import adapters
@@ -186,6 +190,27 @@ def test_weights_of_fisher_and_cofima():
     assert torch.equal(weight(factored, 0.0, factored, 0.0, 0.0), torch.full((2, 3), 0.5))
 
 
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_curvature_of_the_factors_is_that_of_the_row_loop(kind):
+    """One backward pass a row, through the adapter itself."""
+    settings = {"fan_in_fan_out": True} if kind == "gpt2" else {}
+    model = adapted(kind, TASK_TYPES[kind], **settings).eval()
+    found = measure_curvature(model, batches(kind, 2), estimator="directional", normalization="sequence", factors=True)
+    parameters = {
+        f"{name}.{factor}": getattr(layer, f"lora_{factor}")[adapters.ADAPTER].weight
+        for name, layer in adapters.lora_layers(model).items()
+        for factor in "AB"
+    }
+    expected = {key: torch.zeros_like(parameter) for key, parameter in parameters.items()}
+    for inputs, (positions, answers) in zip(*single_rows(kind), strict=True):
+        loss = torch.nn.functional.cross_entropy(model(**inputs).logits[0][positions], answers)
+        for key, gradient in zip(parameters, torch.autograd.grad(loss, list(parameters.values())), strict=True):
+            expected[key] += gradient.square()
+    assert found.factors.keys() == expected.keys()
+    for key, square in expected.items():
+        assert torch.allclose(found.factors[key], square, rtol=1e-3, atol=1e-6 * float(square.max())), key
+
+
 def test_a_square_matrix_of_the_inputs_is_checked_on_either_side(tmp_path):
     values = {"linear": {"gram": torch.eye(8)}, "conv": {"gram": Cut(torch.rand(4, 2), torch.rand(4))}}
     shapes, keeps = {"linear": (4, 8), "conv": (4, 8)}, {"gram": "inputs"}
@@ -211,6 +236,7 @@ SETTINGS = {
     "fisher": {"fisher_floor": 0.1},
     "regmean": {"regmean_alpha": 0.8},
     "iso-c": {"iso_c_scaling": 0.7},
+    "pm-factors": {},
 }
 
 
@@ -246,12 +272,16 @@ def three(stream):
 
 
 @pytest.fixture
-def run(three, model, tokenizer, lora, config):
-    def make(row, folder="", callbacks=(), base=None, **overrides):
-        settings = {"release": "none", "max_steps": 5, "max_eval_samples": 6, "method_kwargs": SETTINGS.get(row)}
+def run(three, model, tokenizer, lora, config, monkeypatch):
+    monkeypatch.setattr(page, "write_report", lambda path: None)  # a third of the time, and no matter here
+
+    def make(row, folder="", callbacks=(), base=None, tasks=3, **overrides):
+        settings = {"release": "none", "max_steps": 4, "max_eval_samples": 3, "method_kwargs": SETTINGS.get(row)}
         args = config(output_dir=config().output_dir + folder, method=row, **settings | overrides)
         fresh = again(model) if base is None else base
-        return trained(fresh, three, tokenizer, lora, args, cls=Watches, callbacks=list(callbacks))
+        return trained(
+            fresh, TaskStream(list(three)[:tasks]), tokenizer, lora, args, cls=Watches, callbacks=list(callbacks)
+        )
 
     return make
 
@@ -276,6 +306,8 @@ def by_hand(row, seen):
             shares = {n: 0.5 * new[n] / (0.5 * old[n] + 0.5 * new[n]) for n in names}
             merged = {n: (1 - shares[n]) * merged[n] + shares[n] * (merged[n] + vectors[n]) for n in names}
         return merged
+    if row == "pm-factors":
+        return pair_by_hand(seen)
     if row == "became":
         merged = {name: torch.zeros_like(vector) for name, vector in own[0].items()}
         for t, vectors in enumerate(own):
@@ -305,6 +337,32 @@ def pic_by_hand(initial, updates):
     return dense.T if updates[0].transposed else dense
 
 
+def pair_by_hand(seen):
+    """alpha by the paper's sum over all tasks, theta the entries of A and B; the dense update of the merged pair."""
+    names = list(seen[0].updates)
+    merged = flatten(seen[0].initial, names)
+    thetas, fishers = [], []
+    for task in seen:
+        assert torch.allclose(flatten(task.initial, names), merged, atol=1e-6)
+        thetas.append(flatten(task.updates, names))
+        fishers.append(torch.cat([task.measured.factors[f"{n}.{f}"].double().flatten() for n in names for f in "AB"]))
+        delta = thetas[-1] - merged
+        merged = merged + paper_coefficient(thetas, fishers, merged, delta) * delta
+    found, position = {}, 0
+    for name in names:
+        update = seen[0].updates[name]
+        A, B = (merged[position + i : position + i + n].reshape(shape) for i, n, shape in (
+            (0, update.A.numel(), update.A.shape), (update.A.numel(), update.B.numel(), update.B.shape)
+        ))  # fmt: skip
+        position += update.A.numel() + update.B.numel()
+        found[name] = update.scale * (B @ A)
+    return found
+
+
+def flatten(updates, names):
+    return torch.cat([factor.double().flatten() for name in names for factor in (updates[name].A, updates[name].B)])
+
+
 def regmean_by_hand(vectors, factors, update):
     inputs = [pair[0 if update.transposed else 1].double() for pair in factors]
     inputs = [0.8 * gram + 0.2 * torch.diag(gram.diagonal()) for gram in inputs]
@@ -327,16 +385,27 @@ def opcm_by_hand(own):
 
 @pytest.mark.parametrize("row", [row for row in SETTINGS if row != "dare"])
 def test_merged_weights_are_the_papers(row, run):
-    """Three tasks, against the sum over all of them in float64."""
+    """One task and three tasks, against the sum over all of them in float64."""
     trainer, results = run(row)
-    folder, expected = trainer.run.folder, by_hand(row, trainer.seen)
+    folder, first, expected = trainer.run.folder, by_hand(row, trainer.seen[:1]), by_hand(row, trainer.seen)
     for name, weight_name in folder.names.items():
+        assert torch.allclose(folder.update(name, 1).double(), first[name], atol=1e-5), name
         change = folder.merged(name).double() - folder.base.read(weight_name).double()
         assert torch.allclose(change, expected[name], atol=2e-5 * (1 + float(expected[name].abs().max()))), name
-        assert torch.allclose(change, folder.merged_vector(name, 3).double(), atol=1e-6)
+        assert torch.allclose(change, folder.update(name, 3).double(), atol=1e-6)
     assert not [finding for finding in examine(trainer.args.output_dir) if finding.problem]
-    if row in ("task-arithmetic", "pic", "became"):  # what the adapter model promised, on the merged weights before
+    if row in (
+        "task-arithmetic",
+        "pic",
+        "became",
+        "pm-factors",
+    ):  # what the adapter model promised, on the merged weights before
         assert all(task["parity"]["folded"]["relative_difference"] < 1e-5 for task in results["per_task"])
+    if row == "magmax":  # the merge of a task is no part of what the next one learns from
+        for t, task in enumerate(trainer.seen):
+            start = folder.base.read(weight_name) + sum(earlier.updates[name].delta() for earlier in trainer.seen[:t])
+            assert torch.allclose(task.weights[name], start, atol=1e-6)
+        assert [entry.start for entry in trainer.run.ledger.entries] == ["trained"] * 3
     if row == "pic":
         assert all(torch.equal(t.initial[name].A, trainer.seen[0].initial[name].A) for t in trainer.seen)
 
@@ -345,7 +414,7 @@ def test_dare_keeps_a_fraction_of_every_update(run):
     trainer, _ = run("dare")
     folder, zeros = trainer.run.folder, 0
     for name in folder.names:
-        merged = [folder.merged_vector(name, t) for t in range(4)]
+        merged = [folder.update(name, t) for t in range(4)]
         for task, before, after in zip(trainer.seen, merged, merged[1:], strict=False):
             added, own = after - before, task.updates[name].delta()
             kept = added.abs() > 1e-6
@@ -362,37 +431,28 @@ def test_layers_that_store_their_weight_transposed(row, run, tmp_path, lora):
     trainer, _ = run(row, base=AutoModelForCausalLM.from_pretrained(tmp_path / "gpt2"))
     folder, expected = trainer.run.folder, by_hand(row, trainer.seen)
     for name in folder.names:
-        assert torch.allclose(folder.merged_vector(name, 3).double(), expected[name], atol=5e-5), name
+        assert torch.allclose(folder.update(name, 3).double(), expected[name], atol=5e-5), name
     assert not [finding for finding in examine(trainer.args.output_dir) if finding.problem]
 
 
-def test_each_task_begins_on_the_trained_weights(run):
-    """MagMax: the merge of a task is no part of what the next one learns from."""
-    trainer, _ = run("magmax")
-    folder = trainer.run.folder
-    for t, task in enumerate(trainer.seen):
-        for name, weight_name in folder.names.items():
-            expected = folder.base.read(weight_name) + sum(e.updates[name].delta() for e in trainer.seen[:t])
-            assert torch.allclose(task.weights[name], expected, atol=1e-6)
-    assert [entry.start for entry in trainer.run.ledger.entries] == ["trained"] * 3
+# Nothing new in how these keep what they keep.
+LIKE = ("task-arithmetic", "dare", "opcm", "cofima", "became", "fisher", "iso-c")
 
 
 @pytest.mark.parametrize(
     "row",
     [
-        *("pic", "magmax", "opcm", "fisher", "regmean"),
-        # What is new in these is covered by the ones above.
-        *(pytest.param(row, marks=pytest.mark.slow) for row in ("task-arithmetic", "dare", "cofima", "became")),
-        pytest.param("iso-c", marks=pytest.mark.slow),
+        *("pic", "magmax", "regmean", "pm-factors"),
+        *(pytest.param(row, marks=pytest.mark.slow) for row in SETTINGS if row in LIKE),
     ],
 )
 def test_stopped_in_the_second_task_and_started_again_gives_the_same_bits(row, run):
-    settings = {"save_strategy": "steps", "save_steps": 2}
+    settings = {"save_strategy": "steps", "save_steps": 2, "tasks": 2}
     whole, results = run(row, **settings)
     with pytest.raises(KeyboardInterrupt):
         run(row, "-stopped", callbacks=[StopAt(2, 3)], **settings)
     stopped, after = run(row, "-stopped", **settings)
-    assert len(stopped.seen) == 2 and comparable(after) == comparable(results)
+    assert len(stopped.seen) == 1 and comparable(after) == comparable(results)
     folders = [Path(trainer.args.output_dir) for trainer in (whole, stopped)]
     assert digests(folders[0]) == digests(folders[1])
     for path in folders[0].glob("tasks/*/update.safetensors"):
@@ -407,26 +467,28 @@ WHOLE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("row", SETTINGS)
 def test_one_task_whole_is_its_adapter(row, stream, model, tokenizer, lora, config):
     args = config(method=row, method_kwargs=WHOLE.get(row), release="none", max_steps=2, max_eval_samples=3)
     trainer, _ = trained(again(model), TaskStream([stream[0]]), tokenizer, lora, args, cls=Watches)
     for name, update in trainer.seen[0].updates.items():
         expected = isotropic(update.delta()) if row == "iso-c" else update.delta()
-        assert torch.allclose(trainer.run.folder.merged_vector(name, 1), expected, atol=1e-6), name
+        assert torch.allclose(trainer.run.folder.update(name, 1), expected, atol=1e-6), name
 
 
+@pytest.mark.slow
 def test_identities_between_rows(run):
     """Equal curvatures make CoFiMA CoMA, and Fisher merging the mean; task arithmetic with 1/T is the mean, too."""
     coma, _ = run("fixed", "-a", merge_coefficient=0.3)
     cofima, _ = run("cofima", "-b", merge_coefficient=0.3, method_kwargs={"cofima_cap": 1e-30})
-    fisher, _ = run("fisher", "-c", method_kwargs={"fisher_floor": 1e9})
+    fisher, _ = run("fisher", "-c", method_kwargs={"fisher_floor": 1e9}, curvature_normalization="trace")
     mean, _ = run("task-arithmetic", "-d", method_kwargs={"task_arithmetic_scaling": 1 / 3})
     pm, with_r = run("pm", "-e", perturbation="none")
     became, without_r = run("became", "-f")
     for name in mean.run.folder.names:
         for one, other in ((coma, cofima), (fisher, mean)):
-            vectors = [trainer.run.folder.merged_vector(name, 3) for trainer in (one, other)]
+            vectors = [trainer.run.folder.update(name, 3) for trainer in (one, other)]
             assert torch.allclose(*vectors, atol=1e-5)
     # After a first task that was kept whole R is 0, and P&M is BECAME; then no more.
     assert with_r["coefficients"][:2] == without_r["coefficients"][:2]
@@ -444,7 +506,7 @@ def test_task_arithmetic_is_one_adapter_and_takes_a_task_out_again(run, tmp_path
     releases.ledger.entries = without
     for name in releases.folder.names:
         expected = LAMBDA * (trainer.seen[0].updates[name].delta() + trainer.seen[2].updates[name].delta())
-        assert torch.allclose(releases.folder.merged_vector(name, 2), expected, atol=1e-6)
+        assert torch.allclose(releases.folder.update(name, 2), expected, atol=1e-6)
 
 
 def test_pic_is_one_adapter_of_its_own_rank(run):
@@ -456,6 +518,7 @@ def test_pic_is_one_adapter_of_its_own_rank(run):
     assert sizes[0] == sizes[2]
 
 
+@pytest.mark.slow
 def test_rolled_back_on_trained_weights_it_goes_on_to_the_same_bits(run):
     trainer, _ = run("magmax")
     path = Path(trainer.args.output_dir)
@@ -474,6 +537,11 @@ REFUSED = [
     ({"method": "became", "start": "base"}, "`merge: became` keeps a fraction of the update since the merged weights"),
     ({"method": "pic", "coefficient_search": "report"}, "`merge: pic` has none. Switch it off"),
     ({"method": "task-arithmetic", "coefficient_search": "use"}, "`merge: task_arithmetic` has none"),
+    ({"method": "pm-factors", "start": "merged"}, "every task has its own. Use `method: pm-factors`, or `merge: pm`"),
+    ({"method": "pm-factors", "perturbation": "task_vector"}, "`task_vector` takes the adapter for the update of one"),
+    ({"method": "pm-factors", "penalty": "lwf"}, "`lwf` takes the adapter for the update of one task"),
+    ({"method": "pm-factors", "curvature_normalization": "trace"}, "is not defined for the factors"),
+    ({"method": "sequential", "start": "pair"}, "but `merge: last` merges updates of single tasks"),
     ({"method": "regmean", "release": "both"}, "gives a dense update, which is none. Use `release: merged`"),
     ({"method": "magmax", "penalty": "ewc", "start": "base"}, "but with `start: base` there is none"),
 ]
@@ -495,6 +563,7 @@ def test_senseless_combinations_are_refused(overrides, message, config):
         {"method": "regmean", "start": "merged", "penalty": "kronecker"},
     ],
 )
+@pytest.mark.slow
 def test_parts_combine(overrides, run):
     trainer, results = run(overrides.pop("method"), method_kwargs=None, **overrides)
     assert len(results["matrix"]) == 3

@@ -48,6 +48,7 @@ class Measured(NamedTuple):
     a diagonal loses. `calibration` is what the factored curvature was multiplied with to agree with it
     (`curvature_estimator: directional`), else 1. `kronecker` has the Kronecker factors (rows x rows, columns x
     columns) of a matrix, in the orientation of the live weight; layers that read the same input share one object.
+    `factors` has the diagonal curvature of the entries of A and B, under `name.A` (r, in) and `name.B` (out, r).
     """
 
     curvature: dict[str, Curvature]
@@ -56,6 +57,7 @@ class Measured(NamedTuple):
     exact: float
     calibration: float
     kronecker: dict[str, Factors] = {}
+    factors: dict[str, torch.Tensor] = {}
 
     def delta(self, name: str) -> LowRank:
         return LowRank(*self.updates[name].factors())
@@ -112,7 +114,7 @@ class Ended(NamedTuple):
     `measured`: `None` if no part wants anything measured. `updates`: the trained update by matrix name. `merged`: what
     `Merge.solve` returned (`None` before it was called). `entries`: the ledger before this task. `task_vector(name,
     i)`: weights after training task i, before its merge, minus the base; float32 in the shape of the live weight, for
-    i from 1 to `number`. `merged_vector(name)`: merged weights after the task before, minus the base, likewise.
+    i from 1 to `number`. `learned(name)`: the weights that the tasks before left minus the base, likewise.
     `train_rows`: the task's own encoded training rows.
     """
 
@@ -126,7 +128,7 @@ class Ended(NamedTuple):
     train_rows: Dataset
     seed: int
     merged: Merged | None = None
-    merged_vector: Callable[[str], torch.Tensor] | None = None
+    learned: Callable[[str], torch.Tensor] | None = None
 
 
 class Step(NamedTuple):

@@ -16,6 +16,7 @@ from .contract import Ended, Merged, Optimizer, Part, Penalty, Perturbation, Rep
 from .merges.coefficients import Average, Became, ClosedForm, Fixed, Last
 from .merges.dare import Dare
 from .merges.experts import Experts
+from .merges.factors import FactorClosedForm, Pair, Pic
 from .merges.fisher import Cofima, Fisher
 from .merges.isotropic import IsoC
 from .merges.magmax import MagMax
@@ -23,7 +24,7 @@ from .merges.opcm import Opcm
 from .merges.regmean import RegMean
 from .merges.spectral import Spectral
 from .merges.subspace import Subspace
-from .merges.task_arithmetic import Pic, TaskArithmetic
+from .merges.task_arithmetic import TaskArithmetic
 from .merges.ties import Ties
 from .penalties.ewc import Ewc
 from .penalties.kronecker import Gram, Kronecker
@@ -47,7 +48,7 @@ class OnTrained(Start):
 
 
 PARTS: dict[str, dict[str, type[Part]]] = {
-    "start": {"merged": Start, "base": OnBase, "trained": OnTrained},
+    "start": {"merged": Start, "base": OnBase, "trained": OnTrained, "pair": Pair},
     "perturbation": {"none": Perturbation, "task_vector": TaskVector, "gaussian": Gaussian},
     "penalty": {
         "ewc": Ewc,
@@ -62,6 +63,7 @@ PARTS: dict[str, dict[str, type[Part]]] = {
         "last": Last,
         "average": Average,
         "fixed": Fixed,
+        "pm_factors": FactorClosedForm,
         "became": Became,
         "task_arithmetic": TaskArithmetic,
         "pic": Pic,

@@ -36,6 +36,8 @@ METHODS: dict[str, Method] = {
     # Its ablations: the closed form without perturbation, and isotropic noise of the same norm.
     "merge-only": Method("LoRA-M in arXiv 2505.22389", "none", "pm"),
     "gaussian": Method("LoRA-M with Gaussian noise in arXiv 2505.22389", "gaussian", "pm"),
+    # Its curvature in the entries of A and B, with one pair of them for all tasks (and without perturbation).
+    "pm-factors": Method("LoRA-M with the curvature of A and B, arXiv 2505.22389", merge="pm_factors", start="pair"),
     # Every update is kept whole: what people do today.
     "sequential": Method("IncLoRA in arXiv 2310.14152", merge="last"),
     "average": Method("running model averaging, alpha_t = 1/t", merge="average"),

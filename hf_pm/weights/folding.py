@@ -206,10 +206,10 @@ class Folder:
         base; float32, in the shape of the live weight."""
         return self._total(name, self.ledger.trained(number))
 
-    def merged_vector(self, name: str, number: int) -> torch.Tensor:
-        """Merged weights of the matrix `name` after `number` tasks minus the base; float32, in the shape of the live
+    def update(self, name: str, task_number: int) -> torch.Tensor:
+        """What the first `task_number` tasks add to the matrix `name` of the base; float32, in the shape of the live
         weight."""
-        return self._total(name, self.ledger.active(number))
+        return self._total(name, self.ledger.active(task_number))
 
     def _total(self, name: str, entries: Sequence[Entry]) -> torch.Tensor:
         total = torch.zeros(self._shape(name))

@@ -29,7 +29,7 @@ class Dare(VectorMerge):
             key = hashlib.blake2b(f"{ended.seed}/{name}".encode(), digest_size=8).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(key, "big"))
             kept = drop(ended.task_vector(name, ended.number), self["dare_drop_rate"], generator)
-            return ended.merged_vector(name) + self["task_arithmetic_scaling"] * kept
+            return ended.learned(name) + self["task_arithmetic_scaling"] * kept
 
         return Merged(None, dense=dense)
 

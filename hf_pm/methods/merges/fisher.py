@@ -39,7 +39,7 @@ class Fisher(VectorMerge):
             if before is None:
                 return vector
             share = weight(curvature[name], floor, before, floors, 1 / ended.number)
-            return torch.lerp(ended.merged_vector(name), vector, share)
+            return torch.lerp(ended.learned(name), vector, share)
 
         return Merged(None, record={"floor": floor}, dense=dense)
 
@@ -80,7 +80,7 @@ class Cofima(Merge):
                 return delta
             new = dense_curvature(ended.measured.curvature[name]).clamp(max=cap)
             share = weight(a * new, 0.0, (1 - a) * dense_curvature(before).clamp(max=cap), 0.0, a)
-            return ended.merged_vector(name) + share * delta
+            return ended.learned(name) + share * delta
 
         return Merged(None, dense=dense)
 

@@ -12,7 +12,8 @@ class MagMax(VectorMerge):
 
     tau_i is the weights after training task i minus the base, and the tasks are trained one after another
     (`start: trained`): task t begins with the weights that task t - 1 ended with, not with the merged ones. lambda is
-    `magmax_scaling`. Keeps nothing of its own, and the time does not grow: the maximum so far is in the ledger.
+    `magmax_scaling`. Keeps nothing of its own: the maximum so far is in the ledger, and the weights that task t begins
+    with are the sum of t - 1 adapters there.
     """
 
     settings = {"magmax_scaling": Setting(0.5, "must be more than 0", lambda value: value > 0)}
@@ -20,7 +21,7 @@ class MagMax(VectorMerge):
     def solve(self, ended: Ended) -> Merged:
         def dense(name: str) -> torch.Tensor:
             vector = self["magmax_scaling"] * ended.task_vector(name, ended.number)
-            return larger(ended.merged_vector(name), vector)
+            return larger(ended.learned(name), vector)
 
         return Merged(None, dense=dense)
 

@@ -29,7 +29,7 @@ class Opcm(VectorMerge):
         undo = ended.entries[-1].terms["rescaled_by"] if ended.entries else 1.0
 
         def unscaled(name: str) -> torch.Tensor:
-            merged, vector = ended.merged_vector(name), ended.task_vector(name, ended.number)
+            merged, vector = ended.learned(name), ended.task_vector(name, ended.number)
             return undo * merged + orthogonal(merged, vector, self["opcm_alpha"])
 
         own = norm(ended.task_vector(name, ended.number) for name in ended.updates)

@@ -49,7 +49,7 @@ class RegMean(VectorMerge):
                 return vector
             grams = (before, self._gram(ended, name))
             old, new = (reduced(gram, self["regmean_alpha"]) for gram in grams)
-            merged = ended.merged_vector(name)
+            merged = ended.learned(name)
             if ended.updates[name].transposed:
                 return combine(merged.mT, vector.mT, old, new).mT.contiguous()
             return combine(merged, vector, old, new)
