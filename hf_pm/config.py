@@ -97,7 +97,7 @@ class PMConfig(TrainingArguments):
             Settings of the parts in use, such as `{ewc_strength: 1000, replay_fraction: 0.02}`; `hf-pm methods` lists
             them with their defaults.
         merge_coefficient (`float`, *optional*, defaults to `0.5`):
-            alpha of `merge: fixed` from the second task on, in [0, 1].
+            alpha of `merge: fixed` from the second task on, and the new task's weight in `merge: cofima`; in [0, 1].
         perturbation_epsilon (`float`, *optional*, defaults to `0.5`):
             Size of the perturbation, in [0, 1): a step sees the update scaled by 1, 1 + epsilon or 1 - epsilon.
         perturbation_probability (`float`, *optional*, defaults to `1/3`):

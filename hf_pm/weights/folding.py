@@ -213,7 +213,8 @@ class Folder:
 
     def _total(self, name: str, entries: Sequence[Entry]) -> torch.Tensor:
         total = torch.zeros(self._shape(name))
-        for payload in (self._payload(name, adapter, entry) for adapter, entry in self._opened(entries)):
+        summed = [(adapter, entry) for adapter, entry in self._opened(entries) if entry.expert is None]
+        for payload in (self._payload(name, adapter, entry) for adapter, entry in summed):
             if isinstance(payload, torch.Tensor):
                 total += payload
             else:
