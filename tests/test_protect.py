@@ -25,6 +25,7 @@ from hf_pm.cli import main
 from hf_pm.evaluation import panel
 from hf_pm.evaluation.answers import predict, sample_texts
 from hf_pm.methods.curvature import measure_curvature
+from hf_pm.methods.kronecker_state import PRICES
 from hf_pm.methods.perturbation import scaled_update
 from hf_pm.methods.protection import Protection
 from hf_pm.report.page import render_report
@@ -205,11 +206,12 @@ def test_the_base_counts_as_one_task_in_the_sums(model, stream, tokenizer, lora,
         def _begin(self, number):
             super()._begin(number)
             if number == 2:
-                measured.append(dict(self.parts.penalties[0].factors))
+                penalty, before = self.parts.penalties[0], self.run.read_state()
+                measured.append({name: penalty.old(before, name, 2) for name in self.parts.layers})
+                measured.append(before.beside(PRICES)["tasks"])
 
     trainer, _ = trained(model, stream, tokenizer, lora, args, cls=Watches)
-    first, factors = measured[0], measured[1]
-    cost = trainer.parts.penalties[0].price(first)
+    first, factors, (cost,) = measured[:3]
     for name, (G, A) in first.kronecker.items():
         G0, A0 = (trainer._before_first.get(key, name) for key in "GA")
         assert torch.allclose(factors[name][0], G0 + G / cost, rtol=1e-4, atol=1e-6)
