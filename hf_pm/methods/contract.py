@@ -92,7 +92,7 @@ class Task(NamedTuple):
 
     `number`: counted from 1. `name`: of the task. `model`: with its adapter. `matrices`: adapted matrices by name.
     `before`: the state after the task before. `rows_of`: gives the encoded training rows of an earlier task, by its
-    name. `seed`: of this task.
+    name. `seed`: of this task. `earlier`: the adapters of the tasks before, oldest first, as the ledger has them.
     """
 
     number: int
@@ -102,6 +102,7 @@ class Task(NamedTuple):
     before: StoredState
     rows_of: Callable[[str], Dataset]
     seed: int
+    earlier: Sequence[adapters.StoredAdapter] = ()
 
 
 class Ended(NamedTuple):
@@ -146,11 +147,16 @@ class Step(NamedTuple):
                 delta = adapters.live_update(layer, self.scales[name]).delta()
             yield name, delta
 
-    def factors(self) -> Iterator[tuple[str, LowRank]]:
-        """Name and update of every adapted matrix as left @ right, float32, in the graph of the adapter's factors."""
+    def adapter(self) -> Iterator[tuple[str, adapters.Update]]:
+        """Name and factors A, B of every adapted matrix, float32, in the graph of the live adapter."""
         for name, layer in self.layers.items():
             with torch.autocast(layer.lora_A[adapters.ADAPTER].weight.device.type, enabled=False):
-                yield name, LowRank(*adapters.live_update(layer, self.scales[name]).factors())
+                yield name, adapters.live_update(layer, self.scales[name])
+
+    def factors(self) -> Iterator[tuple[str, LowRank]]:
+        """Name and update of every adapted matrix as left @ right, float32, in the graph of the adapter's factors."""
+        for name, update in self.adapter():
+            yield name, LowRank(*update.factors())
 
     def answers(self) -> torch.Tensor:
         """Logits of this step where an answer is predicted, (answer tokens, vocabulary)."""

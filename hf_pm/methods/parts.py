@@ -21,6 +21,7 @@ from .merges.ties import Ties
 from .penalties.ewc import Ewc
 from .penalties.kronecker import Gram, Kronecker
 from .penalties.lwf import Lwf
+from .penalties.olora import OLora
 from .perturbation import Gaussian, TaskVector
 from .replay import Buffer
 from .serves.routed import Routed
@@ -41,6 +42,7 @@ PARTS: dict[str, dict[str, type[Part]]] = {
         "lwf": Lwf,
         "kronecker": Kronecker,
         "gram": Gram,
+        "olora": OLora,
     },
     "replay": {"none": Replay, "buffer": Buffer},
     "optimizer": {"optim": Optimizer},

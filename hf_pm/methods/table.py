@@ -49,6 +49,8 @@ METHODS: dict[str, Method] = {
     "gram": Method("its inputs' second moments alone", penalties=("gram",)),
     "subspace": Method("P&M's closed form over (r, r) matrices, with such curvature", merge="subspace"),
     "spectral": Method("P&M's closed form over every update, with such curvature", merge="spectral"),
+    # Updates that keep out of each other's way.
+    "olora": Method("O-LoRA, arXiv 2310.14152", penalties=("olora",)),
     "replay": Method("experience replay, arXiv 1902.10486", replay="buffer"),
     # Upper bounds in the same harness: all tasks shuffled together, and one adapter per task on the base.
     "joint": Method("upper bound: multi-task training", stream="joint"),
