@@ -226,6 +226,7 @@ class PMTrainerMixin(TaskTraining):
             lambda name: self.rows.encoded_train(self.stages[self.rows.stream.names.index(name)]),
             self._task_seed(number),
             [adapters.StoredAdapter(self.run.path / entry.adapter) for entry in self.run.ledger.entries],
+            lambda name: self.run.folder.update(name, number - 1),
         )
         self.parts.start.adapter(task)
         self.parts.begin(task)

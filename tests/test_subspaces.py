@@ -6,10 +6,14 @@ import pytest
 import torch
 from conftest import build
 from peft import LoraConfig
+from reference import dense_delta
+from safetensors.torch import load_file
 from test_parts import arguments, step_of
 from test_trainer import StopAt, again, comparable, digests, trained
 
 from hf_pm.methods.contract import Task
+from hf_pm.methods.penalties.ella import Ella
+from hf_pm.methods.penalties.l1 import L1
 from hf_pm.methods.penalties.olora import OLora
 from hf_pm.report import page
 from hf_pm.weights.adapters import ADAPTER, StoredAdapter, attach, lora_layers, save
@@ -114,19 +118,103 @@ def test_olora_turns_the_second_adapter_away_from_the_first(run):
     assert overlap[0.5] < overlap[0.0] / 5
 
 
+# ---- N-LoRA and ELLA ------------------------------------------------------------------------------------------------
+
+
+def test_l1_is_the_sum_of_magnitudes_of_the_true_update():
+    model = adapted()
+    part = L1(arguments(method_kwargs={"l1_strength": 0.3}))
+    loss = part.loss(step_of(model))
+    loss.backward()
+    expected = 0.0
+    for layer in lora_layers(model).values():
+        delta = dense_delta(layer)
+        expected += 0.3 * float(delta.abs().sum())
+        A, B = (factor.detach().double() for factor in factors_of(layer))
+        for factor, gradient in zip(factors_of(layer), (B.T @ delta.sign(), delta.sign() @ A.T), strict=True):
+            assert torch.allclose(factor.grad.double(), 0.3 * 2.0 * gradient, rtol=1e-4, atol=1e-4)
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_l1_makes_updates_sparse(run):
+    share = {}
+    for strength in (0.0, 1e-2):
+        folder, _ = run(str(strength), method="n-lora", method_kwargs={"l1_strength": strength}, num_train_epochs=4)
+        stored = StoredAdapter(folder / "tasks" / "02-mood" / "adapter")
+        deltas = torch.cat([stored.read(name).delta().flatten().abs() for name in stored.names])
+        share[strength] = float((deltas < 1e-3).float().mean())
+    assert share[1e-2] > 2 * share[0.0]
+
+
+@pytest.mark.parametrize("normalize", [0, 1])
+def test_ella_is_the_square_of_the_entrywise_product(normalize):
+    model, generator = adapted(), torch.Generator().manual_seed(0)
+    layers = lora_layers(model)
+    learned = {name: torch.randn(dense_delta(layer).shape, generator=generator) for name, layer in layers.items()}
+    part = Ella(arguments(method_kwargs={"ella_strength": 0.6, "ella_normalize": normalize}))
+    part.begin(
+        Task(2, "b", model, list(layers), StoredState(None), None, 0, learned=lambda name: learned[name].clone())
+    )
+    loss = part.loss(step_of(model))
+    loss.backward()
+    flat = torch.cat([past.flatten() for past in learned.values()]).double()
+    over = float(flat.square().mean()) if normalize else 1.0
+    expected = 0.0
+    for name, layer in layers.items():
+        past, delta = learned[name].double(), dense_delta(layer)
+        expected += 0.6 / over * float(torch.linalg.matrix_norm(delta * past) ** 2)
+        gradient = 0.6 / over * 2 * (past**2 * delta) @ factors_of(layer)[0].detach().double().T * 2.0
+        assert torch.allclose(factors_of(layer)[1].grad.double(), gradient, rtol=1e-4, atol=1e-4)
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("merge", ["last", "average", "ties"])
+def test_what_earlier_tasks_left_is_the_merged_model_minus_the_base(merge, run, monkeypatch):
+    """Whatever the merge, `Task.learned` is what the weights of the ledger say."""
+    found = {}
+
+    def begin(self, task):
+        found[task.number] = {name: task.learned(name) for name in task.matrices}
+        ella_begin(self, task)
+
+    ella_begin = Ella.begin
+    monkeypatch.setattr(Ella, "begin", begin)
+    folder, _ = run(merge, method="ella", merge=merge)
+    payloads = {}
+    for number, task in ((1, "01-colour"), (2, "02-mood")):
+        stored = StoredAdapter(folder / "tasks" / task / "adapter")
+        dense = folder / "tasks" / task / "update.safetensors"
+        payloads[number] = load_file(dense) if dense.exists() else {n: stored.read(n).delta() for n in stored.names}
+    assert not any(past.any() for past in found[1].values())
+    assert all(torch.allclose(past, payloads[1][name], atol=1e-7) for name, past in found[2].items())
+
+
+def test_ella_leaves_the_weights_of_the_first_task_alone(run):
+    overlap = {}
+    for strength in (0.0, 1e4):
+        settings = {"method": "ella", "method_kwargs": {"ella_strength": strength}, "num_train_epochs": 4}
+        folder, _ = run(str(strength), **settings)
+        first, second = (StoredAdapter(path) for path in sorted(folder.glob("tasks/*/adapter")))
+        pairs = [(first.read(name).delta().abs(), second.read(name).delta().abs()) for name in first.names]
+        # Mean of the first task's magnitudes, weighted by the second's: the scale of the second does not count.
+        overlap[strength] = sum(float((a * b).sum()) for a, b in pairs) / sum(float(b.sum()) for _, b in pairs)
+    assert overlap[1e4] < 0.8 * overlap[0.0]
+
+
 # ---- The harness ----------------------------------------------------------------------------------------------------
 
-ROWS = ("olora",)
+ROWS = ("olora", "n-lora", "ella")
 
 
-@pytest.mark.parametrize("name", ["olora"])
-def test_a_penalty_of_strength_zero_is_sequential_to_the_bit(name, run):
+def test_penalties_of_strength_zero_are_sequential_to_the_bit(run):
     plain, _ = run("plain", method="sequential")
-    zero, _ = run("zero", method=name, method_kwargs={f"{name}_strength": 0.0})
+    zero, _ = run("zero", penalty=["olora", "l1", "ella"], method="sequential",
+                  method_kwargs={"olora_strength": 0.0, "l1_strength": 0.0, "ella_strength": 0.0})  # fmt: skip
     assert weights_of(zero) == weights_of(plain)
-    strong, _ = run("strong", method=name, method_kwargs={f"{name}_strength": 1.0})
-    assert weights_of(strong)["02-mood"] != weights_of(plain)["02-mood"]
-    assert weights_of(strong)["01-colour"] == weights_of(plain)["01-colour"]
+    for name in ("olora", "ella"):  # which begin with the second task
+        strong, _ = run(name, method=name)
+        assert weights_of(strong)["02-mood"] != weights_of(plain)["02-mood"]
+        assert weights_of(strong)["01-colour"] == weights_of(plain)["01-colour"]
 
 
 @pytest.mark.parametrize("name", ROWS)

@@ -93,6 +93,7 @@ class Task(NamedTuple):
     `number`: counted from 1. `name`: of the task. `model`: with its adapter. `matrices`: adapted matrices by name.
     `before`: the state after the task before. `rows_of`: gives the encoded training rows of an earlier task, by its
     name. `seed`: of this task. `earlier`: the adapters of the tasks before, oldest first, as the ledger has them.
+    `learned(name)`: the weights that the tasks before left minus the base; float32 in the shape of the live weight.
     """
 
     number: int
@@ -103,6 +104,7 @@ class Task(NamedTuple):
     rows_of: Callable[[str], Dataset]
     seed: int
     earlier: Sequence[adapters.StoredAdapter] = ()
+    learned: Callable[[str], torch.Tensor] | None = None
 
 
 class Ended(NamedTuple):

@@ -18,8 +18,10 @@ from .merges.experts import Experts
 from .merges.spectral import Spectral
 from .merges.subspace import Subspace
 from .merges.ties import Ties
+from .penalties.ella import Ella
 from .penalties.ewc import Ewc
 from .penalties.kronecker import Gram, Kronecker
+from .penalties.l1 import L1
 from .penalties.lwf import Lwf
 from .penalties.olora import OLora
 from .perturbation import Gaussian, TaskVector
@@ -43,6 +45,8 @@ PARTS: dict[str, dict[str, type[Part]]] = {
         "kronecker": Kronecker,
         "gram": Gram,
         "olora": OLora,
+        "l1": L1,
+        "ella": Ella,
     },
     "replay": {"none": Replay, "buffer": Buffer},
     "optimizer": {"optim": Optimizer},

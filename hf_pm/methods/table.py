@@ -51,6 +51,8 @@ METHODS: dict[str, Method] = {
     "spectral": Method("P&M's closed form over every update, with such curvature", merge="spectral"),
     # Updates that keep out of each other's way.
     "olora": Method("O-LoRA, arXiv 2310.14152", penalties=("olora",)),
+    "n-lora": Method("N-LoRA, arXiv 2410.10179", penalties=("l1",)),
+    "ella": Method("ELLA, arXiv 2601.02232", penalties=("ella",)),
     "replay": Method("experience replay, arXiv 1902.10486", replay="buffer"),
     # Upper bounds in the same harness: all tasks shuffled together, and one adapter per task on the base.
     "joint": Method("upper bound: multi-task training", stream="joint"),

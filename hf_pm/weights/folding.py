@@ -215,10 +215,16 @@ class Folder:
             on_base = entries[number - 1].start == "base"
         else:
             own = live
-        before = [] if on_base or number == 1 else self._adapters(number - 1)
-        payloads = [*(self._payload(name, adapter, entry) for adapter, entry in before), (1.0, *own.factors())]
-        total = torch.zeros(own.shape())
-        for payload in payloads:
+        total = torch.zeros(own.shape()) if on_base else self.update(name, number - 1)
+        left, right = own.factors()
+        return total.add_(left @ right)
+
+    def update(self, name: str, task_number: int) -> torch.Tensor:
+        """What the first `task_number` tasks add to the matrix `name` of the base; float32, in the shape of the live
+        weight."""
+        total = torch.zeros(self._shape(name))
+        for adapter, entry in self._adapters(task_number):
+            payload = self._payload(name, adapter, entry)
             if isinstance(payload, torch.Tensor):
                 total += payload
             else:
