@@ -36,7 +36,7 @@ from .hub.outbox import Outbox
 from .methods.contract import Ended, Measured, Merged, Task
 from .methods.curvature import check_layers
 from .methods.line_search import check_search, held_out_rows, search
-from .methods.measuring import measure
+from .methods.measuring import measure, measure_inputs
 from .methods.parity import Parity
 from .methods.parts import Parts
 from .progress import StreamProgress
@@ -217,6 +217,7 @@ class PMTrainerMixin(TaskTraining):
         """Weights live, adapter started, no optimizer, no schedule, and the parts know what they kept."""
         self.rebuild(self.starts_from(number))
         stage = self.stages[number - 1]
+        self._own_rows = self.rows.encoded_train(stage)
         task = Task(
             number,
             stage.name,
@@ -227,11 +228,11 @@ class PMTrainerMixin(TaskTraining):
             self._task_seed(number),
             [adapters.StoredAdapter(self.run.path / entry.adapter) for entry in self.run.ledger.entries],
             lambda name: self.run.folder.update(name, number - 1),
+            lambda: measure_inputs(self, self._curvature_rows(), stage.name),
         )
         self.parts.start.adapter(task)
         self.parts.begin(task)
         self.optimizer = self.lr_scheduler = None
-        self._own_rows = self.rows.encoded_train(stage)
         self.train_dataset = self.parts.replay.join(self._own_rows)
         self.task_number = number
         self._forget_steps()

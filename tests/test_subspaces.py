@@ -7,17 +7,24 @@ import torch
 from conftest import build
 from peft import LoraConfig
 from reference import dense_delta
+from safetensors import safe_open
 from safetensors.torch import load_file
+from test_curvature import TASK_TYPES, batches
+from test_curvature import adapted as adapted_model
 from test_parts import arguments, step_of
 from test_trainer import StopAt, again, comparable, digests, trained
 
-from hf_pm.methods.contract import Task
+from hf_pm import UserError
+from hf_pm.methods.contract import Ended, Measured, Task
+from hf_pm.methods.curvature import Moments, measure_curvature, see_inputs
 from hf_pm.methods.penalties.ella import Ella
 from hf_pm.methods.penalties.l1 import L1
 from hf_pm.methods.penalties.olora import OLora
+from hf_pm.methods.starts.inflora import InfLora, design, extend
 from hf_pm.report import page
 from hf_pm.weights.adapters import ADAPTER, StoredAdapter, attach, lora_layers, save
-from hf_pm.weights.states import StoredState
+from hf_pm.weights.kronecker import Cut
+from hf_pm.weights.states import StoredState, write_state
 
 
 def adapted(kind="llama", seed=3):
@@ -201,9 +208,153 @@ def test_ella_leaves_the_weights_of_the_first_task_alone(run):
     assert overlap[1e4] < 0.8 * overlap[0.0]
 
 
+# ---- InfLoRA --------------------------------------------------------------------------------------------------------
+
+
+def inputs(rank, tokens=40, side=12, seed=0):
+    """Inputs (tokens, side) of a rank, with falling energy, and their second moment."""
+    generator = torch.Generator().manual_seed(seed)
+    X = torch.randn(tokens, rank, generator=generator, dtype=torch.float64) * 0.6 ** torch.arange(rank)
+    X = X @ torch.randn(rank, side, generator=generator, dtype=torch.float64)
+    return X, X.T @ X / tokens
+
+
+def by_singular_values(X, M, threshold):
+    """Gradient projection memory as its paper has it: singular vectors of the projected inputs, one after another."""
+    left = X - X @ M @ M.T
+    _, singular, V = torch.linalg.svd(left, full_matrices=False)
+    total, count = float((X**2).sum()), 0
+    while float(((X @ M) ** 2).sum() + (singular[:count] ** 2).sum()) < threshold * total:
+        count += 1
+    return torch.cat([M, V[:count].T], dim=1), V
+
+
+def projector(M):
+    return M @ M.mT
+
+
+def test_old_inputs_never_pass_a_designed_adapter():
+    X_old, C_old = inputs(rank=5)
+    X, C = inputs(rank=12, seed=1)
+    memory = extend(None, C_old, 1.0)
+    assert memory.shape == (12, 5) and torch.allclose(memory.T @ memory, torch.eye(5, dtype=torch.float64))
+    A = design(C, memory, 4)
+    B = torch.randn(7, 4, dtype=torch.float64)
+    assert float((X_old @ A.T @ B.T).abs().max()) < 1e-12 < float((X @ A.T @ B.T).abs().max())
+    assert torch.allclose(A @ A.T, torch.eye(4, dtype=torch.float64) / 3)
+    first = design(C, None, 4)  # no old inputs: the principal components
+    _, _, V = torch.linalg.svd(X, full_matrices=False)
+    assert torch.allclose(projector(first.T * 3**0.5), projector(V[:4].T))
+
+
+@pytest.mark.parametrize("threshold", [0.5, 0.9, 0.99, 1.0])
+def test_memory_and_design_are_those_of_singular_vectors_of_the_inputs(threshold):
+    memory, slow = None, torch.zeros(12, 0, dtype=torch.float64)
+    for seed in range(3):
+        X, C = inputs(rank=6, seed=seed)
+        slow, V = by_singular_values(X, slow, threshold)
+        A = design(C, memory, 3)
+        kept = min(3, int((A.norm(dim=1) > 0).sum()))
+        assert torch.allclose(projector(A[:kept].T * 3**0.5), projector(V[:kept].T), atol=1e-7)
+        assert not A[kept:].any() and kept == min(3, 12 - (0 if memory is None else memory.shape[1]))
+        memory = extend(memory, C, threshold)
+        assert memory.shape == slow.shape and torch.allclose(projector(memory), projector(slow), atol=1e-7)
+    assert threshold < 1 or memory.shape == (12, 12)
+
+
+def test_cut_moments_are_as_good_as_their_roots():
+    X, C = inputs(rank=4)
+    roots = X.T / len(X) ** 0.5
+    X_old, C_old = inputs(rank=3, seed=5)
+    for matrix in (Cut(roots, torch.zeros(12)), Cut(roots.float(), torch.zeros(12))):
+        memory = extend(None, C_old, 1.0)
+        assert torch.allclose(projector(design(matrix, memory, 4).T), projector(design(C, memory, 4).T), atol=1e-6)
+        assert torch.allclose(projector(extend(memory, matrix, 0.9)), projector(extend(memory, C, 0.9)), atol=1e-5)
+    heavy = Cut(roots, torch.full((12,), 100.0))  # what no direction can cover
+    assert extend(None, heavy, 0.9).shape == (12, 4)
+
+
+@pytest.mark.parametrize("kind", list(TASK_TYPES))
+def test_inputs_are_seen_without_a_backward_pass(kind):
+    extra = {"fan_in_fan_out": True} if kind == "gpt2" else {}
+    model = adapted_model(kind, TASK_TYPES[kind], **extra)
+    whole, alone = Moments(), Moments()
+    measure_curvature(model, batches(kind, 2), estimator="directional", moments=whole)
+    see_inputs(model, batches(kind, 2), alone)
+    assert alone.tokens == whole.tokens and not alone.outputs
+    assert all(torch.equal(alone.inputs[name], matrix) for name, matrix in whole.inputs.items())
+    shared = {name: id(matrix) for name, matrix in whole.inputs.items()}
+    assert {n: {m for m in shared if alone.inputs[m] is alone.inputs[n]} for n in shared} == {
+        n: {m for m in shared if shared[m] == shared[n]} for n in shared
+    }
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_inflora_starts_and_remembers_on_the_side_of_the_inputs(kind, tmp_path):
+    model = adapted(kind)
+    layers = lora_layers(model)
+    sides = {name: factors_of(layer)[0].shape[1] for name, layer in layers.items()}
+    shapes = {name: tuple(layer.get_base_layer().weight.shape) for name, layer in layers.items()}
+    part = InfLora(arguments(method_kwargs={"inflora_threshold": 0.6}))
+    old, new = ({n: inputs(side, 64, side, seed)[1].float() for n, side in sides.items()} for seed in (1, 2))
+    ended = Ended(1, "a", Measured({}, {}, {}, 0.0, 1.0, inputs=old), {}, StoredState(None), (), None, None, 0)
+    values = lambda name: part.end_matrix(ended, name)  # noqa: E731
+    write_state(tmp_path / "s", part.keeps(), shapes, values, dtype="float32")
+    state = StoredState(tmp_path / "s")
+    state.check(part.keeps(), shapes)
+    with pytest.raises(UserError, match="is not the state of this method"):
+        state.check(part.keeps(), dict.fromkeys(shapes, (7, 9)))
+    task = Task(2, "b", model, list(layers), state, None, 5, input_moments=lambda: new)
+    part.adapter(task)
+    for name, layer in layers.items():
+        A, B = factors_of(layer)
+        memory = state.get("memory", name)
+        assert not A.requires_grad and B.requires_grad and not B.any()
+        assert float((A @ memory).abs().max()) < 1e-6 and torch.allclose(A @ A.T, torch.eye(4) / 3, atol=1e-6)
+        covered = float((memory.T @ old[name] @ memory).trace() / old[name].trace())
+        assert 0.6 <= covered < 1 and 0 < memory.shape[1] < sides[name]
+    full = lambda name: {"memory": torch.eye(sides[name])}  # noqa: E731
+    write_state(tmp_path / "full", part.keeps(), shapes, full, dtype="float32")
+    with pytest.raises(UserError, match="No input direction is left for task 'b'.*Lower `inflora_threshold`"):
+        part.adapter(task._replace(before=StoredState(tmp_path / "full")))
+
+
+def test_inflora_trains_b_alone(run, monkeypatch):
+    """A is what was designed, to the bit; old inputs hardly pass the second adapter; layers with one input share."""
+    found, designs = {}, {}
+
+    def adapter(self, task):
+        found[task.number] = task.input_moments()
+        inflora_adapter(self, task)
+        designs[task.number] = {n: factors_of(layer)[0].detach().clone() for n, layer in self_layers(task)}
+
+    def self_layers(task):
+        return lora_layers(task.model).items()
+
+    inflora_adapter = InfLora.adapter
+    monkeypatch.setattr(InfLora, "adapter", adapter)
+    folder, _ = run("inflora", method="inflora", num_train_epochs=3, method_kwargs={"inflora_threshold": 0.8})
+    stored = [StoredAdapter(path) for path in sorted(folder.glob("tasks/*/adapter"))]
+    for number, adapter in enumerate(stored, start=1):
+        for name in adapter.names:
+            assert torch.equal(adapter.read(name).A, designs[number][name])
+            assert adapter.read(name).B.any()
+    q, k, o = (f"model.layers.0.self_attn.{n}_proj" for n in "qko")
+    assert torch.equal(designs[2][q], designs[2][k]) and not torch.equal(designs[2][q], designs[2][o])
+    C, A = found[1][q].double(), designs[2][q].double()  # the first layer's inputs are the same in every task's model
+    assert 3 * float((A @ C @ A.T).trace()) < 0.2 * float(C.trace())
+    state = StoredState(folder / "curvature" / "state-02.safetensors")
+    with safe_open(state.path, "pt") as file:
+        assert f"memory_basis/{q}" in file.keys() and f"memory_basis/{k}" not in file.keys()  # noqa: SIM118
+    assert (
+        state.get("memory", k).shape[1]
+        > StoredState(folder / "curvature" / "state-01.safetensors").get("memory", k).shape[1]
+    )
+
+
 # ---- The harness ----------------------------------------------------------------------------------------------------
 
-ROWS = ("olora", "n-lora", "ella")
+ROWS = ("olora", "n-lora", "ella", "inflora")
 
 
 def test_penalties_of_strength_zero_are_sequential_to_the_bit(run):

@@ -35,7 +35,7 @@ from ..store.ledger import Entry
 from ..tasks.encoding import IGNORE_INDEX
 from ..weights import adapters
 from ..weights.folding import Folder
-from ..weights.kronecker import Factors
+from ..weights.kronecker import Factors, Symmetric
 from ..weights.merging import Curvature, LowRank
 from ..weights.states import StoredState, Value
 
@@ -48,6 +48,8 @@ class Measured(NamedTuple):
     a diagonal loses. `calibration` is what the factored curvature was multiplied with to agree with it
     (`curvature_estimator: directional`), else 1. `kronecker` has the Kronecker factors (rows x rows, columns x
     columns) of a matrix, in the orientation of the live weight; layers that read the same input share one object.
+    `inputs` has the second moment of what a layer reads, (in, in) whatever the orientation. Where it is all that is
+    wanted, `exact` is 0.
     """
 
     curvature: dict[str, Curvature]
@@ -56,6 +58,7 @@ class Measured(NamedTuple):
     exact: float
     calibration: float
     kronecker: dict[str, Factors] = {}
+    inputs: dict[str, Symmetric] = {}
 
     def delta(self, name: str) -> LowRank:
         return LowRank(*self.updates[name].factors())
@@ -94,6 +97,8 @@ class Task(NamedTuple):
     `before`: the state after the task before. `rows_of`: gives the encoded training rows of an earlier task, by its
     name. `seed`: of this task. `earlier`: the adapters of the tasks before, oldest first, as the ledger has them.
     `learned(name)`: the weights that the tasks before left minus the base; float32 in the shape of the live weight.
+    `input_moments()`: of every adapted matrix the mean of x x^T over the tokens that the layer reads, (in, in), in at
+    most `curvature_num_samples` of the task's training rows; one forward pass at the weights that the task begins on.
     """
 
     number: int
@@ -105,6 +110,7 @@ class Task(NamedTuple):
     seed: int
     earlier: Sequence[adapters.StoredAdapter] = ()
     learned: Callable[[str], torch.Tensor] | None = None
+    input_moments: Callable[[], dict[str, Symmetric]] | None = None
 
 
 class Ended(NamedTuple):

@@ -69,7 +69,8 @@ class Moments:
         self._sums: dict[str, kronecker.Symmetric] = {}
         self._counts: dict[str, int] = {}
         self._leader: dict[str, str] = {}  # layer -> the first one that reads its input
-        self._readers: dict[tuple[int, torch.Size], str] = {}
+        # By address, which stays taken while the tensor is held: without a graph another layer's input would get it.
+        self._readers: dict[tuple[int, torch.Size], tuple[str, torch.Tensor]] = {}
 
     @property
     def inputs(self) -> dict[str, kronecker.Symmetric]:
@@ -80,12 +81,12 @@ class Moments:
         return {name: self._counts[leader] for name, leader in self._leader.items()}
 
     def new_batch(self) -> None:
-        """Forget the addresses of the last batch: other tensors lie there now."""
+        """Forget the inputs of the last batch."""
         self._readers = {}
 
     def see_input(self, name: str, tensor: torch.Tensor, x: torch.Tensor, real: torch.Tensor | None) -> None:
         """Add x (rows, tokens, in); `real` says which tokens are no padding, (rows, tokens), or all are."""
-        leader = self._readers.setdefault((tensor.data_ptr(), tensor.shape), name)
+        leader, _ = self._readers.setdefault((tensor.data_ptr(), tensor.shape), (name, tensor))
         self._leader[name] = leader
         if leader == name:
             x = x.flatten(0, 1) if real is None else x[real]
@@ -284,20 +285,10 @@ def _row_gradients(
     slopes: dict[str, torch.Tensor] = {}
     norms: torch.Tensor = torch.empty(0)
     lengths: set[int] = set()
-    real: tuple[torch.Tensor | None, torch.Tensor | None] = None, None  # of what the encoder gives, of the rest
-    encoded: list[int] = []
     seen = rows = 0
 
     def by_row(name: str, tensor: torch.Tensor) -> torch.Tensor:
-        # Some layers see batch and positions as one dimension, row after row.
-        flat = tensor.ndim == 2 and tensor.shape[0] in {rows * length for length in lengths}
-        if tensor.shape[0] != rows and not flat and not experts:
-            raise UserError(
-                f"The layer {name!r} mixes the rows of a batch ({tensor.shape[0]} for {rows}): its per-row "
-                "gradients cannot be told apart. Leave it out of the LoRA targets."
-            )
-        tensor = tensor if tensor.dtype == torch.float64 else tensor.float()
-        return tensor.reshape(rows, -1, tensor.shape[-1])
+        return _by_row(name, tensor, rows, lengths, experts)
 
     def by_targets(power: int) -> torch.Tensor:
         return 1.0 / counts**power
@@ -319,9 +310,7 @@ def _row_gradients(
             out.register_hook(on_gradient)
             if moments is not None:
                 x = by_row(name, inputs)
-                within = name in of_encoder or inputs.data_ptr() in encoded
-                mask = real[0] if within else real[1]
-                moments.see_input(name, inputs, x, mask if mask is not None and x.shape[1] == mask.shape[1] else None)
+                moments.see_input(name, inputs, x, padding.real(name, inputs, x))
 
     def on_down_projection(name: str, module: nn.Module, args: tuple[torch.Tensor, ...], out: torch.Tensor) -> None:
         if torch.is_grad_enabled():
@@ -348,14 +337,7 @@ def _row_gradients(
             weight.register_hook(on_gradient)
 
     with ExitStack() as hooks:
-        of_encoder: set[str] = set()
-        if moments is not None and model.config.is_encoder_decoder:
-            encoder = model.get_base_model().get_encoder()
-            inside = set(encoder.modules())
-            of_encoder = {name for name, layer in layers.items() if layer in inside}
-            # The decoder's cross-attention reads these.
-            handle = encoder.register_forward_hook(lambda module, args, out: encoded.append(out[0].data_ptr()))
-            hooks.callback(handle.remove)
+        padding = _Padding(model, hooks) if moments is not None else None
         for name, layer in layers.items():
             if is_experts(layer):
                 handles = [layer.get_base_layer().register_forward_pre_hook(partial(on_experts, name, layer))]
@@ -378,11 +360,10 @@ def _row_gradients(
         for batch in _one_by_one(batches) if experts else batches:
             _refuse_packed(batch, task_name)
             rows = len(batch["labels"])
-            lengths = {batch[key].shape[1] for key in ("input_ids", "labels") if batch[key].ndim == 2}
+            lengths = _lengths(batch)
             if moments is not None:
                 moments.new_batch()
-                encoded.clear()
-                real = _real_tokens(model, batch)
+                padding.new_batch(batch)
             with autocast():
                 logits, targets = predict(model, batch)
             losses, counts = row_losses(logits, targets, generator)
@@ -399,11 +380,102 @@ def _row_gradients(
             yield _Batch(weights, slopes, seen)
 
 
-def _real_tokens(model: PeftModel, batch: Mapping[str, Any]) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Which tokens are no padding, (rows, positions): of the encoder, and of the decoder or the only stack."""
-    given = batch.get("attention_mask")
-    given = given.bool() if given is not None else None
-    return (given, batch["labels"] != IGNORE_INDEX) if model.config.is_encoder_decoder else (None, given)
+@torch.no_grad()
+def see_inputs(
+    model: PeftModel,
+    batches: Iterable[Mapping[str, Any]],
+    moments: Moments,
+    *,
+    autocast: Callable[[], Any] = nullcontext,
+    task_name: str = "",
+) -> None:
+    """Fill `moments.inputs` alone, by forward passes in evaluation mode; what the whole pass finds, to the bit.
+
+    Args:
+        model (`PeftModel`): At any time: the inputs are those of its weights as they are.
+        batches (`Iterable[Mapping]`): As in [`measure_curvature`].
+        moments (`Moments`): Expert parameters have none.
+        autocast (`Callable`, *optional*): As in [`measure_curvature`].
+        task_name (`str`, *optional*): For messages.
+
+    Raises:
+        UserError: If an input overflows float32 when squared, or a row holds several examples.
+    """
+    layers = {name: layer for name, layer in lora_layers(model).items() if not is_experts(layer)}
+    rows, lengths = 0, set()
+
+    def on_output(name: str, module: nn.Module, args: tuple[torch.Tensor, ...], out: Any) -> None:
+        x = _by_row(name, args[0], rows, lengths, False)
+        moments.see_input(name, args[0], x, padding.real(name, args[0], x))
+
+    with ExitStack() as hooks:
+        padding = _Padding(model, hooks)
+        for name, layer in layers.items():
+            hooks.callback(layer.register_forward_hook(partial(on_output, name)).remove)
+        hooks.enter_context(evaluating(model))
+        for batch in batches:
+            _refuse_packed(batch, task_name)
+            rows, lengths = len(batch["labels"]), _lengths(batch)
+            moments.new_batch()
+            padding.new_batch(batch)
+            with autocast():
+                predict(model, batch)
+    for name, square in moments.inputs.items():
+        if not all(bool(torch.isfinite(part).all()) for part in _parts(square)):
+            raise UserError(
+                f"The squared inputs of {name!r} overflow float32 on the rows of task {task_name!r}. Nothing was "
+                "trained; look at its rows, and at the updates of the tasks before."
+            )
+
+
+def _by_row(name: str, tensor: torch.Tensor, rows: int, lengths: set[int], experts: bool) -> torch.Tensor:
+    """What a layer reads or writes as (rows, tokens, features), in float32 at least."""
+    # Some layers see batch and positions as one dimension, row after row.
+    flat = tensor.ndim == 2 and tensor.shape[0] in {rows * length for length in lengths}
+    if tensor.shape[0] != rows and not flat and not experts:
+        raise UserError(
+            f"The layer {name!r} mixes the rows of a batch ({tensor.shape[0]} for {rows}): its per-row "
+            "gradients cannot be told apart. Leave it out of the LoRA targets."
+        )
+    tensor = tensor if tensor.dtype == torch.float64 else tensor.float()
+    return tensor.reshape(rows, -1, tensor.shape[-1])
+
+
+def _lengths(batch: Mapping[str, Any]) -> set[int]:
+    """Numbers of positions that a layer may see."""
+    return {batch[key].shape[1] for key in ("input_ids", "labels") if batch[key].ndim == 2}
+
+
+class _Padding:
+    """Which tokens of a layer's input are no padding, of the encoder, the decoder or the only stack.
+
+    Args:
+        model (`PeftModel`): With its adapter.
+        hooks (`ExitStack`): Removes the hooks in the end.
+    """
+
+    def __init__(self, model: PeftModel, hooks: ExitStack) -> None:
+        self._encoded: list[int] = []  # addresses of what the encoder gives
+        self._of_encoder: set[str] = set()
+        self._two_stacks = model.config.is_encoder_decoder
+        if self._two_stacks:
+            encoder = model.get_base_model().get_encoder()
+            inside = set(encoder.modules())
+            self._of_encoder = {name for name, layer in lora_layers(model).items() if layer in inside}
+            # The decoder's cross-attention reads these.
+            handle = encoder.register_forward_hook(lambda module, args, out: self._encoded.append(out[0].data_ptr()))
+            hooks.callback(handle.remove)
+
+    def new_batch(self, batch: Mapping[str, Any]) -> None:
+        self._encoded.clear()
+        given = batch.get("attention_mask")
+        given = given.bool() if given is not None else None
+        self._real = (given, batch["labels"] != IGNORE_INDEX) if self._two_stacks else (None, given)
+
+    def real(self, name: str, inputs: torch.Tensor, x: torch.Tensor) -> torch.Tensor | None:
+        """(rows, tokens), or `None` if all tokens of the input `x` (rows, tokens, in) of the layer `name` are real."""
+        mask = self._real[0] if name in self._of_encoder or inputs.data_ptr() in self._encoded else self._real[1]
+        return mask if mask is not None and x.shape[1] == mask.shape[1] else None
 
 
 def _add_squares(totals, name, x, d, weights, transposed) -> None:  # noqa: ANN001

@@ -10,12 +10,13 @@ from datasets import Dataset
 from ..weights import adapters, kronecker
 from ..weights.merging import Curvature, Factored, mean_entry, quadratic, scaled
 from .contract import Measured
-from .curvature import Moments, mean_gradient, measure_curvature
+from .curvature import Moments, mean_gradient, measure_curvature, see_inputs
 
 
 # What a part may ask for (`Part.measures`), by matrix: the curvature F as `curvature_estimator` keeps it, and the
-# mean gradient of the task's loss on the data's own labels, and the Kronecker factors of F.
-MEASURES = ("curvature", "gradient", "kronecker")
+# mean gradient of the task's loss on the data's own labels, the Kronecker factors of F, and the second moments of the
+# inputs, which need no backward pass if nothing else is wanted.
+MEASURES = ("curvature", "gradient", "kronecker", "inputs")
 
 
 def measure(trainer: Any, rows: Dataset, wanted: Collection[str], task_name: str, seed: int) -> Measured:
@@ -28,10 +29,14 @@ def measure(trainer: Any, rows: Dataset, wanted: Collection[str], task_name: str
         task_name (`str`): For messages.
         seed (`int`): Of the sampled labels.
     """
+    if set(wanted) == {"inputs"}:
+        inputs = measure_inputs(trainer, rows, task_name)
+        return Measured({}, {}, adapters.updates(trainer.model), 0.0, 1.0, inputs=inputs)
     args, accelerator = trainer.args, trainer.accelerator
     sampled = args.curvature_labels == "sampled"
     generator = torch.Generator().manual_seed(seed + args.process_index) if sampled else None
-    moments = Moments(whole=accelerator.num_processes > 1) if "kronecker" in wanted else None
+    wants_moments = not {"kronecker", "inputs"}.isdisjoint(wanted)
+    moments = Moments(whole=accelerator.num_processes > 1) if wants_moments else None
     estimator = args.curvature_estimator
     if "curvature" not in wanted:
         estimator = "directional"  # its one number costs nothing
@@ -73,7 +78,9 @@ def measure(trainer: Any, rows: Dataset, wanted: Collection[str], task_name: str
         factor = 1 / mean if mean > 0 else 1.0
     measured = Measured(curvature, gradient, updates, exact, 1.0)
     if moments is not None:
-        measured = measured._replace(kronecker=_means(moments, updates, count, total, args.device))
+        inputs = _mean_inputs(moments, trainer.model, total, args.device)
+        pairs = _pairs(moments, inputs, updates, count, total, args.device)
+        measured = measured._replace(kronecker=pairs, inputs=inputs)
     if curvature and args.curvature_estimator == "directional":
         along = math.fsum(quadratic(fisher, measured.delta(name).dense()) for name, fisher in curvature.items())
         measured = measured._replace(calibration=exact / along if along > 0 else 1.0)
@@ -87,31 +94,64 @@ def measure(trainer: Any, rows: Dataset, wanted: Collection[str], task_name: str
     )
 
 
-def _means(
+def measure_inputs(trainer: Any, rows: Dataset, task_name: str) -> dict[str, kronecker.Symmetric]:
+    """Mean second moment of what every adapted layer reads, at the weights as they are; forward passes alone.
+
+    Args:
+        trainer (`PMTrainerMixin`): As in [`measure`].
+        rows (`Dataset`): Encoded rows.
+        task_name (`str`): For messages.
+
+    Returns:
+        `dict`: Matrix name -> mean over real tokens of x x^T, (in, in), on the CPU. Layers that read the same input
+        share one object.
+    """
+    args, accelerator = trainer.args, trainer.accelerator
+    moments = Moments(whole=accelerator.num_processes > 1)
+    batches = trainer.batches(rows, args.curvature_batch_size, "inputs")
+    see_inputs(trainer.model, batches, moments, autocast=accelerator.autocast, task_name=task_name)
+    return _mean_inputs(moments, trainer.model, lambda tensor: accelerator.reduce(tensor).cpu(), args.device)
+
+
+def _mean_inputs(
     moments: Moments,
-    updates: Mapping[str, adapters.Update],
-    rows: float,
+    model: Any,
     total: Callable[[torch.Tensor], torch.Tensor],
     device: torch.device,
-) -> dict[str, kronecker.Factors]:
-    """Matrix name -> its Kronecker factors over all ranks, in the orientation of the live weight, on the CPU.
+) -> dict[str, kronecker.Symmetric]:
+    """Matrix name -> its inputs' mean second moment over all ranks, on the CPU.
 
     Every rank adds up the same matrices in the same order, also those of layers that none of its rows reached.
     """
     shared: dict[int, kronecker.Symmetric] = {}  # layers that share A go on sharing it
     inputs, found = moments.inputs, {}
-    for name, update in updates.items():
-        right, left = update.shape()[-2:][::-1] if not update.transposed else update.shape()[-2:]
-        G = _over_ranks(moments.outputs.get(name), left, moments.limit, total, device)
+    for name, layer in adapters.lora_layers(model).items():
+        if adapters.is_experts(layer):
+            continue
         A = inputs.get(name)
         if A is None or id(A) not in shared or moments.of_many:
+            side = layer.lora_A[adapters.ADAPTER].weight.shape[-1]
             tokens = torch.tensor(moments.tokens.get(name, 0), device=device, dtype=torch.float64)
-            mean = kronecker.scaled(
-                _over_ranks(A, right, moments.limit, total, device), 1 / max(float(total(tokens)), 1.0)
-            )
-            shared[id(A)] = mean
-        pair = kronecker.scaled(G, 1 / rows), shared[id(A)]
-        found[name] = pair[::-1] if update.transposed else pair
+            scale = 1 / max(float(total(tokens)), 1.0)
+            shared[id(A)] = kronecker.scaled(_over_ranks(A, side, moments.limit, total, device), scale)
+        found[name] = shared[id(A)]
+    return found
+
+
+def _pairs(
+    moments: Moments,
+    inputs: Mapping[str, kronecker.Symmetric],
+    updates: Mapping[str, adapters.Update],
+    rows: float,
+    total: Callable[[torch.Tensor], torch.Tensor],
+    device: torch.device,
+) -> dict[str, kronecker.Factors]:
+    """Matrix name -> its Kronecker factors over all ranks, in the orientation of the live weight, on the CPU."""
+    found = {}
+    for name, A in inputs.items():
+        G = _over_ranks(moments.outputs.get(name), updates[name].B.shape[-2], moments.limit, total, device)
+        pair = kronecker.scaled(G, 1 / rows), A
+        found[name] = pair[::-1] if updates[name].transposed else pair
     return found
 
 

@@ -27,6 +27,7 @@ from .penalties.olora import OLora
 from .perturbation import Gaussian, TaskVector
 from .replay import Buffer
 from .serves.routed import Routed
+from .starts.inflora import InfLora
 from .table import METHODS, Method
 
 
@@ -37,7 +38,7 @@ class OnBase(Start):
 
 
 PARTS: dict[str, dict[str, type[Part]]] = {
-    "start": {"merged": Start, "base": OnBase},
+    "start": {"merged": Start, "base": OnBase, "inflora": InfLora},
     "perturbation": {"none": Perturbation, "task_vector": TaskVector, "gaussian": Gaussian},
     "penalty": {
         "ewc": Ewc,

@@ -53,6 +53,7 @@ METHODS: dict[str, Method] = {
     "olora": Method("O-LoRA, arXiv 2310.14152", penalties=("olora",)),
     "n-lora": Method("N-LoRA, arXiv 2410.10179", penalties=("l1",)),
     "ella": Method("ELLA, arXiv 2601.02232", penalties=("ella",)),
+    "inflora": Method("InfLoRA, arXiv 2404.00228", start="inflora"),
     "replay": Method("experience replay, arXiv 1902.10486", replay="buffer"),
     # Upper bounds in the same harness: all tasks shuffled together, and one adapter per task on the base.
     "joint": Method("upper bound: multi-task training", stream="joint"),

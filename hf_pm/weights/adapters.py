@@ -401,16 +401,34 @@ def load_head(model: PeftModel, tensors: dict[str, torch.Tensor]) -> None:
 
 def restore(model: PeftModel, stored: StoredAdapter) -> None:
     """Put the factors of a stored adapter into the live one, its head too."""
-    with torch.no_grad():
-        for name, layer in lora_layers(model).items():
-            update = stored.read(name)
-            # Experts: (experts, r, in) and (experts, out, r) back to PEFT's (experts * r, in) and (out, r * experts).
-            B = update.B if update.B.ndim == 2 else update.B.permute(1, 2, 0).flatten(1)
-            layer.lora_A[ADAPTER].weight.copy_(update.A.flatten(0, -2))
-            layer.lora_B[ADAPTER].weight.copy_(B)
+    updates = {name: stored.read(name) for name in lora_layers(model)}
+    load_factors(
+        model,
+        A={name: update.A for name, update in updates.items()},
+        B={name: update.B for name, update in updates.items()},
+    )
     head = stored.head()
     if head:
         load_head(model, head)
+
+
+@torch.no_grad()
+def load_factors(
+    model: PeftModel, *, A: Mapping[str, torch.Tensor] | None = None, B: Mapping[str, torch.Tensor] | None = None
+) -> None:
+    """Put factors into the live adapter, in the layout of [`Update`]; what is not given stays.
+
+    Args:
+        model (`PeftModel`): With the adapter.
+        A, B (`Mapping`, *optional*): Matrix name -> (..., r, in) and (..., out, r).
+    """
+    for name, layer in lora_layers(model).items():
+        # Experts: (experts, r, in) and (experts, out, r) back to PEFT's (experts * r, in) and (out, r * experts).
+        if A is not None:
+            layer.lora_A[ADAPTER].weight.copy_(A[name].flatten(0, -2))
+        if B is not None:
+            factor = B[name] if B[name].ndim == 2 else B[name].permute(1, 2, 0).flatten(1)
+            layer.lora_B[ADAPTER].weight.copy_(factor)
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -26,13 +27,15 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 WHOLE, CUT = (torch.Tensor, ("_whole",)), (Cut, ("_roots", "_diagonal"))
 # Form -> the ways to keep a value: its class and the endings of the keys of its parts. Only a dense value is too large
 # to hold for all matrices at once. `rows` and `columns` are symmetric matrices of as many rows as the weight has rows
-# or columns, whole or cut (`kronecker.cut`).
+# or columns, whole or cut (`kronecker.cut`). A `basis` has as many rows as the weight has on the side of the layer's
+# inputs, its rows or its columns, and any number of columns.
 FORMS: dict[str, tuple[tuple[type, tuple[str, ...]], ...]] = {
     "dense": ((torch.Tensor, ("",)),),
     "factored": ((Factored, ("_rows", "_cols")),),
     "low_rank": ((LowRank, ("_left", "_right")),),
     "rows": (WHOLE, CUT),
     "columns": (WHOLE, CUT),
+    "basis": ((torch.Tensor, ("_basis",)),),
 }
 KINDS = dict.fromkeys(way for ways in FORMS.values() for way in ways)
 # In the header of a file: tensor -> the tensor that it equals to the bit, and is stored as.
@@ -90,6 +93,7 @@ class StoredState:
                 sizes |= {"_left": (*experts, rows, ...), "_right": (*experts, ..., columns)}
                 side = rows if form == "rows" else columns
                 sizes |= {"_whole": (side, side), "_roots": (side, ...), "_diagonal": (side,)}
+                sizes["_basis"] = ({rows, columns}, ...)
                 ways = [endings for _, endings in FORMS[form]]
                 there = [endings for endings in ways if f"{key}{endings[0]}/{name}" in self._tensors]
                 for ending in (there or ways)[0]:
@@ -103,8 +107,11 @@ class StoredState:
                         )
 
 
-def _fits(shape: Sequence[int], expected: Sequence[int]) -> bool:
-    return len(shape) == len(expected) and all(b is ... or a == b for a, b in zip(shape, expected, strict=True))
+def _fits(shape: Sequence[int], expected: Sequence[Any]) -> bool:
+    """Whether every size is the expected one, one of a set, or there is none (`...`)."""
+    if len(shape) != len(expected):
+        return False
+    return all(b is ... or a == b or (isinstance(b, set) and a in b) for a, b in zip(shape, expected, strict=True))
 
 
 def write_state(
@@ -157,13 +164,14 @@ def _parts(form: str, value: Value) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def _once(tensors: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Square matrices and their cuts that layers with the same input share, each once; and name -> name of its equal.
+    """Square matrices, their cuts and bases that layers with the same input share, each once; and name -> name of its
+    equal.
 
     Other values stay as earlier versions wrote them.
     """
     kept, same, seen = {}, {}, {}
     for name, tensor in tensors.items():
-        shared = name.partition("/")[0].endswith(("_whole", "_roots", "_diagonal"))
+        shared = name.partition("/")[0].endswith(("_whole", "_roots", "_diagonal", "_basis"))
         digest = sha256(as_bytes(tensor)).digest() + repr((tensor.dtype, tensor.shape)).encode() if shared else name
         if (first := seen.setdefault(digest, name)) == name:
             kept[name] = tensor
@@ -189,6 +197,7 @@ def state_bytes(
     for shape in shapes.values():
         *experts, rows, columns = shape
         each = {"dense": rows * columns, "factored": rows + columns, "low_rank": (rows + columns) * rank}
+        each["basis"] = columns**2  # at most
         each |= {"rows": rows * min(rows, cut + 1), "columns": columns * min(columns, cut + 1)}
         numbers += math.prod(experts) * sum(each[form] for form in keeps.values())
     return numbers * DTYPES[dtype].itemsize
