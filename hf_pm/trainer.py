@@ -226,7 +226,7 @@ class PMTrainerMixin(TaskTraining):
             self.run.read_state(),
             lambda name: self.rows.encoded_train(self.stages[self.rows.stream.names.index(name)]),
             self._task_seed(number),
-            [adapters.StoredAdapter(self.run.path / entry.adapter) for entry in self.run.ledger.entries],
+            self.run.earlier_adapters(),
             lambda name: self.run.folder.update(name, number - 1),
             lambda: measure_inputs(self, self._curvature_rows(), stage.name),
         )
@@ -304,6 +304,7 @@ class PMTrainerMixin(TaskTraining):
             task_vector,
             self._own_rows,
             self._task_seed(number),
+            earlier=self.run.earlier_adapters(),
         )
         merged = self.parts.solve(ended)
         record = self._seconds
@@ -314,6 +315,8 @@ class PMTrainerMixin(TaskTraining):
                 merged = Merged(found.best, None, merged.record)
         if merged.mixing is not None:
             adapters.mix(self.model, merged.mixing)
+        if merged.B is not None:
+            adapters.load_factors(self.model, {name: (None, B) for name, B in merged.B.items()})
         self.parity.expect(number, merged)
         if self.is_world_process_zero():
             record |= {"merge_seconds": time.monotonic() - started, "peak_memory_bytes": _peak_memory()}

@@ -1,5 +1,6 @@
 """Methods that train in chosen subspaces: penalties on overlap, designed and continued adapters."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -17,12 +18,17 @@ from test_trainer import StopAt, again, comparable, digests, trained
 from hf_pm import UserError
 from hf_pm.methods.contract import Ended, Measured, Task
 from hf_pm.methods.curvature import Moments, measure_curvature, see_inputs
+from hf_pm.methods.parts import Parts
 from hf_pm.methods.penalties.ella import Ella
 from hf_pm.methods.penalties.l1 import L1
 from hf_pm.methods.penalties.olora import OLora
+from hf_pm.methods.starts.continued import Continued
 from hf_pm.methods.starts.inflora import InfLora, design, extend
+from hf_pm.methods.starts.slao import Orthonormal, TimeAware, averaged, orthonormal
 from hf_pm.report import page
-from hf_pm.weights.adapters import ADAPTER, StoredAdapter, attach, lora_layers, save
+from hf_pm.runs.doctor import examine
+from hf_pm.store.ledger import Ledger
+from hf_pm.weights.adapters import ADAPTER, StoredAdapter, attach, lora_layers, save, updates
 from hf_pm.weights.kronecker import Cut
 from hf_pm.weights.states import StoredState, write_state
 
@@ -352,9 +358,137 @@ def test_inflora_trains_b_alone(run, monkeypatch):
     )
 
 
+# ---- One adapter that goes on ---------------------------------------------------------------------------------------
+
+
+def started(monkeypatch, cls):
+    """What the live adapter is when each task begins: task -> matrix -> A and B."""
+    found, begin = {}, cls.adapter
+
+    def adapter(self, task):
+        begin(self, task)
+        layers = lora_layers(task.model).items()
+        found[task.number] = {n: tuple(factor.detach().clone() for factor in factors_of(layer)) for n, layer in layers}
+
+    monkeypatch.setattr(cls, "adapter", adapter)
+    return found
+
+
+def test_seq_lora_goes_on_with_the_last_adapter(run, monkeypatch):
+    """On the base, from the last factors to the bit; the first task is sequential's; the last entry is the model."""
+    found = started(monkeypatch, Continued)
+    folder, results = run("seq-lora", method="seq-lora", release="both")
+    plain, _ = run("plain", method="sequential")
+    assert weights_of(folder)["01-colour"] == weights_of(plain)["01-colour"]
+    assert weights_of(folder)["02-mood"] != weights_of(plain)["02-mood"]
+    first, second = (StoredAdapter(path) for path in sorted(folder.glob("tasks/*/adapter")))
+    assert not any(B.any() for _, B in found[1].values())
+    for name, (A, B) in found[2].items():
+        assert torch.equal(A, first.read(name).A) and torch.equal(B, first.read(name).B)
+    ledger = Ledger(folder)
+    assert [entry.start for entry in ledger.entries] == ["base", "base"] and ledger.active() == ledger.entries[1:]
+    release = next(folder.glob("releases/task-02*"))
+    base = load_file(Path(json.loads((folder / "run.json").read_text())["base"]["model"]) / "model.safetensors")
+    merged = load_file(release / "model.safetensors")
+    for name in second.names:
+        expected = base[f"{name}.weight"].double() + second.read(name).delta().double()
+        assert torch.allclose(merged[f"{name}.weight"].double(), expected, atol=1e-6)
+    stacked = StoredAdapter(release / "adapter")
+    assert all(stacked.read(name).A.shape[0] == 4 for name in stacked.names)
+    assert all(task["parity"]["folded"]["relative_difference"] < 1e-5 for task in results["per_task"])
+    assert not [finding for finding in examine(str(folder)) if finding.problem]
+
+
+@pytest.mark.parametrize("shape", [(4, 9), (3, 4, 9)])
+def test_the_start_of_slao_is_orthonormal_and_spans_the_same_rows(shape):
+    A = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    begun = orthonormal(A)
+    assert torch.allclose(begun @ begun.mT, torch.eye(4, dtype=torch.float64).expand(*shape[:-2], 4, 4))
+    # Gram and Schmidt's rows, one after another: the decomposition with a positive diagonal is the only one.
+    for matrix, rows in zip(A.double().reshape(-1, 4, 9), begun.reshape(-1, 4, 9), strict=True):
+        for k in range(4):
+            left = matrix[k] - rows[:k].T @ (rows[:k] @ matrix[k])
+            assert torch.allclose(left / left.norm(), rows[k])
+
+
+def test_slao_weighs_late_tasks_more():
+    B = torch.eye(6)[0]
+    for number in range(2, 7):
+        B = averaged(B, torch.eye(6)[number - 1], number)
+    assert B.tolist() == pytest.approx([0.020, 0.049, 0.094, 0.164, 0.265, 0.408], abs=5e-4)
+
+
+def test_slao_merges_b_and_takes_the_last_a(run, monkeypatch):
+    found, ended = started(monkeypatch, Orthonormal), {}
+
+    def solve(self, end):
+        ended[end.number] = end.updates
+        return slao_solve(self, end)
+
+    slao_solve = TimeAware.solve
+    monkeypatch.setattr(TimeAware, "solve", solve)
+    folder, results = run("slao", method="slao", release="both")
+    first, second = (StoredAdapter(path) for path in sorted(folder.glob("tasks/*/adapter")))
+    for name in first.names:
+        assert torch.equal(first.read(name).B, ended[1][name].B)
+        A, B = found[2][name]
+        assert torch.equal(B, ended[1][name].B) and torch.allclose(A @ A.T, torch.eye(4), atol=1e-6)
+        expected = first.read(name).B.double() + (ended[2][name].B - first.read(name).B).double() / 2**0.5
+        assert torch.equal(second.read(name).A, ended[2][name].A)
+        assert torch.allclose(second.read(name).B.double(), expected, atol=1e-7)
+    plain, _ = run("plain", method="sequential")
+    assert weights_of(folder)["01-colour"] == weights_of(plain)["01-colour"]
+    assert len(Ledger(folder).active()) == 1
+    assert all(task["parity"]["folded"]["relative_difference"] < 1e-5 for task in results["per_task"])
+    assert not [finding for finding in examine(str(folder)) if finding.problem]
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_slao_goes_on_from_the_trained_b(kind, tmp_path):
+    """Not from the merged one; also where the weight is the transpose of B A, and the scale is no power of two."""
+    model = adapted(kind)
+    for layer in lora_layers(model).values():
+        layer.scaling[ADAPTER] = 0.3
+    shapes = {name: tuple(layer.get_base_layer().weight.shape) for name, layer in lora_layers(model).items()}
+    trained = updates(model)
+    ended = Ended(2, "b", None, trained, StoredState(None), (), None, None, 0)
+    part, values = TimeAware(arguments()), lambda name: TimeAware(None).end_matrix(ended, name)
+    write_state(tmp_path / "s", part.keeps(), shapes, values, dtype="float32")
+    state = StoredState(tmp_path / "s")
+    state.check(part.keeps(), shapes)
+    task = Task(3, "c", model, list(shapes), state, None, 0)
+    for name, update in trained.items():
+        merged = update._replace(B=torch.zeros_like(update.B))
+        A, B = Orthonormal(arguments()).factors(task, name, merged)
+        assert torch.allclose(B, update.B, rtol=1e-6) and torch.allclose(A, orthonormal(update.A))
+
+
+REFUSED = [
+    ({"method": "seq-lora", "merge": "average"}, "`merge: average` does not fit `start: continued`, where the update"),
+    ({"method": "seq-lora", "merge": "spectral"}, "Use `merge: last`, or `start: merged`"),
+    ({"method": "seq-lora", "penalty": "ewc"}, "`penalty: ewc` weighs the update since the merged model, but with"),
+    ({"method": "seq-lora", "coefficient_search": "report"}, "`coefficient_search: report` scales the update of one"),
+    ({"method": "joint", "start": "continued"}, "goes on from the task before, but `stream: joint` has none"),
+    ({"method": "slao", "merge": "last"}, "`merge: last` does not fit `start: slao`.*Use `merge: slao`"),
+    ({"method": "slao", "coefficient_search": "use"}, "looks for alpha, but `merge: slao` has none"),
+    ({"method": "sequential", "merge": "slao"}, "`merge: slao` averages adapters.*`start: merged` they do not"),
+    ({"method": "joint", "start": "inflora"}, "`start: inflora` keeps out of the way.*`stream: joint` has none"),
+    ({"method": "joint", "penalty": "olora"}, "but with `stream: joint` there is none"),
+    ({"method": "inflora", "method_kwargs": {"inflora_threshold": 0}}, r"must lie in \(0, 1\], but got 0"),
+    ({"method": "olora", "method_kwargs": {"olora_power": 3}}, "must be 1 or 2, but got 3"),
+]
+
+
+@pytest.mark.parametrize(("overrides", "message"), REFUSED)
+def test_senseless_combinations_are_refused(overrides, message, config):
+    with pytest.raises(UserError, match=message):
+        args = config(**overrides)
+        Parts(args.resolved_method(), args).check("CAUSAL_LM")
+
+
 # ---- The harness ----------------------------------------------------------------------------------------------------
 
-ROWS = ("olora", "n-lora", "ella", "inflora")
+ROWS = ("olora", "n-lora", "ella", "inflora", "seq-lora", "slao")
 
 
 def test_penalties_of_strength_zero_are_sequential_to_the_bit(run):

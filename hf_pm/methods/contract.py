@@ -71,6 +71,7 @@ class Merged(NamedTuple):
     matrix where they differ. `record`: numbers that explain the result, for the ledger and the report. `dense`: gives
     the update of a matrix, float32 in the shape of the live weight, if the payload is dense. `mixing`: by matrix, the
     (r, r) matrix M of an update that is kept as left @ M @ right, before alpha; the live adapter is changed to it.
+    `B`: by matrix, the factor (..., out, r) that takes the place of the trained B in the live adapter, before alpha.
     `expert`: how the mixture is routed (see `Entry`), if the payload is an expert.
     """
 
@@ -80,6 +81,7 @@ class Merged(NamedTuple):
     dense: Callable[[str], torch.Tensor] | None = None
     mixing: dict[str, torch.Tensor] | None = None
     expert: dict[str, int] | None = None
+    B: dict[str, torch.Tensor] | None = None
 
     @property
     def scaled(self) -> bool:
@@ -119,7 +121,7 @@ class Ended(NamedTuple):
     `measured`: `None` if no part wants anything measured. `updates`: the trained update by matrix name. `merged`: what
     `Merge.solve` returned (`None` before it was called). `entries`: the ledger before this task. `task_vector(name,
     i)`: weights after training task i, before its merge, minus the base; float32 in the shape of the live weight, for
-    i from 1 to `number`. `train_rows`: the task's own encoded training rows.
+    i from 1 to `number`. `train_rows`: the task's own encoded training rows. `earlier`: as in [`Task`].
     """
 
     number: int
@@ -132,6 +134,7 @@ class Ended(NamedTuple):
     train_rows: Dataset
     seed: int
     merged: Merged | None = None
+    earlier: Sequence[adapters.StoredAdapter] = ()
 
 
 class Step(NamedTuple):

@@ -27,7 +27,9 @@ from .penalties.olora import OLora
 from .perturbation import Gaussian, TaskVector
 from .replay import Buffer
 from .serves.routed import Routed
+from .starts.continued import Continued
 from .starts.inflora import InfLora
+from .starts.slao import Orthonormal, TimeAware
 from .table import METHODS, Method
 
 
@@ -38,7 +40,7 @@ class OnBase(Start):
 
 
 PARTS: dict[str, dict[str, type[Part]]] = {
-    "start": {"merged": Start, "base": OnBase, "inflora": InfLora},
+    "start": {"merged": Start, "base": OnBase, "inflora": InfLora, "continued": Continued, "slao": Orthonormal},
     "perturbation": {"none": Perturbation, "task_vector": TaskVector, "gaussian": Gaussian},
     "penalty": {
         "ewc": Ewc,
@@ -60,6 +62,7 @@ PARTS: dict[str, dict[str, type[Part]]] = {
         "spectral": Spectral,
         "subspace": Subspace,
         "experts": Experts,
+        "slao": TimeAware,
     },
     "serve": {"folded": Serve, "routed": Routed},
 }

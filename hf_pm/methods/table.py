@@ -38,6 +38,7 @@ METHODS: dict[str, Method] = {
     "gaussian": Method("LoRA-M with Gaussian noise in arXiv 2505.22389", "gaussian", "pm"),
     # Every update is kept whole: what people do today.
     "sequential": Method("IncLoRA in arXiv 2310.14152", merge="last"),
+    "seq-lora": Method("SeqLoRA in arXiv 2310.14152: one adapter goes on", merge="last", start="continued"),
     "average": Method("running model averaging, alpha_t = 1/t", merge="average"),
     "fixed": Method("CoMA, Marouf et al., ECCV 2024", merge="fixed"),
     "ties": Method("TIES-Merging, arXiv 2306.01708", merge="ties", start="base"),
@@ -54,6 +55,7 @@ METHODS: dict[str, Method] = {
     "n-lora": Method("N-LoRA, arXiv 2410.10179", penalties=("l1",)),
     "ella": Method("ELLA, arXiv 2601.02232", penalties=("ella",)),
     "inflora": Method("InfLoRA, arXiv 2404.00228", start="inflora"),
+    "slao": Method("SLAO, arXiv 2512.23017", merge="slao", start="slao"),
     "replay": Method("experience replay, arXiv 1902.10486", replay="buffer"),
     # Upper bounds in the same harness: all tasks shuffled together, and one adapter per task on the base.
     "joint": Method("upper bound: multi-task training", stream="joint"),

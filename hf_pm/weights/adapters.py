@@ -402,33 +402,28 @@ def load_head(model: PeftModel, tensors: dict[str, torch.Tensor]) -> None:
 def restore(model: PeftModel, stored: StoredAdapter) -> None:
     """Put the factors of a stored adapter into the live one, its head too."""
     updates = {name: stored.read(name) for name in lora_layers(model)}
-    load_factors(
-        model,
-        A={name: update.A for name, update in updates.items()},
-        B={name: update.B for name, update in updates.items()},
-    )
+    load_factors(model, {name: (update.A, update.B) for name, update in updates.items()})
     head = stored.head()
     if head:
         load_head(model, head)
 
 
 @torch.no_grad()
-def load_factors(
-    model: PeftModel, *, A: Mapping[str, torch.Tensor] | None = None, B: Mapping[str, torch.Tensor] | None = None
-) -> None:
-    """Put factors into the live adapter, in the layout of [`Update`]; what is not given stays.
+def load_factors(model: PeftModel, factors: Mapping[str, tuple[torch.Tensor | None, torch.Tensor | None]]) -> None:
+    """Put factors into the live adapter.
 
     Args:
         model (`PeftModel`): With the adapter.
-        A, B (`Mapping`, *optional*): Matrix name -> (..., r, in) and (..., out, r).
+        factors (`Mapping`): Matrix name -> A (..., r, in) and B (..., out, r) as in [`Update`]; `None` leaves a factor
+            as it is.
     """
     for name, layer in lora_layers(model).items():
+        A, B = factors[name]
         # Experts: (experts, r, in) and (experts, out, r) back to PEFT's (experts * r, in) and (out, r * experts).
         if A is not None:
-            layer.lora_A[ADAPTER].weight.copy_(A[name].flatten(0, -2))
+            layer.lora_A[ADAPTER].weight.copy_(A.flatten(0, -2))
         if B is not None:
-            factor = B[name] if B[name].ndim == 2 else B[name].permute(1, 2, 0).flatten(1)
-            layer.lora_B[ADAPTER].weight.copy_(factor)
+            layer.lora_B[ADAPTER].weight.copy_(B if B.ndim == 2 else B.permute(1, 2, 0).flatten(1))
 
 
 @torch.no_grad()

@@ -59,7 +59,7 @@ class InfLora(Start):
                 f"No input direction is left for task {task.name!r}: those of the earlier tasks fill every adapted "
                 "layer. Lower `inflora_threshold`, or use `penalty: kronecker`, which weighs directions."
             )
-        adapters.load_factors(task.model, A=designed)
+        adapters.load_factors(task.model, {name: (A, None) for name, A in designed.items()})
         for weight in weights.values():
             weight.requires_grad_(False)
 

@@ -1,0 +1,56 @@
+"""One adapter for all tasks: each goes on from the factors that the task before has left."""
+
+from typing import Any, ClassVar
+
+import torch
+
+from ...weights import adapters
+from ..contract import Start, Task
+
+
+class Continued(Start):
+    """Sequential LoRA (SeqLoRA in arXiv 2310.14152): the same A and B are trained further, on the untouched base.
+
+    The model after a task is base + s B A with the adapter of that task alone, so that every entry of the ledger takes
+    the place of those before it, and a release as an adapter has the rank of one task. `start: merged` is IncLoRA: a
+    fresh adapter for every task, all of them summed. With `merge: ties` the fine-tuned adapters of all tasks are
+    merged, while the training goes on from the last. A classifier's head starts afresh. Keeps nothing.
+    """
+
+    on_base = True
+    merges: ClassVar[tuple[str, ...]] = ("last", "ties")  # that take the adapter's update since the base
+
+    def check(self, method: Any, task_type: str) -> str | None:
+        start = f"`start: {method.start}`"
+        if method.stream != "sequence":
+            return (
+                f"{start} goes on from the task before, but `stream: {method.stream}` has none. Use `start: merged`."
+            )
+        if method.merge not in self.merges:
+            return (
+                f"`merge: {method.merge}` does not fit {start}, where the update counts from the base and holds all "
+                f"tasks so far. Use `merge: {self.merges[0]}`, or `start: merged`."
+            )
+        if method.penalties:
+            return (
+                f"`penalty: {', '.join(method.penalties)}` weighs the update since the merged model, but with {start} "
+                "it counts from the base. Remove the penalty, or use `start: merged`."
+            )
+        if self.args.coefficient_search != "off":
+            return (
+                f"`coefficient_search: {self.args.coefficient_search}` scales the update of one task, but with "
+                f"{start} it holds all tasks so far. Switch it off."
+            )
+        return None
+
+    def adapter(self, task: Task) -> None:
+        super().adapter(task)
+        if task.earlier:
+            last = task.earlier[-1]
+            adapters.load_factors(
+                task.model, {name: self.factors(task, name, last.read(name)) for name in task.matrices}
+            )
+
+    def factors(self, task: Task, name: str, last: adapters.Update) -> tuple[torch.Tensor, torch.Tensor]:
+        """A and B that the matrix `name` begins with, after a task that left `last`."""
+        return last.A, last.B
