@@ -1,19 +1,25 @@
 """Methods that train in chosen subspaces: penalties on overlap, designed and continued adapters."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 import torch
+import yaml
 from conftest import build
 from peft import LoraConfig
 from reference import dense_delta
 from safetensors import safe_open
 from safetensors.torch import load_file
+from test_cli import environment, recipe  # noqa: F401 - recipe is a fixture
 from test_curvature import TASK_TYPES, batches
 from test_curvature import adapted as adapted_model
 from test_parts import arguments, step_of
 from test_trainer import StopAt, again, comparable, digests, trained
+from transformers import TrainerCallback
 
 from hf_pm import UserError
 from hf_pm.methods.contract import Ended, Measured, Task
@@ -50,16 +56,27 @@ def factors_of(layer):
     return layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
 
 
+class Done(NamedTuple):
+    """A run of both tasks."""
+
+    path: Path
+    results: dict
+    trainer: Any
+
+    def adapters(self):
+        return [StoredAdapter(path) for path in sorted(self.path.glob("tasks/*/adapter"))]
+
+
 @pytest.fixture
 def run(model, stream, tokenizer, lora, config, monkeypatch):
-    """A factory: `run(name, method=..., ...)` learns both tasks and gives the folder of the run and its results."""
+    """A factory: `run(name, method=..., ...)` learns both tasks in a folder of that name."""
     monkeypatch.setattr(page, "write_report", lambda path: None)  # half of the time, and not what is tested here
+    usual = {"release": "none", "num_train_epochs": 1, "max_eval_samples": 6}
 
     def make(name, callbacks=None, **settings):
-        usual = {"output_dir": f"{config().output_dir}-{name}", "release": "none", "num_train_epochs": 1}
-        args = config(**usual | settings)
-        _, results = trained(again(model), stream, tokenizer, lora, args, callbacks=callbacks)
-        return Path(args.output_dir), results
+        args = config(**usual | {"output_dir": f"{config().output_dir}-{name}"} | settings)
+        trainer, results = trained(again(model), stream, tokenizer, lora, args, callbacks=callbacks)
+        return Done(Path(args.output_dir), results, trainer)
 
     return make
 
@@ -121,16 +138,6 @@ def test_olora_is_zero_only_where_rows_are_orthogonal(tmp_path):
     assert part.loss(step_of(model)) is None
 
 
-def test_olora_turns_the_second_adapter_away_from_the_first(run):
-    overlap = {}
-    for strength in (0.0, 0.5):
-        folder, _ = run(str(strength), method="olora", method_kwargs={"olora_strength": strength}, num_train_epochs=4)
-        first, second = (StoredAdapter(path) for path in sorted(folder.glob("tasks/*/adapter")))
-        pairs = [(first.read(name).A, second.read(name).A) for name in first.names]
-        overlap[strength] = sum(float((a @ b.mT).abs().sum()) for a, b in pairs)
-    assert overlap[0.5] < overlap[0.0] / 5
-
-
 # ---- N-LoRA and ELLA ------------------------------------------------------------------------------------------------
 
 
@@ -147,16 +154,6 @@ def test_l1_is_the_sum_of_magnitudes_of_the_true_update():
         for factor, gradient in zip(factors_of(layer), (B.T @ delta.sign(), delta.sign() @ A.T), strict=True):
             assert torch.allclose(factor.grad.double(), 0.3 * 2.0 * gradient, rtol=1e-4, atol=1e-4)
     assert loss.item() == pytest.approx(expected, rel=1e-5)
-
-
-def test_l1_makes_updates_sparse(run):
-    share = {}
-    for strength in (0.0, 1e-2):
-        folder, _ = run(str(strength), method="n-lora", method_kwargs={"l1_strength": strength}, num_train_epochs=4)
-        stored = StoredAdapter(folder / "tasks" / "02-mood" / "adapter")
-        deltas = torch.cat([stored.read(name).delta().flatten().abs() for name in stored.names])
-        share[strength] = float((deltas < 1e-3).float().mean())
-    assert share[1e-2] > 2 * share[0.0]
 
 
 @pytest.mark.parametrize("normalize", [0, 1])
@@ -181,37 +178,52 @@ def test_ella_is_the_square_of_the_entrywise_product(normalize):
     assert loss.item() == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize("merge", ["last", "average", "ties"])
+@pytest.mark.parametrize("merge", ["average", "ties"])
 def test_what_earlier_tasks_left_is_the_merged_model_minus_the_base(merge, run, monkeypatch):
-    """Whatever the merge, `Task.learned` is what the weights of the ledger say."""
-    found = {}
+    """Whatever the merge."""
+    found, begin = {}, Ella.begin
 
-    def begin(self, task):
+    def begins(self, task):
         found[task.number] = {name: task.learned(name) for name in task.matrices}
-        ella_begin(self, task)
+        begin(self, task)
 
-    ella_begin = Ella.begin
-    monkeypatch.setattr(Ella, "begin", begin)
-    folder, _ = run(merge, method="ella", merge=merge)
-    payloads = {}
-    for number, task in ((1, "01-colour"), (2, "02-mood")):
-        stored = StoredAdapter(folder / "tasks" / task / "adapter")
-        dense = folder / "tasks" / task / "update.safetensors"
-        payloads[number] = load_file(dense) if dense.exists() else {n: stored.read(n).delta() for n in stored.names}
-    assert not any(past.any() for past in found[1].values())
-    assert all(torch.allclose(past, payloads[1][name], atol=1e-7) for name, past in found[2].items())
+    monkeypatch.setattr(Ella, "begin", begins)
+    folder = run(merge, method="ella", merge=merge).trainer.run.folder
+    for name in folder.names:
+        for number in range(3):
+            difference = folder.merged(name, number) - folder.merged(name, 0)
+            assert torch.allclose(folder.update(name, number), difference, atol=1e-6)
+            assert number == 2 or torch.equal(found[number + 1][name], folder.update(name, number))
+        assert not found[1][name].any() and found[2][name].any()
 
 
-def test_ella_leaves_the_weights_of_the_first_task_alone(run):
-    overlap = {}
-    for strength in (0.0, 1e4):
-        settings = {"method": "ella", "method_kwargs": {"ella_strength": strength}, "num_train_epochs": 4}
-        folder, _ = run(str(strength), **settings)
-        first, second = (StoredAdapter(path) for path in sorted(folder.glob("tasks/*/adapter")))
-        pairs = [(first.read(name).delta().abs(), second.read(name).delta().abs()) for name in first.names]
-        # Mean of the first task's magnitudes, weighted by the second's: the scale of the second does not count.
-        overlap[strength] = sum(float((a * b).sum()) for a, b in pairs) / sum(float(b.sum()) for _, b in pairs)
-    assert overlap[1e4] < 0.8 * overlap[0.0]
+def test_penalties_do_what_they_are_for_and_nothing_at_strength_zero(run):
+    """Against sequential training: rows turn away, updates are sparse, the first task's weights are left alone."""
+    names = ("olora", "l1", "ella")
+    zero = {f"{name}_strength": 0.0 for name in names}
+    settings = {"plain": {"method": "sequential"}, "zero": {"penalty": list(names), "method_kwargs": zero}}
+    for name, strength in zip(names, (0.5, 1e-2, 1e3), strict=True):
+        settings[name] = {"penalty": name, "method_kwargs": {f"{name}_strength": strength}}
+    runs = {n: run(n, **{"method": "sequential", "num_train_epochs": 3} | given) for n, given in settings.items()}
+    weights = {name: weights_of(done.path) for name, done in runs.items()}
+    assert weights["zero"] == weights["plain"]
+    for name in names:
+        assert weights[name]["02-mood"] != weights["plain"]["02-mood"]
+        # O-LoRA and ELLA begin with the second task.
+        assert (weights[name]["01-colour"] == weights["plain"]["01-colour"]) == (name != "l1")
+
+    def measured(done):
+        first, second = done.adapters()
+        turned = sum(float((first.read(n).A @ second.read(n).A.mT).abs().sum()) for n in first.names)
+        deltas = [(first.read(n).delta().abs(), second.read(n).delta().abs()) for n in first.names]
+        sparse = torch.cat([delta.flatten() for _, delta in deltas])
+        # Mean of the first task's magnitudes weighted by the second's, whose scale does not count.
+        apart = sum(float((a * b).sum()) for a, b in deltas) / float(sparse.sum())
+        return {"olora": turned, "l1": float((sparse > 1e-3).float().mean()), "ella": apart}
+
+    plain = measured(runs["plain"])
+    for name, share in zip(names, (0.2, 0.8, 0.8), strict=True):
+        assert measured(runs[name])[name] < share * plain[name]
 
 
 # ---- InfLoRA --------------------------------------------------------------------------------------------------------
@@ -339,9 +351,9 @@ def test_inflora_trains_b_alone(run, monkeypatch):
 
     inflora_adapter = InfLora.adapter
     monkeypatch.setattr(InfLora, "adapter", adapter)
-    folder, _ = run("inflora", method="inflora", num_train_epochs=3, method_kwargs={"inflora_threshold": 0.8})
-    stored = [StoredAdapter(path) for path in sorted(folder.glob("tasks/*/adapter"))]
-    for number, adapter in enumerate(stored, start=1):
+    done = run("inflora", method="inflora", num_train_epochs=2, method_kwargs={"inflora_threshold": 0.8})
+    folder = done.path
+    for number, adapter in enumerate(done.adapters(), start=1):
         for name in adapter.names:
             assert torch.equal(adapter.read(name).A, designs[number][name])
             assert adapter.read(name).B.any()
@@ -377,11 +389,11 @@ def started(monkeypatch, cls):
 def test_seq_lora_goes_on_with_the_last_adapter(run, monkeypatch):
     """On the base, from the last factors to the bit; the first task is sequential's; the last entry is the model."""
     found = started(monkeypatch, Continued)
-    folder, results = run("seq-lora", method="seq-lora", release="both")
-    plain, _ = run("plain", method="sequential")
-    assert weights_of(folder)["01-colour"] == weights_of(plain)["01-colour"]
-    assert weights_of(folder)["02-mood"] != weights_of(plain)["02-mood"]
-    first, second = (StoredAdapter(path) for path in sorted(folder.glob("tasks/*/adapter")))
+    done = run("seq-lora", method="seq-lora", release="both")
+    plain = weights_of(run("plain", method="sequential").path)
+    folder, (first, second) = done.path, done.adapters()
+    assert weights_of(folder)["01-colour"] == plain["01-colour"]
+    assert weights_of(folder)["02-mood"] != plain["02-mood"]
     assert not any(B.any() for _, B in found[1].values())
     for name, (A, B) in found[2].items():
         assert torch.equal(A, first.read(name).A) and torch.equal(B, first.read(name).B)
@@ -395,7 +407,7 @@ def test_seq_lora_goes_on_with_the_last_adapter(run, monkeypatch):
         assert torch.allclose(merged[f"{name}.weight"].double(), expected, atol=1e-6)
     stacked = StoredAdapter(release / "adapter")
     assert all(stacked.read(name).A.shape[0] == 4 for name in stacked.names)
-    assert all(task["parity"]["folded"]["relative_difference"] < 1e-5 for task in results["per_task"])
+    assert all(task["parity"]["folded"]["relative_difference"] < 1e-5 for task in done.results["per_task"])
     assert not [finding for finding in examine(str(folder)) if finding.problem]
 
 
@@ -427,8 +439,8 @@ def test_slao_merges_b_and_takes_the_last_a(run, monkeypatch):
 
     slao_solve = TimeAware.solve
     monkeypatch.setattr(TimeAware, "solve", solve)
-    folder, results = run("slao", method="slao", release="both")
-    first, second = (StoredAdapter(path) for path in sorted(folder.glob("tasks/*/adapter")))
+    done = run("slao", method="slao", release="both")
+    folder, (first, second) = done.path, done.adapters()
     for name in first.names:
         assert torch.equal(first.read(name).B, ended[1][name].B)
         A, B = found[2][name]
@@ -436,10 +448,8 @@ def test_slao_merges_b_and_takes_the_last_a(run, monkeypatch):
         expected = first.read(name).B.double() + (ended[2][name].B - first.read(name).B).double() / 2**0.5
         assert torch.equal(second.read(name).A, ended[2][name].A)
         assert torch.allclose(second.read(name).B.double(), expected, atol=1e-7)
-    plain, _ = run("plain", method="sequential")
-    assert weights_of(folder)["01-colour"] == weights_of(plain)["01-colour"]
     assert len(Ledger(folder).active()) == 1
-    assert all(task["parity"]["folded"]["relative_difference"] < 1e-5 for task in results["per_task"])
+    assert all(task["parity"]["folded"]["relative_difference"] < 1e-5 for task in done.results["per_task"])
     assert not [finding for finding in examine(str(folder)) if finding.problem]
 
 
@@ -488,25 +498,45 @@ def test_senseless_combinations_are_refused(overrides, message, config):
 
 # ---- The harness ----------------------------------------------------------------------------------------------------
 
-ROWS = ("olora", "n-lora", "ella", "inflora", "seq-lora", "slao")
+# All of them in two runs; each row by itself is slow.
+TOGETHER = ({"method": "inflora", "penalty": ["olora", "l1", "ella"]}, {"method": "slao"})
+ROWS = tuple(
+    pytest.param({"method": name}, marks=pytest.mark.slow)
+    for name in ("olora", "n-lora", "ella", "inflora", "seq-lora")
+)
 
 
-def test_penalties_of_strength_zero_are_sequential_to_the_bit(run):
-    plain, _ = run("plain", method="sequential")
-    zero, _ = run("zero", penalty=["olora", "l1", "ella"], method="sequential",
-                  method_kwargs={"olora_strength": 0.0, "l1_strength": 0.0, "ella_strength": 0.0})  # fmt: skip
-    assert weights_of(zero) == weights_of(plain)
-    for name in ("olora", "ella"):  # which begin with the second task
-        strong, _ = run(name, method=name)
-        assert weights_of(strong)["02-mood"] != weights_of(plain)["02-mood"]
-        assert weights_of(strong)["01-colour"] == weights_of(plain)["01-colour"]
-
-
-@pytest.mark.parametrize("name", ROWS)
-def test_stopped_in_a_task_and_started_again_gives_the_same_bits(name, run):
-    settings = {"save_strategy": "steps", "save_steps": 2, "method": name}
-    whole, expected = run("whole", **settings)
+@pytest.mark.parametrize("settings", [*TOGETHER, *ROWS], ids=str)
+def test_stopped_in_a_task_and_started_again_gives_the_same_bits(settings, run):
+    settings = {"save_strategy": "steps", "save_steps": 2} | settings
+    whole = run("whole", **settings)
     with pytest.raises(KeyboardInterrupt):
         run("stopped", callbacks=[StopAt(2, 3)], **settings)
-    stopped, results = run("stopped", **settings)
-    assert comparable(results) == comparable(expected) and digests(stopped) == digests(whole)
+    frozen = []
+
+    class Watches(TrainerCallback):
+        def on_step_end(self, args, state, control, model, **kwargs):
+            frozen.append(not any(factors_of(layer)[0].requires_grad for layer in lora_layers(model).values()))
+
+    stopped = run("stopped", callbacks=[Watches()], **settings)
+    assert comparable(stopped.results) == comparable(whole.results)
+    assert digests(stopped.path) == digests(whole.path)
+    assert len(frozen) == 4 and set(frozen) == {settings["method"] == "inflora"}  # steps 3 to 6 of the second task
+
+
+@pytest.mark.slow
+def test_inputs_of_all_ranks_design_one_adapter(recipe, tmp_path):  # noqa: F811
+    """Two real processes: each sees half of the rows, and both begin with what one process designs."""
+    path, values = recipe
+    path.write_text(yaml.safe_dump(values | {"method": "inflora", "release": "none"}))
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    designed = []
+    for folder, door in (("one", []), ("two", launch)):
+        command = [sys.executable, *door, "-m", "hf_pm.cli", "run", str(path), "--output_dir", str(tmp_path / folder)]
+        command += ["--per_device_train_batch_size", "4" if door else "8"]
+        done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        designed.append(StoredAdapter(tmp_path / folder / "tasks" / "01-colour" / "adapter"))
+    one, two = designed
+    for name in one.names:
+        assert torch.allclose(3 * projector(one.read(name).A.T), 3 * projector(two.read(name).A.T), atol=1e-3), name

@@ -17,7 +17,7 @@ class Ella(Penalty):
 
     name = "ella"
     settings = {
-        "ella_strength": Setting(1.0, "must be at least 0", lambda value: value >= 0),
+        "ella_strength": Setting(1e-2, "must be at least 0", lambda value: value >= 0),
         "ella_normalize": Setting(1, "must be 0 or 1", lambda value: value in (0, 1)),
     }
 

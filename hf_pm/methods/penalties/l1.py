@@ -15,7 +15,7 @@ class L1(Penalty):
     """
 
     name = "l1"
-    settings = {"l1_strength": Setting(1e-4, "must be at least 0", lambda value: value >= 0)}
+    settings = {"l1_strength": Setting(1e-5, "must be at least 0", lambda value: value >= 0)}
 
     def loss(self, step: Step) -> torch.Tensor | None:
         return self["l1_strength"] * sum(delta.abs().sum() for _, delta in step.updates())
