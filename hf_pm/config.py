@@ -79,7 +79,8 @@ class PMConfig(TrainingArguments):
             Row of the table in `methods/table.py`, which `hf-pm methods` prints. The next five keys override parts of
             it; a combination that makes no sense is refused with the reason.
         start (`str`, *optional*):
-            Overrides where a task begins: `merged` (the merged model so far) or `base`.
+            Overrides where a task begins: with a fresh adapter on the merged model so far (`merged`) or on the base
+            (`base`), with the last adapter (`continued`), or with one that is designed from the inputs (`inflora`).
         penalty (`str` or `list[str]`, *optional*):
             Overrides what is added to the loss: `ewc`, `lwf`, several of them, or `[]` for nothing.
         replay (`str`, *optional*):

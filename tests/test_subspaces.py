@@ -29,7 +29,7 @@ from hf_pm.methods.penalties.ella import Ella
 from hf_pm.methods.penalties.l1 import L1
 from hf_pm.methods.penalties.olora import OLora
 from hf_pm.methods.starts.continued import Continued
-from hf_pm.methods.starts.inflora import InfLora, design, extend
+from hf_pm.methods.starts.inflora import InfLora, design, extend, memory_of
 from hf_pm.methods.starts.slao import Orthonormal, TimeAware, averaged, orthonormal
 from hf_pm.report import page
 from hf_pm.runs.doctor import examine
@@ -290,6 +290,15 @@ def test_cut_moments_are_as_good_as_their_roots():
         assert torch.allclose(projector(extend(memory, matrix, 0.9)), projector(extend(memory, C, 0.9)), atol=1e-5)
     heavy = Cut(roots, torch.full((12,), 100.0))  # what no direction can cover
     assert extend(None, heavy, 0.9).shape == (12, 4)
+
+
+def test_a_layer_that_no_row_reaches_remembers_nothing(tmp_path):
+    memory = extend(None, torch.zeros(12, 12), 0.9)
+    assert memory.shape == (12, 0) and not design(torch.zeros(12, 12), memory, 3).any()
+    values = lambda name: {"memory": memory.float()}  # noqa: E731
+    write_state(tmp_path / "s", {"memory": "basis"}, {"a": (5, 12), "b": (12, 5)}, values, dtype="bfloat16")
+    stored = memory_of(StoredState(tmp_path / "s"), "b")
+    assert torch.allclose(projector(extend(stored, inputs(3)[1], 1.0)), projector(extend(None, inputs(3)[1], 1.0)))
 
 
 @pytest.mark.parametrize("kind", list(TASK_TYPES))

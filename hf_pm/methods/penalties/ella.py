@@ -10,8 +10,9 @@ class Ella(Penalty):
 
     D = s B A is the update since the merged weights, P = W_{t-1} - W_0 what all tasks before have left in the weights,
     and * the product entry by entry: a quadratic penalty as EWC's, with P^2 in the place of a curvature, so that no
-    data is looked at. With `merge: last` P is the sum of the earlier updates. P's entries are small, and the
-    `ella_normalize`d penalty (1) divides P^2 by its mean over all matrices; 0 is the paper's.
+    data is looked at. With `merge: last` P is the sum of the earlier updates. P's entries are small: with
+    `ella_normalize: 1` P^2 is divided by its mean over all matrices, so that a strength means the same in every model;
+    0 is the paper's.
     Keeps nothing: P follows from the ledger. One dense matrix of every layer in memory while a task trains.
     """
 

@@ -12,7 +12,7 @@ from .continued import Continued
 
 
 class Orthonormal(Continued):
-    """The start of SLAO (Qiao and Mahdavi 2026, arXiv 2512.23017): A is an orthonormal basis of the rows of the last
+    """The start of SLAO (Qiao and Mahdavi 2025, arXiv 2512.23017): A is an orthonormal basis of the rows of the last
     trained A, (Q sign(diag R))^T with Q R = A^T; B goes on from the last trained B, not from the merged one."""
 
     merges = ("slao",)
@@ -26,7 +26,8 @@ class TimeAware(Merge):
     """The merge of SLAO: A of the new task, and B <- B + (B_t - B) / sqrt(t), for A differs little between tasks.
 
     The model after task t is base + s B A_t: one adapter of rank r, which takes the place of all before it. After six
-    tasks B_1 to B_6 weigh .020, .049, .094, .164, .265 and .408. Keeps the update of the last task as it was trained.
+    tasks B_1 to B_6 weigh .020, .049, .094, .164, .265 and .408. Keeps the update of the last task as it was trained,
+    rounded as `curvature_dtype` says.
     """
 
     mixes = True
