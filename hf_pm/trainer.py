@@ -315,8 +315,9 @@ class PMTrainerMixin(TaskTraining):
                 merged = Merged(found.best, None, merged.record)
         if merged.mixing is not None:
             adapters.mix(self.model, merged.mixing)
-        if merged.B is not None:
-            adapters.load_factors(self.model, {name: (None, B) for name, B in merged.B.items()})
+        if merged.adapter is not None:
+            factors = {name: (update.A, update.B) for name, update in merged.adapter.items()}
+            adapters.load_factors(self.model, factors)
         self.parity.expect(number, merged)
         if self.is_world_process_zero():
             record |= {"merge_seconds": time.monotonic() - started, "peak_memory_bytes": _peak_memory()}

@@ -31,6 +31,7 @@ from hf_pm.methods.penalties.olora import OLora
 from hf_pm.methods.starts.continued import Continued
 from hf_pm.methods.starts.inflora import InfLora, design, extend, memory_of
 from hf_pm.methods.starts.slao import Orthonormal, TimeAware, averaged, orthonormal
+from hf_pm.plan import method_bytes
 from hf_pm.report import page
 from hf_pm.runs.doctor import examine
 from hf_pm.store.ledger import Ledger
@@ -485,7 +486,7 @@ def test_slao_goes_on_from_the_trained_b(kind, tmp_path):
 REFUSED = [
     ({"method": "seq-lora", "merge": "average"}, "`merge: average` does not fit `start: continued`, where the update"),
     ({"method": "seq-lora", "merge": "spectral"}, "Use `merge: last`, or `start: merged`"),
-    ({"method": "seq-lora", "penalty": "ewc"}, "`penalty: ewc` weighs the update since the merged model, but with"),
+    ({"method": "seq-lora", "penalty": "ewc"}, "`penalty: ewc` keeps.*with `start: continued` there is none"),
     ({"method": "seq-lora", "coefficient_search": "report"}, "`coefficient_search: report` scales the update of one"),
     ({"method": "joint", "start": "continued"}, "goes on from the task before, but `stream: joint` has none"),
     ({"method": "slao", "merge": "last"}, "`merge: last` does not fit `start: slao`.*Use `merge: slao`"),

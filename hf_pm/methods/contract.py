@@ -71,8 +71,8 @@ class Merged(NamedTuple):
     matrix where they differ. `record`: numbers that explain the result, for the ledger and the report. `dense`: gives
     the update of a matrix, float32 in the shape of the live weight, if the payload is dense. `mixing`: by matrix, the
     (r, r) matrix M of an update that is kept as left @ M @ right, before alpha; the live adapter is changed to it.
-    `B`: by matrix, the factor (..., out, r) that takes the place of the trained B in the live adapter, before alpha.
-    `expert`: how the mixture is routed (see `Entry`), if the payload is an expert.
+    `adapter`: by matrix, the factors of another adapter that is kept in place of the trained one, before alpha, with
+    its ranks and scales. `expert`: how the mixture is routed (see `Entry`), if the payload is an expert.
     """
 
     alpha: float | None
@@ -80,8 +80,8 @@ class Merged(NamedTuple):
     record: dict[str, Any] | None = None
     dense: Callable[[str], torch.Tensor] | None = None
     mixing: dict[str, torch.Tensor] | None = None
+    adapter: dict[str, adapters.Update] | None = None
     expert: dict[str, int] | None = None
-    B: dict[str, torch.Tensor] | None = None
 
     @property
     def scaled(self) -> bool:

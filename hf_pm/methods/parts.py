@@ -120,8 +120,8 @@ class Parts:
             UserError: Says why, and what to use instead.
         """
         method, args = self.method, self.args
-        if self.penalties and (method.start == "base" or method.stream != "sequence"):
-            where = f"start: {method.start}" if method.start == "base" else f"stream: {method.stream}"
+        if self.penalties and (self.start.on_base or method.stream != "sequence"):
+            where = f"start: {method.start}" if self.start.on_base else f"stream: {method.stream}"
             raise UserError(
                 f"`penalty: {', '.join(method.penalties)}` keeps a task near the merged model of those before it, but "
                 f"with `{where}` there is none. Remove the penalty, or use `start: merged`."

@@ -31,11 +31,6 @@ class Continued(Start):
                 f"`merge: {method.merge}` does not fit {start}, where the update counts from the base and holds all "
                 f"tasks so far. Use `merge: {self.merges[0]}`, or `start: merged`."
             )
-        if method.penalties:
-            return (
-                f"`penalty: {', '.join(method.penalties)}` weighs the update since the merged model, but with {start} "
-                "it counts from the base. Remove the penalty, or use `start: merged`."
-            )
         if self.args.coefficient_search != "off":
             return (
                 f"`coefficient_search: {self.args.coefficient_search}` scales the update of one task, but with "

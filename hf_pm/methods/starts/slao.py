@@ -48,8 +48,11 @@ class TimeAware(Merge):
         if ended.number == 1:
             return Merged(1.0)
         old = ended.earlier[-1]
-        B = {name: averaged(old.read(name).B, update.B, ended.number) for name, update in ended.updates.items()}
-        return Merged(1.0, record={"rate": ended.number**-0.5}, B=B)
+        kept = {
+            name: update._replace(B=averaged(old.read(name).B, update.B, ended.number))
+            for name, update in ended.updates.items()
+        }
+        return Merged(1.0, record={"rate": ended.number**-0.5}, adapter=kept)
 
     def end_matrix(self, ended: Ended, name: str) -> dict[str, Value]:
         return {"trained": LowRank(*ended.updates[name].factors())}
