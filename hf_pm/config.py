@@ -91,8 +91,9 @@ class PMConfig(TrainingArguments):
             Row of the table in `methods/table.py`, which `hf-pm methods` prints. The next five keys override parts of
             it; a combination that makes no sense is refused with the reason.
         start (`str`, *optional*):
-            Overrides where a task begins: on the model so far (`merged`), on the base (`base`), or on the weights that
-            the task before ended its training with (`trained`).
+            Overrides where a task begins: with a fresh adapter on the model so far (`merged`), on the base (`base`),
+            or on the weights that the task before ended its training with (`trained`); on the base with the last
+            adapter (`continued`); or on the model so far with one that is designed from the inputs (`inflora`).
         penalty (`str` or `list[str]`, *optional*):
             Overrides what is added to the loss: `ewc`, `lwf`, several of them, or `[]` for nothing.
         replay (`str`, *optional*):

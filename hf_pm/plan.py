@@ -77,7 +77,7 @@ def method_bytes(shapes: Mapping[str, Sequence[int]], config: PMConfig) -> Metho
     if "curvature" in parts.measures():
         form = "dense" if config.curvature_estimator == "diagonal" else "factored"
         measured = state_bytes({"F": form}, shapes, dtype="float32", rank=0)
-    if "kronecker" in parts.measures():
+    if parts.measures() & {"kronecker", "inputs"}:
         measured += moment_bytes(shapes, parts.cut_rank)
     # For one matrix at a time, old and new values of everything that is kept, and dense updates.
     at_once = 2 * len(keeps) + 1 if keeps else 0

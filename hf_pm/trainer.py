@@ -36,7 +36,7 @@ from .hub.outbox import Outbox
 from .methods.contract import Ended, Measured, Merged, Task
 from .methods.curvature import check_layers
 from .methods.line_search import check_search, held_out_rows, search
-from .methods.measuring import measure
+from .methods.measuring import measure, measure_inputs
 from .methods.parity import Parity
 from .methods.parts import Parts
 from .methods.protection import Protection
@@ -188,7 +188,8 @@ class PMTrainerMixin(TaskTraining):
         self.run = RunFolder(args, [stage.name for stage in self.stages], self.is_world_process_zero())
         if self.parts.measures() and len(self.run.ledger) < len(self.stages):
             # What cannot be measured must not be found after the training.
-            check_layers(self.model, self._first_rows(self.rows.test[0]), inputs="kronecker" in self.parts.measures())
+            inputs = not self.parts.measures().isdisjoint({"kronecker", "inputs"})
+            check_layers(self.model, self._first_rows(self.rows.test[0]), inputs)
         base, names = self.run.resolve_base(self.model, self.task_type)
         folder = Folder(base, self.run.ledger, names)
         adapter = self.model.peft_config[adapters.ADAPTER]
@@ -253,6 +254,7 @@ class PMTrainerMixin(TaskTraining):
         """Weights live, adapter started, no optimizer, no schedule, and the parts know what they kept."""
         self.rebuild(self.starts_from(number), self.parts.start.weights == "trained")
         stage = self.stages[number - 1]
+        self._own_rows = self.rows.encoded_train(stage)
         task = Task(
             number,
             stage.name,
@@ -261,11 +263,13 @@ class PMTrainerMixin(TaskTraining):
             self._state_before(),
             lambda name: self.rows.encoded_train(self.stages[self.rows.stream.names.index(name)]),
             self._task_seed(number),
+            self.run.earlier_adapters(),
+            lambda name: self.run.folder.update(name, number - 1),
+            lambda: measure_inputs(self, self._curvature_rows(), stage.name),
         )
         self.parts.start.adapter(task)
         self.parts.begin(task)
         self.optimizer = self.lr_scheduler = None
-        self._own_rows = self.rows.encoded_train(stage)
         self.train_dataset = self.parts.replay.join(self._own_rows)
         self.task_number = number
         self._forget_steps()
@@ -345,6 +349,7 @@ class PMTrainerMixin(TaskTraining):
             self._own_rows,
             self._task_seed(number),
             learned=lambda name: folder.update(name, number - 1),
+            earlier=self.run.earlier_adapters(),
         )
         merged = self.parts.solve(ended)
         record = self._seconds

@@ -319,8 +319,8 @@ def by_hand(row, seen):
         F = [{n: f + 0.1 * mean for n, f in m.curvature.items()} for m, mean in zip(measured, means, strict=True)]
         return {n: sum(f[n] * v[n] for f, v in zip(F, own, strict=True)) / sum(f[n] for f in F) for n in names}
     if row == "regmean":
-        factors = {n: [m.kronecker[n] for m in measured] for n in names}
-        return {n: regmean_by_hand([v[n] for v in own], factors[n], seen[0].updates[n]) for n in names}
+        inputs = {n: [m.inputs[n].double() for m in measured] for n in names}
+        return {n: regmean_by_hand([v[n] for v in own], inputs[n], seen[0].updates[n]) for n in names}
     assert row == "iso-c"
     found = {}
     for name in names:
@@ -363,8 +363,7 @@ def flatten(updates, names):
     return torch.cat([factor.double().flatten() for name in names for factor in (updates[name].A, updates[name].B)])
 
 
-def regmean_by_hand(vectors, factors, update):
-    inputs = [pair[0 if update.transposed else 1].double() for pair in factors]
+def regmean_by_hand(vectors, inputs, update):
     inputs = [0.8 * gram + 0.2 * torch.diag(gram.diagonal()) for gram in inputs]
     turned = [vector.T if update.transposed else vector for vector in vectors]
     merged = sum(v @ c for v, c in zip(turned, inputs, strict=True)) @ torch.linalg.inv(sum(inputs))
@@ -538,10 +537,10 @@ REFUSED = [
     ({"method": "pic", "coefficient_search": "report"}, "`merge: pic` has none. Switch it off"),
     ({"method": "task-arithmetic", "coefficient_search": "use"}, "`merge: task_arithmetic` has none"),
     ({"method": "pm-factors", "start": "merged"}, "every task has its own. Use `method: pm-factors`, or `merge: pm`"),
-    ({"method": "pm-factors", "perturbation": "task_vector"}, "`task_vector` takes the adapter for the update of one"),
-    ({"method": "pm-factors", "penalty": "lwf"}, "`lwf` takes the adapter for the update of one task"),
+    ({"method": "pm-factors", "perturbation": "task_vector"}, "`perturbation: task_vector` scales the update of one"),
+    ({"method": "pm-factors", "penalty": "lwf"}, "`penalty: lwf` keeps.*with `start: continued` there is none"),
     ({"method": "pm-factors", "curvature_normalization": "trace"}, "is not defined for the factors"),
-    ({"method": "sequential", "start": "pair"}, "but `merge: last` merges updates of single tasks"),
+    ({"method": "pm", "start": "continued", "perturbation": "none"}, "`merge: pm` does not fit `start: continued`"),
     ({"method": "regmean", "release": "both"}, "gives a dense update, which is none. Use `release: merged`"),
     ({"method": "magmax", "penalty": "ewc", "start": "base"}, "but with `start: base` there is none"),
 ]

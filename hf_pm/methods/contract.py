@@ -36,7 +36,7 @@ from ..store.ledger import Entry
 from ..tasks.encoding import IGNORE_INDEX
 from ..weights import adapters
 from ..weights.folding import Folder
-from ..weights.kronecker import Factors
+from ..weights.kronecker import Factors, Symmetric
 from ..weights.merging import Curvature, LowRank
 from ..weights.states import StoredState, Value
 
@@ -50,6 +50,8 @@ class Measured(NamedTuple):
     (`curvature_estimator: directional`), else 1. `kronecker` has the Kronecker factors (rows x rows, columns x
     columns) of a matrix, in the orientation of the live weight; layers that read the same input share one object.
     `factors` has the diagonal curvature of the entries of A and B, under `name.A` (r, in) and `name.B` (out, r).
+    `inputs` has the second moment of what a layer reads, (..., in, in) whatever the orientation, shared likewise. If
+    it is all that is wanted, `exact` is 0.
     """
 
     curvature: dict[str, Curvature]
@@ -59,6 +61,7 @@ class Measured(NamedTuple):
     calibration: float
     kronecker: dict[str, Factors] = {}
     factors: dict[str, torch.Tensor] = {}
+    inputs: dict[str, Symmetric] = {}
 
     def delta(self, name: str) -> LowRank:
         return LowRank(*self.updates[name].factors())
@@ -97,7 +100,10 @@ class Task(NamedTuple):
 
     `number`: counted from 1. `name`: of the task. `model`: with its adapter. `matrices`: adapted matrices by name.
     `before`: the state after the task before. `rows_of`: gives the encoded training rows of an earlier task, by its
-    name. `seed`: of this task.
+    name. `seed`: of this task. `earlier`: the adapters of the tasks before, oldest first, as the ledger has them.
+    `learned(name)`: the weights that the tasks before left minus the base; float32 in the shape of the live weight.
+    `input_moments()`: of every adapted matrix the mean of x x^T over the tokens that the layer reads, (..., in, in),
+    in at most `curvature_num_samples` of the task's training rows; one forward pass on the weights it begins with.
     """
 
     number: int
@@ -107,6 +113,9 @@ class Task(NamedTuple):
     before: StoredState
     rows_of: Callable[[str], Dataset]
     seed: int
+    earlier: Sequence[adapters.StoredAdapter] = ()
+    learned: Callable[[str], torch.Tensor] | None = None
+    input_moments: Callable[[], dict[str, Symmetric]] | None = None
 
 
 class Ended(NamedTuple):
@@ -116,7 +125,7 @@ class Ended(NamedTuple):
     `Merge.solve` returned (`None` before it was called). `entries`: the ledger before this task. `task_vector(name,
     i)`: weights after training task i, before its merge, minus the base; float32 in the shape of the live weight, for
     i from 1 to `number`. `learned(name)`: the weights that the tasks before left minus the base, likewise.
-    `train_rows`: the task's own encoded training rows.
+    `train_rows`: the task's own encoded training rows. `earlier`: as in [`Task`].
     """
 
     number: int
@@ -130,6 +139,7 @@ class Ended(NamedTuple):
     seed: int
     merged: Merged | None = None
     learned: Callable[[str], torch.Tensor] | None = None
+    earlier: Sequence[adapters.StoredAdapter] = ()
 
 
 class Step(NamedTuple):
@@ -153,11 +163,16 @@ class Step(NamedTuple):
                 delta = adapters.live_update(layer, self.scales[name]).delta()
             yield name, delta
 
-    def factors(self) -> Iterator[tuple[str, LowRank]]:
-        """Name and update of every adapted matrix as left @ right, float32, in the graph of the adapter's factors."""
+    def adapter(self) -> Iterator[tuple[str, adapters.Update]]:
+        """Name and factors A, B of every adapted matrix, float32, in the graph of the live adapter."""
         for name, layer in self.layers.items():
             with torch.autocast(layer.lora_A[adapters.ADAPTER].weight.device.type, enabled=False):
-                yield name, LowRank(*adapters.live_update(layer, self.scales[name]).factors())
+                yield name, adapters.live_update(layer, self.scales[name])
+
+    def factors(self) -> Iterator[tuple[str, LowRank]]:
+        """Name and update of every adapted matrix as left @ right, float32, in the graph of the adapter's factors."""
+        for name, update in self.adapter():
+            yield name, LowRank(*update.factors())
 
     def answers(self) -> torch.Tensor:
         """Logits of this step where an answer is predicted, (answer tokens, vocabulary)."""

@@ -314,21 +314,11 @@ def _row_gradients(
     slopes: dict[str, torch.Tensor] = {}
     norms: torch.Tensor = torch.empty(0)
     lengths: set[int] = set()
-    real: tuple[torch.Tensor | None, torch.Tensor | None] = None, None  # of what the encoder gives, of the rest
-    encoded: list[int] = []
     products: set[str] = set()  # bare parameters whose inputs were seen
     seen = rows = 0
 
     def by_row(name: str, tensor: torch.Tensor) -> torch.Tensor:
-        # Some layers see batch and positions as one dimension, row after row.
-        flat = tensor.ndim == 2 and tensor.shape[0] in {rows * length for length in lengths}
-        if tensor.shape[0] != rows and not flat and not experts:
-            raise UserError(
-                f"The layer {name!r} mixes the rows of a batch ({tensor.shape[0]} for {rows}): its per-row "
-                "gradients cannot be told apart. Leave it out of the LoRA targets."
-            )
-        tensor = tensor if tensor.dtype == torch.float64 else tensor.float()
-        return tensor.reshape(rows, -1, tensor.shape[-1])
+        return _by_row(name, tensor, rows, lengths, experts)
 
     def by_targets(power: int) -> torch.Tensor:
         return 1.0 / counts**power
@@ -341,7 +331,7 @@ def _row_gradients(
         # Found out here, where all readers of a tensor hold it; summed up in the backward pass, which comes by once,
         # also where checkpointing runs the forward pass twice.
         leads = moments is not None and moments.leads(name, args[0])
-        mask = real[0] if name in of_encoder or inputs.data_ptr() in encoded else real[1]
+        mask = padding.mask(name, inputs) if leads else None
 
         def on_gradient(gradient: torch.Tensor) -> None:
             d = by_row(name, gradient.detach())
@@ -354,7 +344,7 @@ def _row_gradients(
                 by_token = weights.repeat_interleave(d.shape[1])
                 moments.add_gradient(name, d.flatten(0, 1), by_token, squares.flatten(0, 1))
             if leads:
-                moments.add_input(name, x[mask] if mask is not None and x.shape[:2] == mask.shape else x.flatten(0, 1))
+                moments.add_input(name, _real_tokens(x, mask))
 
         out.register_hook(on_gradient)
 
@@ -394,8 +384,7 @@ def _row_gradients(
         inputs, leads = x.detach(), moments.leads(name, x)
 
         def on_gradient(gradient: torch.Tensor) -> None:
-            # Rows of zeros fill up the share of an expert that fewer tokens were routed to.
-            routed = inputs.any(-1)
+            routed = _routed(inputs)
             d = gradient.detach()[routed].float()
             moments.add_gradient(name, d, weights.expand(len(d)), d.square())
             if leads:
@@ -404,24 +393,9 @@ def _row_gradients(
         out.register_hook(on_gradient)
 
     with ExitStack() as hooks:
-        of_encoder: set[str] = set()
-        if moments is not None and model.config.is_encoder_decoder:
-            encoder = model.get_base_model().get_encoder()
-            inside = set(encoder.modules())
-            of_encoder = {name for name, layer in layers.items() if layer in inside}
-            # The decoder's cross-attention reads these.
-            handle = encoder.register_forward_hook(lambda module, args, out: encoded.append(out[0].data_ptr()))
-            hooks.callback(handle.remove)
+        padding = _Padding(model, hooks) if moments is not None else None
         if moments is not None and experts:
-            hooks.enter_context(_eager_experts(model))
-            modules = {layer.get_base_layer(): {} for layer in layers.values() if is_experts(layer)}
-            for name, layer in layers.items():
-                if is_experts(layer):
-                    modules[layer.get_base_layer()][name] = layer.parameter_name
-            for module, parameters in modules.items():
-                watch = _Products(parameters, on_product)
-                hooks.callback(module.register_forward_pre_hook(watch.enter).remove)
-                hooks.callback(module.register_forward_hook(watch.leave, always_call=True).remove)
+            _watch_experts(model, on_product, hooks)
         for name, layer in layers.items():
             if is_experts(layer):
                 handles = [layer.get_base_layer().register_forward_pre_hook(partial(on_experts, name, layer))]
@@ -444,10 +418,9 @@ def _row_gradients(
         for batch in _one_by_one(batches, model.config.is_encoder_decoder) if experts else batches:
             _refuse_packed(batch, task_name)
             rows = len(batch["labels"])
-            lengths = {batch[key].shape[1] for key in ("input_ids", "labels") if batch[key].ndim == 2}
-            if moments is not None:
-                encoded.clear()
-                real = _real_tokens(model, batch)
+            lengths = _lengths(batch)
+            if padding is not None:
+                padding.new_batch(batch)
             with autocast():
                 logits, targets = predict(model, batch)
             losses, counts = row_losses(logits, targets, generator)
@@ -464,12 +437,115 @@ def _row_gradients(
             yield _Batch(weights, slopes, seen)
 
 
-def _real_tokens(model: PeftModel, batch: Mapping[str, Any]) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Which tokens are no padding, (rows, positions): of the encoder, and of the decoder or the only stack. `None` if
-    all are."""
-    given = batch.get("attention_mask")
-    given = None if given is None or bool(given.all()) else given.bool()
-    return (given, batch["labels"] != IGNORE_INDEX) if model.config.is_encoder_decoder else (None, given)
+@torch.no_grad()
+def see_inputs(
+    model: PeftModel,
+    batches: Iterable[Mapping[str, Any]],
+    moments: Moments,
+    *,
+    autocast: Callable[[], Any] = nullcontext,
+    task_name: str | None = "",
+) -> None:
+    """Fill `moments.inputs` alone, by forward passes in evaluation mode: what the whole pass finds, to the bit.
+
+    Args:
+        model (`PeftModel`): At any time: the inputs are those of its weights as they are.
+        batches (`Iterable[Mapping]`): As in [`measure_curvature`].
+        moments (`Moments`): To be filled.
+        autocast (`Callable`, *optional*): As in [`measure_curvature`].
+        task_name (`str`, *optional*): As in [`measure_curvature`].
+
+    Raises:
+        UserError: If a row holds several examples, or a layer mixes the rows of a batch.
+    """
+    layers = lora_layers(model)
+    experts = any(is_experts(layer) for layer in layers.values())
+    lengths: set[int] = set()
+    rows = 0
+
+    def on_output(name: str, module: nn.Module, args: tuple[torch.Tensor, ...], out: Any) -> None:
+        if moments.leads(name, args[0]):
+            x = _by_row(name, args[0], rows, lengths, experts)
+            moments.add_input(name, _real_tokens(x, padding.mask(name, args[0])))
+
+    def on_product(name: str, x: torch.Tensor, out: torch.Tensor) -> None:
+        if moments.leads(name, x):
+            moments.add_input(name, x[_routed(x)].float())
+
+    with ExitStack() as hooks:
+        padding = _Padding(model, hooks)
+        if experts:
+            _watch_experts(model, on_product, hooks)
+        for name, layer in layers.items():
+            if not is_experts(layer):
+                hooks.callback(layer.register_forward_hook(partial(on_output, name)).remove)
+        hooks.enter_context(evaluating(model))
+        for batch in _one_by_one(batches, model.config.is_encoder_decoder) if experts else batches:
+            _refuse_packed(batch, task_name)
+            rows, lengths = len(batch["labels"]), _lengths(batch)
+            padding.new_batch(batch)
+            with autocast():
+                predict(model, batch)
+
+
+def _by_row(name: str, tensor: torch.Tensor, rows: int, lengths: set[int], experts: bool) -> torch.Tensor:
+    """What a layer reads or writes as (rows, tokens, features), in float32 at least."""
+    # Some layers see batch and positions as one dimension, row after row.
+    flat = tensor.ndim == 2 and tensor.shape[0] in {rows * length for length in lengths}
+    if tensor.shape[0] != rows and not flat and not experts:
+        raise UserError(
+            f"The layer {name!r} mixes the rows of a batch ({tensor.shape[0]} for {rows}): its per-row "
+            "gradients cannot be told apart. Leave it out of the LoRA targets."
+        )
+    tensor = tensor if tensor.dtype == torch.float64 else tensor.float()
+    return tensor.reshape(rows, -1, tensor.shape[-1])
+
+
+def _lengths(batch: Mapping[str, Any]) -> set[int]:
+    """Numbers of positions that a layer may see."""
+    return {batch[key].shape[1] for key in ("input_ids", "labels") if batch[key].ndim == 2}
+
+
+class _Padding:
+    """Which tokens of what a layer reads are no padding, of the encoder, the decoder or the only stack.
+
+    Args:
+        model (`PeftModel`): With its adapter.
+        hooks (`ExitStack`): Removes the hooks in the end.
+    """
+
+    def __init__(self, model: PeftModel, hooks: ExitStack) -> None:
+        self._encoded: list[int] = []  # addresses of what the encoder gives
+        self._of_encoder: set[str] = set()
+        self._two_stacks = model.config.is_encoder_decoder
+        if self._two_stacks:
+            encoder = model.get_base_model().get_encoder()
+            inside = set(encoder.modules())
+            self._of_encoder = {name for name, layer in lora_layers(model).items() if layer in inside}
+            # The decoder's cross-attention reads these.
+            handle = encoder.register_forward_hook(lambda module, args, out: self._encoded.append(out[0].data_ptr()))
+            hooks.callback(handle.remove)
+
+    def new_batch(self, batch: Mapping[str, Any]) -> None:
+        self._encoded.clear()
+        given = batch.get("attention_mask")
+        given = None if given is None or bool(given.all()) else given.bool()
+        self._real = (given, batch["labels"] != IGNORE_INDEX) if self._two_stacks else (None, given)
+
+    def mask(self, name: str, inputs: torch.Tensor) -> torch.Tensor | None:
+        """Which tokens of `inputs`, which the layer `name` reads just now, are real, (rows, positions); `None` if all
+        are."""
+        return self._real[0] if name in self._of_encoder or inputs.data_ptr() in self._encoded else self._real[1]
+
+
+def _real_tokens(x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """x (rows, tokens, features) as (real tokens, features)."""
+    return x[mask] if mask is not None and x.shape[:2] == mask.shape else x.flatten(0, 1)
+
+
+def _routed(x: torch.Tensor) -> torch.Tensor:
+    """Which of an expert's tokens are some: rows of zeros fill up the share of one that fewer were routed to."""
+    return x.any(-1)
 
 
 def _add_squares(totals, name, x, d, weights, transposed) -> None:  # noqa: ANN001
@@ -632,6 +708,19 @@ class _Products(TorchFunctionMode):
         else:  # all experts at once
             for expert in range(len(factor)):
                 self.see(expert_name(name, expert), x[expert], out[expert])
+
+
+def _watch_experts(model: PeftModel, see: Callable[[str, torch.Tensor, torch.Tensor], None], hooks: ExitStack) -> None:
+    """Show the products of all experts to `see`, as [`_Products`] has it, until `hooks` end."""
+    hooks.enter_context(_eager_experts(model))
+    layers = {name: layer for name, layer in lora_layers(model).items() if is_experts(layer)}
+    modules: dict[nn.Module, dict[str, str]] = {layer.get_base_layer(): {} for layer in layers.values()}
+    for name, layer in layers.items():
+        modules[layer.get_base_layer()][name] = layer.parameter_name
+    for module, parameters in modules.items():
+        watch = _Products(parameters, see)
+        hooks.callback(module.register_forward_pre_hook(watch.enter).remove)
+        hooks.callback(module.register_forward_hook(watch.leave, always_call=True).remove)
 
 
 @contextmanager

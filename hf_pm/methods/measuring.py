@@ -12,13 +12,13 @@ from ..errors import UserError
 from ..weights import adapters, kronecker
 from ..weights.merging import Curvature, Factored, mean_entry, quadratic, scaled
 from .contract import Measured
-from .curvature import Moments, expert_name, mean_gradient, measure_curvature
+from .curvature import Moments, expert_name, mean_gradient, measure_curvature, see_inputs
 
 
 # What a part may ask for (`Part.measures`), by matrix: the curvature F as `curvature_estimator` keeps it, the mean
-# gradient of the task's loss on the data's own labels, the Kronecker factors of F, and the diagonal curvature of the
-# adapter's A and B.
-MEASURES = ("curvature", "gradient", "kronecker", "factors")
+# gradient of the task's loss on the data's own labels, the Kronecker factors of F, the second moments of the inputs,
+# which need no backward pass if nothing else is wanted, and the diagonal curvature of the adapter's A and B.
+MEASURES = ("curvature", "gradient", "kronecker", "inputs", "factors")
 
 
 def measure(
@@ -42,11 +42,15 @@ def measure(
         labels (`str`, *optional*): In the place of `curvature_labels`.
         normalization (`str`, *optional*): In the place of `curvature_normalization`.
     """
+    if set(wanted) == {"inputs"}:
+        inputs = measure_inputs(trainer, rows, task_name)
+        return Measured({}, {}, adapters.updates(trainer.model), 0.0, 1.0, inputs=inputs)
     args, accelerator = trainer.args, trainer.accelerator
     sampled = (labels or args.curvature_labels) == "sampled"
     normalization = normalization or args.curvature_normalization
     generator = torch.Generator().manual_seed(seed + args.process_index) if sampled else None
-    moments = Moments(trainer.parts.cut_rank, accelerator.device) if "kronecker" in wanted else None
+    sums = not {"kronecker", "inputs"}.isdisjoint(wanted)
+    moments = Moments(trainer.parts.cut_rank, accelerator.device) if sums else None
     estimator = args.curvature_estimator
     if "curvature" not in wanted:
         estimator = "directional"  # its one number costs nothing
@@ -89,7 +93,9 @@ def measure(
         factor = 1 / mean if mean > 0 else 1.0
     measured = Measured(curvature, gradient, updates, exact, 1.0)
     if moments is not None:
-        measured = measured._replace(kronecker=means(moments, updates, count, accelerator, task_name))
+        inputs = mean_inputs(moments, updates, accelerator, task_name)
+        pairs = means(moments, inputs, updates, count, accelerator, task_name) if "kronecker" in wanted else {}
+        measured = measured._replace(kronecker=pairs, inputs=inputs)
     measured = measured._replace(factors={key: total(square).div_(count) for key, square in found.factors.items()})
     if curvature and args.curvature_estimator == "directional":
         along = math.fsum(quadratic(fisher, measured.delta(name).dense()) for name, fisher in curvature.items())
@@ -104,43 +110,95 @@ def measure(
     )
 
 
-def means(
-    moments: Moments, updates: Mapping[str, adapters.Update], rows: float, accelerator: Accelerator, task_name: str
-) -> dict[str, kronecker.Factors]:
-    """Matrix name -> its Kronecker factors over all ranks, in the orientation of the live weight, on the CPU.
+def measure_inputs(trainer: Any, rows: Dataset, task_name: str | None) -> dict[str, kronecker.Symmetric]:
+    """Second moments of what every adapted layer reads, at the weights as they are, by forward passes alone.
+
+    Args:
+        trainer (`PMTrainerMixin`): As in [`measure`].
+        rows (`Dataset`): Encoded rows.
+        task_name (`str`, *optional*): As in [`measure`].
+
+    Returns:
+        `dict`: As [`mean_inputs`] does.
+    """
+    args, accelerator = trainer.args, trainer.accelerator
+    moments = Moments(trainer.parts.cut_rank, accelerator.device)
+    batches = trainer.batches(rows, args.curvature_batch_size, "inputs")
+    see_inputs(trainer.model, batches, moments, autocast=accelerator.autocast, task_name=task_name)
+    return mean_inputs(moments, adapters.updates(trainer.model), accelerator, task_name)
+
+
+def mean_inputs(
+    moments: Moments, updates: Mapping[str, adapters.Update], accelerator: Accelerator, task_name: str | None
+) -> dict[str, kronecker.Symmetric]:
+    """Matrix name -> mean over all ranks' tokens of x x^T, (..., in, in), on the CPU; layers that read the same x
+    share one object.
 
     Every rank adds up the same matrices in the same order, also those of layers that none of its rows reached.
 
     Raises:
-        UserError: If the factors of a matrix are not finite.
+        UserError: If a mean is not finite.
     """
     names = list(updates)
     places = {name: place for place, name in enumerate(names, start=1)}
     seen = [places.get(moments.leaders.get(name, ""), 0) for name in names]
     seen = accelerator.gather(torch.tensor([seen], device=accelerator.device)).amax(0).tolist()
     leaders = {name: names[place - 1] if place else name for name, place in zip(names, seen, strict=True)}
-    inputs, found = {}, {}
-    for name, update in updates.items():
-        *experts, left, right = update.shape()
-        if update.transposed:
-            left, right = right, left
-        count = experts[0] if experts else None
-        leader = leaders[name]
-        if leader not in inputs:  # layers that share A go on sharing it
+    found: dict[str, kronecker.Symmetric] = {}
+    for name, leader in leaders.items():
+        if leader not in found:
+            count, side = _experts(updates[leader]), updates[leader].A.shape[-1]
             tokens = torch.tensor([moments.tokens.get(part, 0) for part in _parts(leader, count)], dtype=torch.float64)
             tokens = accelerator.reduce(tokens.to(accelerator.device)).cpu().clamp(min=1)
-            inputs[leader] = _over_ranks(moments, moments.inputs, leader, count, right, 1 / tokens, accelerator)
-        ones = torch.ones(count or 1, dtype=torch.float64)
-        pair = _over_ranks(moments, moments.outputs, name, count, left, ones / rows, accelerator), inputs[leader]
-        for matrix in pair:
-            if not bool(torch.isfinite(kronecker.trace(matrix)).all()):
-                raise UserError(
-                    f"The Kronecker factors of {name!r} in the curvature pass of task {task_name!r} are not finite: "
-                    "they hold squares of its inputs and gradients. Nothing was committed; lower `learning_rate`, or "
-                    "leave that layer out of the LoRA targets."
-                )
-        found[name] = pair[::-1] if update.transposed else pair
+            found[leader] = _over_ranks(moments, moments.inputs, leader, count, side, 1 / tokens, accelerator)
+            _require_finite(found[leader], leader, task_name)
+        found[name] = found[leader]
     return found
+
+
+def means(
+    moments: Moments,
+    inputs: Mapping[str, kronecker.Symmetric],
+    updates: Mapping[str, adapters.Update],
+    rows: float,
+    accelerator: Accelerator,
+    task_name: str | None,
+) -> dict[str, kronecker.Factors]:
+    """Matrix name -> its Kronecker factors over all ranks, in the orientation of the live weight, on the CPU.
+
+    Args:
+        moments (`Moments`): Of this rank.
+        inputs (`Mapping`): The result of [`mean_inputs`], which is their A.
+        updates (`Mapping`): Matrix name -> its update.
+        rows (`float`): Number of rows of all ranks.
+        accelerator (`Accelerator`): Adds up.
+        task_name (`str`, *optional*): As in [`measure`].
+
+    Raises:
+        UserError: If the factors of a matrix are not finite.
+    """
+    found = {}
+    for name, update in updates.items():
+        count, side = _experts(update), update.B.shape[-2]
+        ones = torch.ones(count or 1, dtype=torch.float64)
+        G = _over_ranks(moments, moments.outputs, name, count, side, ones / rows, accelerator)
+        _require_finite(G, name, task_name)
+        found[name] = (inputs[name], G) if update.transposed else (G, inputs[name])
+    return found
+
+
+def _experts(update: adapters.Update) -> int | None:
+    """How many experts the matrix has; `None` if it is none of theirs."""
+    return update.A.shape[0] if update.A.ndim == 3 else None
+
+
+def _require_finite(matrix: kronecker.Symmetric, name: str, task_name: str | None) -> None:
+    if not bool(torch.isfinite(kronecker.trace(matrix)).all()):
+        raise UserError(
+            f"The Kronecker factors of {name!r} in the curvature pass of task {task_name!r} are not finite: they hold "
+            "squares of its inputs and gradients. Nothing was committed; lower `learning_rate`, or leave that layer "
+            "out of the LoRA targets."
+        )
 
 
 def _parts(name: str, experts: int | None) -> list[str]:

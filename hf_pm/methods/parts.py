@@ -16,7 +16,7 @@ from .contract import Ended, Measured, Merged, Optimizer, Part, Penalty, Perturb
 from .merges.coefficients import Average, Became, ClosedForm, Fixed, Last
 from .merges.dare import Dare
 from .merges.experts import Experts
-from .merges.factors import FactorClosedForm, Pair, Pic
+from .merges.factors import FactorClosedForm, Pic
 from .merges.fisher import Cofima, Fisher
 from .merges.isotropic import IsoC
 from .merges.magmax import MagMax
@@ -26,13 +26,19 @@ from .merges.spectral import Spectral
 from .merges.subspace import Subspace
 from .merges.task_arithmetic import TaskArithmetic
 from .merges.ties import Ties
+from .penalties.ella import Ella
 from .penalties.ewc import Ewc
 from .penalties.kronecker import Gram, Kronecker
+from .penalties.l1 import L1
 from .penalties.lwf import Lwf
+from .penalties.olora import OLora
 from .perturbation import Gaussian, TaskVector
 from .protection import check_protect
 from .replay import Buffer
 from .serves.routed import Routed
+from .starts.continued import Continued
+from .starts.inflora import InfLora
+from .starts.slao import Orthonormal, TimeAware
 from .table import METHODS, Method
 
 
@@ -49,13 +55,23 @@ class OnTrained(Start):
 
 
 PARTS: dict[str, dict[str, type[Part]]] = {
-    "start": {"merged": Start, "base": OnBase, "trained": OnTrained, "pair": Pair},
+    "start": {
+        "merged": Start,
+        "base": OnBase,
+        "trained": OnTrained,
+        "continued": Continued,
+        "slao": Orthonormal,
+        "inflora": InfLora,
+    },
     "perturbation": {"none": Perturbation, "task_vector": TaskVector, "gaussian": Gaussian},
     "penalty": {
         "ewc": Ewc,
         "lwf": Lwf,
         "kronecker": Kronecker,
         "gram": Gram,
+        "olora": OLora,
+        "l1": L1,
+        "ella": Ella,
     },
     "replay": {"none": Replay, "buffer": Buffer},
     "optimizer": {"optim": Optimizer},
@@ -79,6 +95,7 @@ PARTS: dict[str, dict[str, type[Part]]] = {
         "spectral": Spectral,
         "subspace": Subspace,
         "experts": Experts,
+        "slao": TimeAware,
     },
     "serve": {"folded": Serve, "routed": Routed},
 }
@@ -136,8 +153,8 @@ class Parts:
             UserError: Says why, and what to use instead.
         """
         method, args = self.method, self.args
-        if self.penalties and (method.start == "base" or method.stream != "sequence"):
-            where = f"start: {method.start}" if method.start == "base" else f"stream: {method.stream}"
+        if self.penalties and (self.start.on_base or method.stream != "sequence"):
+            where = f"start: {method.start}" if self.start.on_base else f"stream: {method.stream}"
             raise UserError(
                 f"`penalty: {', '.join(method.penalties)}` keeps a task near the merged model of those before it, but "
                 f"with `{where}` there is none. Remove the penalty, or use `start: merged`."

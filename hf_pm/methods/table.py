@@ -36,10 +36,11 @@ METHODS: dict[str, Method] = {
     # Its ablations: the closed form without perturbation, and isotropic noise of the same norm.
     "merge-only": Method("LoRA-M in arXiv 2505.22389", "none", "pm"),
     "gaussian": Method("LoRA-M with Gaussian noise in arXiv 2505.22389", "gaussian", "pm"),
-    # Its curvature in the entries of A and B, with one pair of them for all tasks (and without perturbation).
-    "pm-factors": Method("LoRA-M with the curvature of A and B, arXiv 2505.22389", merge="pm_factors", start="pair"),
+    # Its curvature in the entries of A and B, with one adapter for all tasks (and without perturbation).
+    "pm-factors": Method("LoRA-M with curvature of A and B, arXiv 2505.22389", merge="pm_factors", start="continued"),
     # Every update is kept whole: what people do today.
     "sequential": Method("IncLoRA in arXiv 2310.14152", merge="last"),
+    "seq-lora": Method("SeqLoRA in arXiv 2310.14152: one adapter goes on", merge="last", start="continued"),
     "average": Method("running model averaging, alpha_t = 1/t", merge="average"),
     "fixed": Method("CoMA, Marouf et al., ECCV 2024", merge="fixed"),
     "cofima": Method("CoFiMA, Marouf et al., ECCV 2024", merge="cofima"),
@@ -62,6 +63,12 @@ METHODS: dict[str, Method] = {
     "gram": Method("its inputs' second moments alone", penalties=("gram",)),
     "subspace": Method("P&M's closed form over (r, r) matrices, with such curvature", merge="subspace"),
     "spectral": Method("P&M's closed form over every update, with such curvature", merge="spectral"),
+    # Updates that keep out of each other's way.
+    "olora": Method("O-LoRA, arXiv 2310.14152", penalties=("olora",)),
+    "n-lora": Method("N-LoRA, arXiv 2410.10179", penalties=("l1",)),
+    "ella": Method("ELLA, arXiv 2601.02232", penalties=("ella",)),
+    "inflora": Method("InfLoRA, arXiv 2404.00228", start="inflora"),
+    "slao": Method("SLAO, arXiv 2512.23017", merge="slao", start="slao"),
     "replay": Method("experience replay, arXiv 1902.10486", replay="buffer"),
     # Upper bounds in the same harness: all tasks shuffled together, and one adapter per task on the base.
     "joint": Method("upper bound: multi-task training", stream="joint"),

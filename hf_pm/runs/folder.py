@@ -226,6 +226,10 @@ class RunFolder:
     def task_dir(self, number: int) -> Path:
         return self.path / "tasks" / f"{number:02d}-{self.stages[number - 1]}"
 
+    def earlier_adapters(self) -> list[adapters.StoredAdapter]:
+        """The adapters of the committed tasks, oldest first."""
+        return [adapters.StoredAdapter(self.path / entry.adapter) for entry in self.ledger.entries]
+
     # ---- Committing a task --------------------------------------------------------------------------------------
 
     def read_state(self) -> StoredState:

@@ -27,7 +27,7 @@ WHOLE, CUT = (torch.Tensor, ("_whole",)), (Cut, ("_roots", "_diagonal"))
 # Form -> the ways to keep a value: its class and the endings of the keys of its parts. Only a dense value is too large
 # to hold for all matrices at once. `rows` and `columns` are symmetric matrices of as many rows as the weight has rows
 # or columns, whole or cut (`kronecker.cut`); `inputs` of as many as the layer has inputs: columns, or rows of a weight
-# that is stored transposed.
+# that is stored transposed. A `basis` has as many rows as the layer has inputs, and any number of columns.
 FORMS: dict[str, tuple[tuple[type, tuple[str, ...]], ...]] = {
     "dense": ((torch.Tensor, ("",)),),
     "factored": ((Factored, ("_rows", "_cols")),),
@@ -35,6 +35,7 @@ FORMS: dict[str, tuple[tuple[type, tuple[str, ...]], ...]] = {
     "rows": (WHOLE, CUT),
     "columns": (WHOLE, CUT),
     "inputs": (WHOLE, CUT),
+    "basis": ((torch.Tensor, ("_basis",)),),
 }
 KINDS = dict.fromkeys(way for ways in FORMS.values() for way in ways)
 # In the header of a file: tensor -> the tensor that it equals to the bit, and is stored as.
@@ -74,8 +75,8 @@ class StoredState:
             return tensors.get_tensor(self._same.get(name, name))
 
     def _side(self, key: str, name: str) -> int | None:
-        """Rows of the symmetric matrix `key` of the matrix `name`, whole or cut."""
-        tensors = (self._tensors.get(f"{key}{ending}/{name}") for ending in ("_whole", "_diagonal"))
+        """Rows of what is kept under `key` on one side of the matrix `name`."""
+        tensors = (self._tensors.get(f"{key}{ending}/{name}") for ending in ("_whole", "_diagonal", "_basis"))
         return next((tensor.shape[0] for tensor in tensors if tensor is not None), None)
 
     def check(self, keeps: Mapping[str, str], shapes: Mapping[str, Sequence[int]]) -> None:
@@ -96,12 +97,13 @@ class StoredState:
                 sizes = {"": shape, "_rows": (*experts, rows), "_cols": (*experts, columns)}
                 sizes |= {"_left": (*experts, rows, ...), "_right": (*experts, ..., columns)}
                 side = rows if form == "rows" else columns
-                if form == "inputs" and self._side(key, name) == rows:
+                if form in ("inputs", "basis") and self._side(key, name) == rows:
                     side = rows
                 sizes |= {
                     "_whole": (*experts, side, side),
                     "_roots": (*experts, side, ...),
                     "_diagonal": (*experts, side),
+                    "_basis": (*experts, side, ...),
                 }
                 ways = [endings for _, endings in FORMS[form]]
                 there = [endings for endings in ways if f"{key}{endings[0]}/{name}" in self._tensors]
@@ -186,13 +188,14 @@ def _parts(form: str, value: Value) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def _once(tensors: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Square matrices and their cuts that layers with the same input share, each once; and name -> name of its equal.
+    """Square matrices, their cuts and bases that layers with the same input share, each once; and name -> name of its
+    equal.
 
     Other values stay as earlier versions wrote them.
     """
     kept, same, seen = {}, {}, {}
     for name, tensor in tensors.items():
-        shared = name.partition("/")[0].endswith(("_whole", "_roots", "_diagonal"))
+        shared = name.partition("/")[0].endswith(("_whole", "_roots", "_diagonal", "_basis"))
         digest = sha256(as_bytes(tensor)).digest() + repr((tensor.dtype, tensor.shape)).encode() if shared else name
         if (first := seen.setdefault(digest, name)) == name:
             kept[name] = tensor
@@ -219,6 +222,6 @@ def state_bytes(
         *experts, rows, columns = shape
         each = {"dense": rows * columns, "factored": rows + columns, "low_rank": (rows + columns) * rank}
         each |= {"rows": rows * min(rows, cut + 1), "columns": columns * min(columns, cut + 1)}
-        each["inputs"] = each["columns"]
+        each |= {"inputs": each["columns"], "basis": columns**2}  # at most
         numbers += math.prod(experts) * sum(each[form] for form in keeps.values())
     return numbers * DTYPES[dtype].itemsize

@@ -4,12 +4,13 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
+from peft import PeftModel
 
+from ...errors import UserError
 from ...weights import adapters
 from ...weights.adapters import Update
 from ...weights.merging import State, matrix_terms, pm_coefficient, sum_terms, update_state
-from ..contract import Ended, Merge, Merged, Start, Task
-from ..kronecker_state import KroneckerState
+from ..contract import Ended, Merge, Merged, Task
 from .vectors import SCALING, VectorMerge
 
 
@@ -58,49 +59,22 @@ class Pic(VectorMerge):
         return {key: before.get(key, 0.0) + (own - self.initial[key]) for key, own in flat(ended.updates).items()}
 
 
-class Pair(Start):
-    """One adapter for all tasks: each begins with the merged A and B of those before, on the untouched base."""
-
-    on_base = True
-
-    def check(self, method: Any, task_type: str) -> str | None:
-        if method.merge != "pm_factors":
-            return (
-                f"`start: pair` goes on with one adapter for all tasks, but `merge: {method.merge}` merges updates of "
-                "single tasks. Use `merge: pm_factors`, or `start: merged`."
-            )
-        others = [*method.penalties, *({method.perturbation} - {"none"})]
-        if others:
-            return (
-                f"`{others[0]}` takes the adapter for the update of one task, but with `start: pair` it holds all "
-                "tasks so far. Remove it, or use `start: merged`."
-            )
-        return None
-
-    def adapter(self, task: Task) -> None:
-        super().adapter(task)
-        if task.number > 1:
-            merged = unflat(task.before.beside("pair"), adapters.updates(task.model))
-            adapters.load_factors(task.model, {name: (update.A, update.B) for name, update in merged.items()})
-
-
 class FactorClosedForm(Merge):
     """P&M's closed form (arXiv 2505.22389) with the curvature of A and B instead of that of W: an ablation.
 
     Of different tasks' adapters A and B are different coordinates: (B Q, Q^-1 A) is the same update for every Q, with
-    another diagonal curvature. So there is one pair for all tasks (`start: pair`), and theta is its entries: D =
+    another diagonal curvature. So one adapter goes on (`start: continued`), and theta is its entries: D =
     (A_t, B_t) - (A, B), alpha = (<F_t, D^2> + <R, D>) / <S + F_t, D^2>, and (A, B) + alpha * D is committed, one
-    adapter of rank r. (A + alpha D_A, B + alpha D_B) is not W + alpha * (W_t - W). Keeps S and R of A and B and the
-    pair, each as large as an adapter. alpha is in the record; the committed adapter counts whole.
+    adapter of rank r, with which the next task begins. (A + alpha D_A, B + alpha D_B) is not W + alpha * (W_t - W).
+    Keeps S and R of A and B, each as large as an adapter. alpha is in the record; the committed adapter counts whole.
     """
 
     mixes = True
     measures = frozenset({"factors"})
-    growth = "constant: four adapters"
-    attach = KroneckerState.attach
+    growth = "constant: S and R of A and B, two adapters"
 
     def check(self, method: Any, task_type: str) -> str | None:
-        if method.start != "pair" or method.stream != "sequence":
+        if method.start != "continued" or method.stream != "sequence":
             return (
                 f"`merge: pm_factors` merges in one pair of factors, but with `start: {method.start}` and `stream: "
                 f"{method.stream}` every task has its own. Use `method: pm-factors`, or `merge: pm`."
@@ -111,6 +85,14 @@ class FactorClosedForm(Merge):
                 "have two units. Use `sequence` or `token`."
             )
         return None
+
+    def attach(self, model: PeftModel) -> None:
+        for name, layer in adapters.lora_layers(model).items():
+            if adapters.is_experts(layer):
+                raise UserError(
+                    f"`merge: pm_factors` measures the factors of linear layers, but {name!r} is a bare parameter "
+                    "(`lora_target_parameters`). Adapt linear layers only, or use `merge: pm`."
+                )
 
     def begin(self, task: Task) -> None:
         self.initial = flat(adapters.updates(task.model))
@@ -125,7 +107,7 @@ class FactorClosedForm(Merge):
 
     def end(self, ended: Ended) -> dict[str, torch.Tensor]:
         alpha, found = ended.merged.record["alpha"], ended.measured.factors
-        kept = {f"pair/{key}": factor for key, factor in flat(ended.merged.adapter).items()}
+        kept = {}
         for key, delta, state in self._each(ended):
             S, R = update_state(state, found[key], delta, alpha)
             kept |= {f"pair_S/{key}": S, f"pair_R/{key}": R}
