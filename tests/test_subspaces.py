@@ -374,6 +374,8 @@ def test_inflora_trains_b_alone(run, monkeypatch):
     assert torch.equal(designs[2][q], designs[2][k]) and not torch.equal(designs[2][q], designs[2][o])
     C, A = found[1][q].double(), designs[2][q].double()  # the first layer's inputs are the same in every task's model
     assert 3 * float((A @ C @ A.T).trace()) < 0.2 * float(C.trace())
+    plan = method_bytes(done.trainer.run.folder.shapes(), done.trainer.args)
+    assert 0 < done.results["per_task"][-1]["state_bytes"] < plan.state and plan.merge_memory > 0
     state = StoredState(folder / "curvature" / "state-02.safetensors")
     with safe_open(state.path, "pt") as file:
         assert f"memory_basis/{q}" in file.keys() and f"memory_basis/{k}" not in file.keys()  # noqa: SIM118
