@@ -31,6 +31,7 @@ from hf_pm.methods.penalties.olora import OLora
 from hf_pm.methods.starts.continued import Continued
 from hf_pm.methods.starts.inflora import InfLora, design, extend, memory_of
 from hf_pm.methods.starts.slao import Orthonormal, TimeAware, averaged, orthonormal
+from hf_pm.plan import method_bytes
 from hf_pm.report import page
 from hf_pm.runs.doctor import examine
 from hf_pm.store.ledger import Ledger
