@@ -13,6 +13,7 @@ with the task's commit, hashed, resumed, rolled back, pushed, restored, checked 
 | `join` | then: the training rows | `Replay` |
 | `create` | then: the optimizer | `Optimizer` |
 | `step` | around the forward and backward pass of a step | `Perturbation` |
+| `sampled` | inside that: the weights that the pass sees | `Optimizer` |
 | `loss` | inside it, after the forward pass | `Penalty` |
 | `solve` | after training and measuring | `Merge` |
 | `end`, `end_matrix` | then: new state from the old and from what was measured | every part |
@@ -92,7 +93,10 @@ class Task(NamedTuple):
 
     `number`: counted from 1. `name`: of the task. `model`: with its adapter. `matrices`: adapted matrices by name.
     `before`: the state after the task before. `rows_of`: gives the encoded training rows of an earlier task, by its
-    name. `seed`: of this task.
+    name. `seed`: of this task. `earlier`: the adapters of the tasks before, oldest first, as the ledger has them.
+    `answers`: gives the live model's logits where encoded rows are answered, (answer tokens, vocabulary), row after
+    row, and the tokens of the answers, (answer tokens,); in the graph of the adapter, and in the model's own mode.
+    `earlier_names`: names of the tasks before, oldest first.
     """
 
     number: int
@@ -102,6 +106,9 @@ class Task(NamedTuple):
     before: StoredState
     rows_of: Callable[[str], Dataset]
     seed: int
+    earlier: Sequence[adapters.StoredAdapter] = ()
+    answers: Callable[[Dataset], tuple[torch.Tensor, torch.Tensor]] | None = None
+    earlier_names: Sequence[str] = ()
 
 
 class Ended(NamedTuple):
@@ -130,6 +137,7 @@ class Step(NamedTuple):
 
     `model`: with its adapter. `batch`: model inputs with `labels`. `outputs`: of the model. `layers`, `scales`: every
     adapted layer, and its nominal scale, which a perturbation does not change. `autocast`: context manager factory.
+    `number`, `micro_step`: optimizer step of the task, and micro-batch of that step, both from 0.
     """
 
     model: PeftModel
@@ -138,6 +146,8 @@ class Step(NamedTuple):
     layers: Mapping[str, LoraLayer]
     scales: Mapping[str, float]
     autocast: Callable[[], Any]
+    number: int = 0
+    micro_step: int = 0
 
     def updates(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Name and dense update of every adapted matrix, float32, in the graph of the adapter's factors."""
@@ -264,6 +274,11 @@ class Optimizer(Part):
     def create(self, model: PeftModel) -> torch.optim.Optimizer | None:
         """A fresh optimizer for one task; `None` for what `optim` names."""
         return None
+
+    @contextmanager
+    def sampled(self, task_number: int, step: int) -> Iterator[None]:
+        """Encloses forward and backward, within which the weights may be a draw around the live ones."""
+        yield
 
 
 class Merge(Part):

@@ -18,11 +18,12 @@ from .merges.experts import Experts
 from .merges.spectral import Spectral
 from .merges.subspace import Subspace
 from .merges.ties import Ties
+from .penalties.der import Der
 from .penalties.ewc import Ewc
 from .penalties.kronecker import Gram, Kronecker
 from .penalties.lwf import Lwf
 from .perturbation import Gaussian, TaskVector
-from .replay import Buffer
+from .replay import Buffer, Memory
 from .serves.routed import Routed
 from .table import METHODS, Method
 
@@ -41,8 +42,9 @@ PARTS: dict[str, dict[str, type[Part]]] = {
         "lwf": Lwf,
         "kronecker": Kronecker,
         "gram": Gram,
+        "der": Der,
     },
-    "replay": {"none": Replay, "buffer": Buffer},
+    "replay": {"none": Replay, "buffer": Buffer, "memory": Memory},
     "optimizer": {"optim": Optimizer},
     "merge": {
         "pm": ClosedForm,
@@ -161,9 +163,11 @@ class Parts:
         for part in self:
             part.begin(task)
 
-    def losses(self, model: PeftModel, batch: Any, outputs: Any, autocast: Any) -> dict[str, torch.Tensor]:
+    def losses(
+        self, model: PeftModel, batch: Any, outputs: Any, autocast: Any, number: int = 0, micro_step: int = 0
+    ) -> dict[str, torch.Tensor]:
         """Penalty -> its term of one micro-batch."""
-        step = Step(model, batch, outputs, self.layers, self.scales, autocast)
+        step = Step(model, batch, outputs, self.layers, self.scales, autocast, number, micro_step)
         terms = {penalty.name: penalty.loss(step) for penalty in self.penalties}
         return {name: term for name, term in terms.items() if term is not None}
 

@@ -50,6 +50,7 @@ METHODS: dict[str, Method] = {
     "subspace": Method("P&M's closed form over (r, r) matrices, with such curvature", merge="subspace"),
     "spectral": Method("P&M's closed form over every update, with such curvature", merge="spectral"),
     "replay": Method("experience replay, arXiv 1902.10486", replay="buffer"),
+    "der": Method("DER++, arXiv 2004.07211", penalties=("der",), replay="memory"),
     # Upper bounds in the same harness: all tasks shuffled together, and one adapter per task on the base.
     "joint": Method("upper bound: multi-task training", stream="joint"),
     "single": Method("upper bound: one adapter per task", start="base", stream="bank"),
