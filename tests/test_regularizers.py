@@ -1,5 +1,6 @@
 """Methods that replay, regularize or keep a posterior: their identities, and the same bits after a stop."""
 
+import math
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,13 +15,16 @@ from torch.nn.functional import cross_entropy
 
 from hf_pm import PMTrainer
 from hf_pm.cli import main
+from hf_pm.methods.optimizers.badam import GaussianAdam, narrowed
+from hf_pm.methods.penalties.der import Der
 from hf_pm.runs.doctor import examine
+from hf_pm.store.ledger import Ledger
 from hf_pm.tasks.encoding import IGNORE_INDEX
 from hf_pm.weights.adapters import ADAPTER, StoredAdapter, lora_layers
 from hf_pm.weights.states import StoredState
 
 
-SETTINGS = {"der": {"replay_fraction": 0.3}}
+SETTINGS = {"der": {"replay_fraction": 0.3}, "badam": {"badam_sigma": 0.05}}
 NEW = tuple(SETTINGS)
 
 
@@ -50,6 +54,7 @@ class Keeps(PMTrainer):
 @pytest.mark.parametrize("name", NEW)
 def test_stopped_in_a_task_and_started_again_gives_the_same_bits(name, model, stream, tokenizer, lora, config):
     settings = {"save_strategy": "steps", "save_steps": 3, "method": name, "method_kwargs": SETTINGS[name]}
+    settings |= {"release": "none"}
     whole = config(output_dir=config().output_dir + "-whole", **settings)
     _, expected = trained(again(model), stream, tokenizer, lora, whole)
     args = config(**settings)
@@ -81,6 +86,16 @@ REFUSED = [
     ({"method": "der", "replay": "none"}, "`der` compares.* but `replay: none` keeps none. Use `replay: memory`"),
     ({"method": "sequential", "replay": "memory"}, "keeps rows for penalties that draw from them"),
     ({"method": "der", "task_type": "SEQ_CLS"}, "each task of a classifier has a head of its own"),
+    ({"method": "badam", "start": "merged"}, "but `start: merged` begins every task with another. Use `start: prev"),
+    ({"method": "badam", "weight_decay": 0.1}, "the posterior of `method: badam` is what holds them"),
+    ({"method": "badam", "task_type": "SEQ_CLS"}, "`start: previous` goes on with one adapter, but each task of"),
+    (
+        {"method": "pm", "start": "previous"},
+        "`merge: pm` changes the update of the newest task, but with `start: prev",
+    ),
+    ({"method": "badam", "coefficient_search": "report"}, "`coefficient_search: report` changes the update of the"),
+    ({"method": "joint", "start": "previous"}, "but `stream: joint` trains none after another"),
+    ({"method": "ewc", "start": "previous"}, "but with `start: previous` there is none"),
     ({"method": "der", "method_kwargs": {"der_top_k": 0.5}}, "`der_top_k` in `method_kwargs` must be a whole number"),
 ]
 
@@ -160,8 +175,6 @@ def test_der_keeps_the_logits_of_its_rows_and_compares_them(top_k, model, stream
 
 
 def test_a_draw_depends_on_step_micro_batch_rank_and_nothing_else(tmp_path):
-    from hf_pm.methods.penalties.der import Der
-
     part, other = Der(arguments()), Der(arguments(process_index=1))
     part.task = other.task = SimpleNamespace(seed=7)
     step = step_of(torch.nn.Linear(1, 1))
@@ -169,3 +182,118 @@ def test_a_draw_depends_on_step_micro_batch_rank_and_nothing_else(tmp_path):
     assert draws == [part.draw(step._replace(number=n, micro_step=m), "x", 50) for n in range(4) for m in range(2)]
     assert len({tuple(draw) for draw in draws}) == 8 and other.draw(step, "x", 50) != draws[0]
     assert all(len(set(draw)) == 4 for draw in draws) and sorted(part.draw(step, "x", 3)) == [0, 1, 2]
+
+
+# ---- One adapter for all tasks --------------------------------------------------------------------------------------
+
+
+def test_the_previous_adapter_goes_on(model, stream, tokenizer, lora, config):
+    starts = []
+
+    class Watches(PMTrainer):
+        def _begin(self, number):
+            super()._begin(number)
+            starts.append({name: p.detach().clone() for name, p in self.model.named_parameters() if p.requires_grad})
+
+    args = config(method="sequential", start="previous")
+    trainer, results = trained(model, stream, tokenizer, lora, args, cls=Watches)
+    run = Path(args.output_dir)
+    first, second = (StoredAdapter(folder / "adapter") for folder in sorted(run.glob("tasks/*")))
+    for name in first.names:
+        A, B = (starts[1][f"base_model.model.{name}.lora_{part}.{ADAPTER}.weight"] for part in "AB")
+        assert torch.equal(first.read(name).A, A) and torch.equal(first.read(name).B, B) and B.abs().sum() > 0
+        base = trainer.run.folder.merged(name, 0)
+        torch.testing.assert_close(trainer.run.folder.merged(name), base + second.read(name).delta())
+    assert [entry.replaces for entry in Ledger(run).entries] == [True, True]
+    assert all(task["parity"]["folded"]["relative_difference"] < 1e-5 for task in results["per_task"])
+    assert not [finding for finding in examine(str(run)) if finding.problem]
+
+
+# ---- BAdam ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_standard_deviation_narrows_as_the_formula_says():
+    sigma = torch.tensor([0.5, 2.0, 0.3], dtype=torch.float64)
+    h = torch.tensor([1.5 / 0.5, -1.0, 0.0], dtype=torch.float64)
+    u = sigma * h / 2
+    torch.testing.assert_close(narrowed(sigma, h), sigma * (1 + u**2).sqrt() - sigma * u)
+    assert narrowed(sigma, h)[0].item() == pytest.approx(0.25) and narrowed(sigma, h)[2] == 0.3
+    extreme = narrowed(torch.full((2,), 0.01), torch.tensor([1e9, -1e9]))
+    assert extreme[0] > 0 and extreme.isfinite().all()
+
+
+@pytest.mark.parametrize("moments", [True, False])
+def test_badam_is_a_loop_over_scalars(moments):
+    """Loss sum_i c_i (w_i - a_i)^2 / 2 for each of 5 rows, a few steps by hand; without moments it is BGD."""
+    c, a = [3.0, 0.5, 40.0], [1.0, -2.0, 0.25]
+    p = torch.nn.Parameter(torch.tensor([0.1, 0.2, 0.3]))
+    betas, lr, first, rows, eps = (0.9, 0.999), 1e-2, 0.2, 5, 1e-8
+    optimizer = GaussianAdam([p], lr, betas if moments else None, eps, first, rows)
+    mu, sigma, m, v = [0.1, 0.2, 0.3], [first] * 3, [0.0] * 3, [0.0] * 3
+    for n in range(1, 7):
+        optimizer.sample(seed=n)
+        drawn = [mu[i] + sigma[i] * optimizer.noise[0][i].item() for i in range(3)]
+        torch.testing.assert_close(p.detach(), torch.tensor(drawn), rtol=1e-4, atol=1e-6)
+        (torch.tensor(c) * (p - torch.tensor(a)) ** 2 / 2).sum().backward()  # the mean over equal rows
+        optimizer.restore()
+        torch.testing.assert_close(p.detach(), torch.tensor(mu), rtol=1e-4, atol=1e-6)
+        for i in range(3):
+            g = rows * c[i] * (drawn[i] - a[i])
+            h = g * optimizer.noise[0][i].item()
+            m[i], v[i] = 0.9 * m[i] + 0.1 * g, 0.999 * v[i] + 0.001 * g * g
+            direction = math.sqrt(1 - 0.999**n) / (1 - 0.9**n) * m[i] / (math.sqrt(v[i]) + eps) if moments else g
+            eta = lr / first**2
+            mu[i] -= eta * sigma[i] ** 2 * direction
+            sigma[i] = sigma[i] * math.sqrt(1 + (sigma[i] * h / 2) ** 2) - sigma[i] ** 2 * h / 2
+        optimizer.step()
+        optimizer.zero_grad()
+        torch.testing.assert_close(p.detach(), torch.tensor(mu), rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(optimizer.state[p]["sigma"], torch.tensor(sigma), rtol=1e-3, atol=1e-7)
+    assert sigma[2] < sigma[0] < first  # the steepest direction is known best
+
+
+def test_badam_without_width_is_adam():
+    generator = torch.Generator().manual_seed(0)
+    ours, theirs = (torch.nn.Parameter(torch.ones(4, 3)) for _ in range(2))
+    narrow = GaussianAdam([ours], 1e-2, (0.9, 0.999), 1e-12, 1e-20, rows=7)
+    adam = torch.optim.Adam([theirs], 1e-2, (0.9, 0.999), 1e-12)
+    for seed in range(10):
+        gradient = torch.randn(4, 3, generator=generator)
+        narrow.sample(seed)
+        ours.grad, theirs.grad = gradient.clone(), gradient.clone()
+        narrow.restore()
+        narrow.step()
+        adam.step()
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_badam_keeps_its_width_from_task_to_task(model, stream, tokenizer, lora, config):
+    """Training sees draws, everything else the means; and each task begins with the width the last one ended with."""
+    found = []
+
+    class Watches(PMTrainer):
+        def create_optimizer(self, *args, **kwargs):
+            optimizer = super().create_optimizer(*args, **kwargs)
+            found.append(self.parts.optimizer.optimizer.state_dict()["state"])
+            found[-1] = [state["sigma"].clone() for state in found[-1].values()]
+            return optimizer
+
+        def training_step(self, *args, **kwargs):
+            before = [p.detach().clone() for p in self.parts.optimizer.names.values()]
+            loss = super().training_step(*args, **kwargs)
+            assert all(map(torch.equal, before, self.parts.optimizer.names.values()))
+            assert all(noise.std() > 0.5 for noise in self.parts.optimizer.optimizer.noise)
+            return loss
+
+    args = config(method="badam", method_kwargs={"badam_sigma": 0.05}, release="none", gradient_accumulation_steps=2)
+    trainer, results = trained(model, stream, tokenizer, lora, args, cls=Watches)
+    run = Path(args.output_dir)
+    first, last = (StoredState(run / "curvature" / f"state-0{n}.safetensors") for n in (1, 2))
+    first, last = first.beside("badam_sigma"), last.beside("badam_sigma")
+    assert all((sigma == 0.05).all() for sigma in found[0])
+    assert all(map(torch.equal, found[1], (first[name] for name in trainer.parts.optimizer.names)))
+    assert first.keys() == last.keys() == trainer.parts.optimizer.names.keys()
+    assert all((sigma > 0).all() for sigma in last.values())
+    mean = [torch.cat([sigma.flatten() for sigma in kept.values()]).mean() for kept in (first, last)]
+    assert mean[1] < mean[0] < 0.05
+    assert "keeps_rows" not in results

@@ -247,9 +247,13 @@ class Perturbation(Part):
 
 
 class Penalty(Part):
-    """What is added to the loss?"""
+    """What is added to the loss?
+
+    `anchored`: whether it looks at the update since the merged weights of the tasks before.
+    """
 
     name: ClassVar[str]
+    anchored: ClassVar[bool] = True
 
     def loss(self, step: Step) -> torch.Tensor | None:
         """The term of one micro-batch, a scalar on the scale of a mean loss; `None` for nothing."""

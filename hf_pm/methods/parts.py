@@ -18,6 +18,7 @@ from .merges.experts import Experts
 from .merges.spectral import Spectral
 from .merges.subspace import Subspace
 from .merges.ties import Ties
+from .optimizers.badam import Badam
 from .penalties.der import Der
 from .penalties.ewc import Ewc
 from .penalties.kronecker import Gram, Kronecker
@@ -25,6 +26,7 @@ from .penalties.lwf import Lwf
 from .perturbation import Gaussian, TaskVector
 from .replay import Buffer, Memory
 from .serves.routed import Routed
+from .starts.previous import Previous
 from .table import METHODS, Method
 
 
@@ -35,7 +37,7 @@ class OnBase(Start):
 
 
 PARTS: dict[str, dict[str, type[Part]]] = {
-    "start": {"merged": Start, "base": OnBase},
+    "start": {"merged": Start, "base": OnBase, "previous": Previous},
     "perturbation": {"none": Perturbation, "task_vector": TaskVector, "gaussian": Gaussian},
     "penalty": {
         "ewc": Ewc,
@@ -45,7 +47,7 @@ PARTS: dict[str, dict[str, type[Part]]] = {
         "der": Der,
     },
     "replay": {"none": Replay, "buffer": Buffer, "memory": Memory},
-    "optimizer": {"optim": Optimizer},
+    "optimizer": {"optim": Optimizer, "badam": Badam},
     "merge": {
         "pm": ClosedForm,
         "last": Last,
@@ -112,10 +114,11 @@ class Parts:
             UserError: Says why, and what to use instead.
         """
         method, args = self.method, self.args
-        if self.penalties and (method.start == "base" or method.stream != "sequence"):
-            where = f"start: {method.start}" if method.start == "base" else f"stream: {method.stream}"
+        anchored = [penalty.name for penalty in self.penalties if penalty.anchored]
+        if anchored and (self.start.on_base or method.stream != "sequence"):
+            where = f"start: {method.start}" if self.start.on_base else f"stream: {method.stream}"
             raise UserError(
-                f"`penalty: {', '.join(method.penalties)}` keeps a task near the merged model of those before it, but "
+                f"`penalty: {', '.join(anchored)}` keeps a task near the merged model of those before it, but "
                 f"with `{where}` there is none. Remove the penalty, or use `start: merged`."
             )
         if self.merge.dense and args.release in ("adapter", "both"):

@@ -241,7 +241,7 @@ class RunFolder:
                 adapter=str((task_dir / "adapter").relative_to(self.path)),
                 adapter_sha256=sha256_file(task_dir / "adapter" / adapters.WEIGHTS),
                 settings_sha256=sha256_settings(task_dir / "adapter" / SETTINGS),
-                start=parts.method.start,
+                start="base" if parts.start.on_base else "merged",
                 terms=merged.record,
                 state=str(state_file.relative_to(self.path)) if state_file else None,
                 state_sha256=sha256_file(state_file) if state_file else None,

@@ -22,6 +22,7 @@ class Der(RowsState, Penalty):
     """
 
     name = "der"
+    anchored = False
     uses_rows_for = "compares answers to rows of earlier tasks with what was answered then"
     settings = RowsState.settings | {
         "der_alpha": Setting(0.2, "must be at least 0", lambda value: value >= 0),

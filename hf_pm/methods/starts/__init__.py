@@ -1,0 +1,1 @@
+"""Starts: on which weights a task begins, and with which adapter."""
