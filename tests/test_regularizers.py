@@ -8,15 +8,17 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
+from conftest import MOOD, rows
 from test_cli import recipe  # noqa: F401
 from test_parts import step_of
 from test_trainer import StopAt, again, comparable, digests, trained
 from torch.nn.functional import cross_entropy
 
-from hf_pm import PMTrainer
+from hf_pm import PMTrainer, Task, TaskStream
 from hf_pm.cli import main
 from hf_pm.methods.optimizers.badam import GaussianAdam, narrowed
 from hf_pm.methods.penalties.der import Der
+from hf_pm.methods.penalties.td_vcl import expanded, mixture
 from hf_pm.runs.doctor import examine
 from hf_pm.store.ledger import Ledger
 from hf_pm.tasks.encoding import IGNORE_INDEX
@@ -24,8 +26,14 @@ from hf_pm.weights.adapters import ADAPTER, StoredAdapter, lora_layers
 from hf_pm.weights.states import StoredState
 
 
-SETTINGS = {"der": {"replay_fraction": 0.3}, "badam": {"badam_sigma": 0.05}}
+SETTINGS = {"der": {"replay_fraction": 0.3}, "badam": {"badam_sigma": 0.05}, "td-vcl": {"replay_fraction": 0.3}}
 NEW = tuple(SETTINGS)
+
+
+@pytest.fixture(autouse=True)
+def no_pictures(monkeypatch):
+    """Reports take half the time of these runs, and are tested elsewhere."""
+    monkeypatch.setattr("hf_pm.report.page.write_report", lambda run: (run / "report.html").touch())
 
 
 def arguments(**overrides):
@@ -54,7 +62,7 @@ class Keeps(PMTrainer):
 @pytest.mark.parametrize("name", NEW)
 def test_stopped_in_a_task_and_started_again_gives_the_same_bits(name, model, stream, tokenizer, lora, config):
     settings = {"save_strategy": "steps", "save_steps": 3, "method": name, "method_kwargs": SETTINGS[name]}
-    settings |= {"release": "none"}
+    settings |= {"release": "none", "num_train_epochs": 1}
     whole = config(output_dir=config().output_dir + "-whole", **settings)
     _, expected = trained(again(model), stream, tokenizer, lora, whole)
     args = config(**settings)
@@ -68,7 +76,7 @@ def test_stopped_in_a_task_and_started_again_gives_the_same_bits(name, model, st
 
 @pytest.mark.parametrize(
     ("name", "zero"),
-    [("der", {"der_alpha": 0.0, "der_beta": 0.0})],
+    [("der", {"der_alpha": 0.0, "der_beta": 0.0}), ("td-vcl", {"td_vcl_strength": 0.0, "td_vcl_steps": 1})],
 )
 def test_a_strength_of_zero_is_sequential_to_the_bit(name, zero, model, stream, tokenizer, lora, config):
     """With dropout: the part draws nothing from the generator of the training."""
@@ -96,6 +104,9 @@ REFUSED = [
     ({"method": "badam", "coefficient_search": "report"}, "`coefficient_search: report` changes the update of the"),
     ({"method": "joint", "start": "previous"}, "but `stream: joint` trains none after another"),
     ({"method": "ewc", "start": "previous"}, "but with `start: previous` there is none"),
+    ({"method": "td-vcl", "replay": "none"}, "weighs the losses of the last .* `td_vcl_steps: 1` needs no rows"),
+    ({"method": "td-vcl", "merge": "ties"}, "sums what was kept of the tasks' adapters, but `merge: ties` keeps"),
+    ({"method": "td-vcl", "method_kwargs": {"td_vcl_steps": 0}}, "must be a whole number of at least 1, but got 0"),
     ({"method": "der", "method_kwargs": {"der_top_k": 0.5}}, "`der_top_k` in `method_kwargs` must be a whole number"),
 ]
 
@@ -297,3 +308,123 @@ def test_badam_keeps_its_width_from_task_to_task(model, stream, tokenizer, lora,
     mean = [torch.cat([sigma.flatten() for sigma in kept.values()]).mean() for kept in (first, last)]
     assert mean[1] < mean[0] < 0.05
     assert "keeps_rows" not in results
+
+
+# ---- TD-VCL ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n", [1, 2, 5])
+@pytest.mark.parametrize("lam", [0.0, 0.5, 0.9, 1.0])
+def test_shares_of_divergences_and_losses(n, lam):
+    k, w = mixture(n, lam)
+    for i in range(n):
+        if lam == 1:
+            assert (k[i], w[i]) == pytest.approx((1 / n, (n - i) / n))
+        else:
+            assert k[i] == pytest.approx(lam**i * (1 - lam) / (1 - lam**n))
+            assert w[i] == pytest.approx(lam**i * (1 - lam ** (n - i)) / (1 - lam**n))
+    assert sum(k) == pytest.approx(1) and w[0] == pytest.approx(1)
+
+
+@pytest.mark.parametrize(("n", "lam"), [(1, 0.5), (2, 1.0), (3, 0.5), (4, 1.0)])
+def test_exact_posteriors_give_the_same_minimum_however_many_are_mixed(n, lam):
+    """Quadratic losses with precisions that are the true ones: the minimum is that of all losses so far."""
+    generator = torch.Generator().manual_seed(n)
+    f, c = torch.rand(6, 4, 3, generator=generator).double(), torch.randn(6, 4, 3, generator=generator).double()
+    means, S = [], []
+    for t in range(6):
+        best = (f[: t + 1] * c[: t + 1]).sum(0) / f[: t + 1].sum(0)
+        if t:
+            count = min(n, t)
+            k, w = mixture(count, lam)
+            D = [None] + [means[-1] - means[-1 - i] for i in range(1, count)]
+            P, Q, constant = expanded(k, [S[-1 - i] for i in range(count)], D)
+            # The gradient at W = means[-1] + delta: P delta + Q + sum_i w_i f (W - c).
+            Q = 0.0 if Q is None else Q
+            hessian = P + sum(w[i] * f[t - i] for i in range(count))
+            slope = Q + sum(w[i] * f[t - i] * (means[-1] - c[t - i]) for i in range(count))
+            torch.testing.assert_close(means[-1] - slope / hessian, best)
+            if constant is not None:
+                delta = torch.randn(4, 3, generator=generator).double()
+                explicit = sum(
+                    k[i] * (S[-1 - i] * (means[-1] + delta - means[-1 - i]).square()).sum() for i in range(count)
+                )
+                torch.testing.assert_close((P * delta**2).sum() + 2 * (Q * delta).sum() + constant, explicit)
+        means.append(best)
+        S.append(f[: t + 1].sum(0))
+
+
+@pytest.mark.parametrize("estimator", ["diagonal", "factored"])
+def test_one_step_of_td_vcl_is_ewc_to_the_bit(estimator, model, stream, tokenizer, lora, config):
+    found = []
+    for method, settings, replay in (
+        ("ewc", {"ewc_strength": 30.0}, None),
+        ("td-vcl", {"td_vcl_strength": 30.0, "td_vcl_steps": 1}, "none"),
+    ):
+        args = config(output_dir=f"{config().output_dir}-{method}", method=method, method_kwargs=settings)
+        args.replay, args.curvature_estimator, args.release = replay, estimator, "none"
+        _, results = trained(again(model), stream, tokenizer, lora, args)
+        state = (Path(args.output_dir) / "curvature" / "state-02.safetensors").read_bytes()
+        found.append((weights_of(args.output_dir), state, results["matrix"]))
+        assert "keeps_rows" not in results
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("estimator", ["diagonal", "factored"])
+def test_td_vcl_is_the_sum_over_the_weights_of_every_posterior(estimator, model, stream, tokenizer, lora, config):
+    third = Task("again", rows(MOOD, 4, 5), rows(MOOD, 2, 6), instruction="mood ?", options=["happy", "sad", "calm"])
+    fishers, checked = [], []
+
+    class Watches(PMTrainer):
+        def _measure(self, stage):
+            measured = super()._measure(stage)
+            fishers.append({name: adapted_dense(fisher) for name, fisher in measured.curvature.items()})
+            return measured
+
+        def _begin(self, number):
+            super()._begin(number)
+            if number == 3:
+                checked.append(self.check())
+
+        def check(self):
+            """The term of a step against explicit merged weights and a loop over the rows drawn."""
+            layers, generator = lora_layers(self.model), torch.Generator().manual_seed(1)
+            (penalty,) = self.parts.penalties
+            for layer in layers.values():
+                B = layer.lora_B[ADAPTER].weight
+                B.data = torch.randn(B.shape, generator=generator) / 10
+            self.model.eval()
+            step = step_of(self.model)._replace(number=4)
+            loss = penalty.loss(step)
+            folder, expected = self.run.folder, 0.0
+            for name, layer in layers.items():
+                live = folder.merged(name, 2).double() + layer.get_delta_weight(ADAPTER).double()
+                S = fishers[0][name], fishers[0][name] + fishers[1][name]
+                if estimator == "factored":
+                    S = [(s.sum(1)[:, None] * s.sum(0)[None] / s.sum()).double() for s in S]
+                for i, share in ((0, 1 / 1.4), (1, 0.4 / 1.4)):  # k_i
+                    away = live - folder.merged(name, 2 - i).double()
+                    expected += 3.0 * share * (S[1 - i] * away.square()).sum().item()
+            # w_1 times the loss on rows of the second task alone.
+            assert penalty.row_weights.sum().item() == pytest.approx(0.4 / 1.4)
+            kept = penalty.kept["mood"]
+            assert (penalty.row_weights > 0).sum() == len(kept) and len(penalty.rows) > len(kept)
+            draws = penalty.generator(step, "td-vcl")
+            drawn = torch.multinomial(penalty.row_weights, 8, replacement=True, generator=draws).tolist()
+            losses = [cross_entropy(*row_logits(self.model, penalty.rows[r]), reduction="none") for r in drawn]
+            return loss.item(), expected + 0.4 / 1.4 * torch.cat(losses).mean().item()
+
+    settings = {"td_vcl_strength": 6.0, "td_vcl_steps": 2, "td_vcl_lambda": 0.4, "replay_fraction": 0.2}
+    args = config(method="td-vcl", merge="average", method_kwargs=settings, release="none", num_train_epochs=1)
+    args.curvature_estimator = estimator
+    trainer, results = trained(model, TaskStream([*stream, third]), tokenizer, lora, args, cls=Watches)
+    assert checked[0][0] == pytest.approx(checked[0][1], rel=1e-4)
+    assert results["keeps_rows"] is True
+    state = StoredState(Path(args.output_dir) / "curvature" / "state-03.safetensors")
+    for name in trainer.run.folder.names:
+        moved = trainer.run.folder.merged(name, 3) - trainer.run.folder.merged(name, 2)
+        torch.testing.assert_close(state.get("D_1", name).dense(), moved, rtol=1e-4, atol=1e-6)
+
+
+def adapted_dense(fisher):
+    return fisher.dense() if hasattr(fisher, "dense") else fisher.clone()

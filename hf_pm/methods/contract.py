@@ -87,6 +87,11 @@ class Merged(NamedTuple):
     def alpha_of(self, name: str) -> float:
         return self.alpha if self.per_matrix is None else self.per_matrix[name]
 
+    def kept(self, name: str, delta: LowRank) -> LowRank:
+        """What is kept of the update `delta` of the matrix `name`, if the payload is an adapter."""
+        left = delta.left if self.mixing is None else delta.left @ self.mixing[name]
+        return LowRank(left * self.alpha_of(name), delta.right)
+
 
 class Task(NamedTuple):
     """A task that is about to be trained.
@@ -183,6 +188,7 @@ class Part:
     `settings`: its own knobs, under names that no other part has. `measures`: what it wants of the measuring pass, out
     of `measuring.MEASURES`. `growth`: how what it keeps grows, in words. `cut_rank`: rank of the square matrices
     that it keeps, if any. `keeps_rows`: whether rows of earlier tasks are trained on again.
+    `sums_updates`: whether it needs what is kept of every update as an adapter (`Merged.kept`).
     """
 
     settings: ClassVar[dict[str, Setting]] = {}
@@ -190,6 +196,7 @@ class Part:
     growth: ClassVar[str] = ""
     cut_rank: int = 0
     keeps_rows: ClassVar[bool] = False
+    sums_updates: ClassVar[bool] = False
 
     def __init__(self, args: Any) -> None:
         """

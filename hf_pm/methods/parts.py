@@ -23,6 +23,7 @@ from .penalties.der import Der
 from .penalties.ewc import Ewc
 from .penalties.kronecker import Gram, Kronecker
 from .penalties.lwf import Lwf
+from .penalties.td_vcl import TdVcl
 from .perturbation import Gaussian, TaskVector
 from .replay import Buffer, Memory
 from .serves.routed import Routed
@@ -45,6 +46,7 @@ PARTS: dict[str, dict[str, type[Part]]] = {
         "kronecker": Kronecker,
         "gram": Gram,
         "der": Der,
+        "td-vcl": TdVcl,
     },
     "replay": {"none": Replay, "buffer": Buffer, "memory": Memory},
     "optimizer": {"optim": Optimizer, "badam": Badam},
@@ -130,6 +132,12 @@ class Parts:
             raise UserError(
                 f"`coefficient_search: {args.coefficient_search}` looks for alpha, but `merge: {method.merge}` has "
                 "none. Switch it off."
+            )
+        adding = [penalty.name for penalty in self.penalties if penalty.sums_updates]
+        if adding and (self.merge.dense or self.merge.expert):
+            raise UserError(
+                f"`penalty: {adding[0]}` sums what was kept of the tasks' adapters, but `merge: {method.merge}` keeps "
+                "something else. Use a merge that scales the update, such as `merge: last`."
             )
         for part in self:
             reason = part.check(method, task_type)

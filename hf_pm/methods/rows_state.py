@@ -10,7 +10,7 @@ from torch.nn.functional import cross_entropy
 
 from ..evaluation.answers import evaluating
 from .contract import Part, Step, Task
-from .replay import FRACTION, kept_rows
+from .replay import kept_rows
 
 
 class RowsState(Part):
@@ -21,8 +21,6 @@ class RowsState(Part):
     evaluation mode: it uses no random number of the training, and its logits are comparable with those of other times.
     """
 
-    settings = {"replay_fraction": FRACTION}
-    keeps_rows = True
     uses_rows_for: ClassVar[str] = "compares answers to rows of earlier tasks"
 
     def check(self, method: Any, task_type: str) -> str | None:
@@ -47,10 +45,13 @@ class RowsState(Part):
 
     def draw(self, step: Step, salt: str, count: int) -> list[int]:
         """Numbers of the rows drawn at a step, out of `count`; another `salt` gives another draw."""
-        key = f"{salt}/{self.task.seed}/{step.number}/{step.micro_step}/{self.args.process_index}".encode()
-        generator = torch.Generator().manual_seed(int.from_bytes(blake2b(key, digest_size=7).digest()))
         size = self.args.per_device_train_batch_size
-        return torch.randperm(count, generator=generator)[:size].tolist()
+        return torch.randperm(count, generator=self.generator(step, salt))[:size].tolist()
+
+    def generator(self, step: Step, salt: str) -> torch.Generator:
+        """Random numbers of one draw."""
+        key = f"{salt}/{self.task.seed}/{step.number}/{step.micro_step}/{self.args.process_index}".encode()
+        return torch.Generator().manual_seed(int.from_bytes(blake2b(key, digest_size=7).digest()))
 
     def logits(self, rows: Dataset) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits where `rows` are answered, (answer tokens, vocabulary), float32, and the tokens of the answers."""

@@ -6,7 +6,7 @@ import torch
 from torch.nn.functional import mse_loss
 
 from ..contract import Ended, Penalty, Setting, Step, Task
-from ..replay import carried, choose_rows
+from ..replay import FRACTION, carried, choose_rows
 from ..rows_state import RowsState, answer_lengths, chunks
 
 
@@ -24,7 +24,8 @@ class Der(RowsState, Penalty):
     name = "der"
     anchored = False
     uses_rows_for = "compares answers to rows of earlier tasks with what was answered then"
-    settings = RowsState.settings | {
+    settings = {
+        "replay_fraction": FRACTION,
         "der_alpha": Setting(0.2, "must be at least 0", lambda value: value >= 0),
         "der_beta": Setting(0.5, "must be at least 0", lambda value: value >= 0),
         "der_top_k": Setting(64, "must be a whole number of at least 1", lambda v: v >= 1 and v == int(v)),

@@ -45,19 +45,24 @@ class Ewc(Penalty):
     def loss(self, step: Step) -> torch.Tensor | None:
         if not self.omega:
             return None
-        return 0.5 * self["ewc_strength"] * sum(_weighted(self.omega[name], delta) for name, delta in step.updates())
+        return 0.5 * self["ewc_strength"] * sum(weighted(self.omega[name], delta) for name, delta in step.updates())
 
     def end_matrix(self, ended: Ended, name: str) -> dict[str, Value]:
-        fisher, before = ended.measured.curvature[name], ended.before.get(self.key, name)
-        if before is None:
-            return {self.key: fisher}
-        if isinstance(fisher, Factored):
-            decayed = scaled(before, self["ewc_decay"])
-            return {self.key: Factored(decayed.rows + fisher.rows, decayed.cols + fisher.cols)}
-        return {self.key: self["ewc_decay"] * before + fisher}
+        before = ended.before.get(self.key, name)
+        return {self.key: accumulated(before, ended.measured.curvature[name], self["ewc_decay"])}
 
 
-def _weighted(omega: Curvature, delta: torch.Tensor) -> torch.Tensor:
+def accumulated(before: Curvature | None, fisher: Curvature, decay: float = 1.0) -> Curvature:
+    """`decay` * before + fisher."""
+    if before is None:
+        return fisher
+    if isinstance(fisher, Factored):
+        decayed = scaled(before, decay)
+        return Factored(decayed.rows + fisher.rows, decayed.cols + fisher.cols)
+    return decay * before + fisher
+
+
+def weighted(omega: Curvature, delta: torch.Tensor) -> torch.Tensor:
     """<Omega, delta^2>, differentiable in delta (..., out, in)."""
     if isinstance(omega, Factored):
         return (omega.rows * (delta.square() @ (omega.cols / omega.total())[..., None])[..., 0]).sum()
