@@ -226,8 +226,8 @@ class PMTrainerMixin(TaskTraining):
             lambda name: self.rows.encoded_train(self.stages[self.rows.stream.names.index(name)]),
             self._task_seed(number),
             [adapters.StoredAdapter(self.run.path / entry.adapter) for entry in self.run.ledger.entries],
-            self.answers,
             [other.name for other in self.stages[: number - 1]],
+            self.predict_rows,
         )
         self.parts.start.adapter(task)
         self.parts.begin(task)

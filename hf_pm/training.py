@@ -14,7 +14,6 @@ from .methods.curvature import row_losses
 from .methods.parity import PROBE_ROWS
 from .methods.parts import Parts
 from .runs import recovery
-from .tasks.encoding import IGNORE_INDEX
 from .weights import adapters
 
 
@@ -82,13 +81,11 @@ class TaskTraining:
             scaled = by_items or self.compute_loss_func is not None
         return self.current_gradient_accumulation_steps if scaled else 1
 
-    def answers(self, rows: Dataset) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits of the live model where encoded rows are answered, (answer tokens, vocabulary), row after row, and
-        the tokens of the answers, (answer tokens,)."""
+    def predict_rows(self, rows: Dataset) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits of the live model for encoded rows, and what each of their positions should predict."""
         batch = self._prepare_input(dict(self.stream_collator(rows.to_list())))
         with self.accelerator.autocast():
-            logits, targets = predict(self.model, batch)
-        return logits[targets != IGNORE_INDEX], targets[targets != IGNORE_INDEX]
+            return predict(self.model, batch)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """The optimizer of the method, or the one that `optim` names."""

@@ -18,6 +18,7 @@ from hf_pm import PMTrainer, Task, TaskStream
 from hf_pm.cli import main
 from hf_pm.methods.optimizers.badam import GaussianAdam, narrowed
 from hf_pm.methods.penalties.der import Der
+from hf_pm.methods.penalties.sril import followed
 from hf_pm.methods.penalties.td_vcl import expanded, mixture
 from hf_pm.runs.doctor import examine
 from hf_pm.store.ledger import Ledger
@@ -27,6 +28,7 @@ from hf_pm.weights.states import StoredState
 
 
 SETTINGS = {"der": {"replay_fraction": 0.3}, "badam": {"badam_sigma": 0.05}, "td-vcl": {"replay_fraction": 0.3}}
+SETTINGS["sril"] = {"replay_fraction": 0.3, "selective_margin": -1.0}
 NEW = tuple(SETTINGS)
 
 
@@ -76,7 +78,11 @@ def test_stopped_in_a_task_and_started_again_gives_the_same_bits(name, model, st
 
 @pytest.mark.parametrize(
     ("name", "zero"),
-    [("der", {"der_alpha": 0.0, "der_beta": 0.0}), ("td-vcl", {"td_vcl_strength": 0.0, "td_vcl_steps": 1})],
+    [
+        ("der", {"der_alpha": 0.0, "der_beta": 0.0}),
+        ("td-vcl", {"td_vcl_strength": 0.0, "td_vcl_steps": 1}),
+        ("sril", {"sril_strength": 0.0, "selective_beta": 0.0}),
+    ],
 )
 def test_a_strength_of_zero_is_sequential_to_the_bit(name, zero, model, stream, tokenizer, lora, config):
     """With dropout: the part draws nothing from the generator of the training."""
@@ -91,7 +97,10 @@ def test_a_strength_of_zero_is_sequential_to_the_bit(name, zero, model, stream, 
 
 
 REFUSED = [
-    ({"method": "der", "replay": "none"}, "`der` compares.* but `replay: none` keeps none. Use `replay: memory`"),
+    (
+        {"method": "der", "replay": "none"},
+        "`penalty: der` compares.* but `replay: none` keeps none. Use `replay: memory`",
+    ),
     ({"method": "sequential", "replay": "memory"}, "keeps rows for penalties that draw from them"),
     ({"method": "der", "task_type": "SEQ_CLS"}, "each task of a classifier has a head of its own"),
     ({"method": "badam", "start": "merged"}, "but `start: merged` begins every task with another. Use `start: prev"),
@@ -104,6 +113,8 @@ REFUSED = [
     ({"method": "badam", "coefficient_search": "report"}, "`coefficient_search: report` changes the update of the"),
     ({"method": "joint", "start": "previous"}, "but `stream: joint` trains none after another"),
     ({"method": "ewc", "start": "previous"}, "but with `start: previous` there is none"),
+    ({"method": "sril", "replay": "none"}, "distills features on rows.*but `replay: none` keeps none"),
+    ({"method": "replay", "merge": "selective", "start": "base"}, "goes back towards the merged weights before the"),
     ({"method": "td-vcl", "replay": "none"}, "weighs the losses of the last .* `td_vcl_steps: 1` needs no rows"),
     ({"method": "td-vcl", "merge": "ties"}, "sums what was kept of the tasks' adapters, but `merge: ties` keeps"),
     ({"method": "td-vcl", "method_kwargs": {"td_vcl_steps": 0}}, "must be a whole number of at least 1, but got 0"),
@@ -428,3 +439,123 @@ def test_td_vcl_is_the_sum_over_the_weights_of_every_posterior(estimator, model,
 
 def adapted_dense(fisher):
     return fisher.dense() if hasattr(fisher, "dense") else fisher.clone()
+
+
+# ---- SRIL -----------------------------------------------------------------------------------------------------------
+
+
+def test_features_are_released_by_row():
+    slope, away = torch.tensor([[1.0, 0.0], [0.0, -3.0], [2.0, 2.0]]), torch.ones(3, 2)
+    assert followed(slope, away, torch.tensor([0, 0, 1])).tolist() == [0, 0, 1]
+    assert followed(slope, away, torch.tensor([0, 1, 2])).tolist() == [1, 0, 1]
+    assert followed(slope, 0 * away, torch.tensor([0, 1, 2])).tolist() == [1, 1, 1]
+
+
+def row_features(model, row):
+    """Slow twin: what the head of one unpadded row reads where its answer is predicted, in the graph."""
+    labels = torch.tensor(row["labels"])
+    hidden = model.get_base_model().model(input_ids=torch.tensor([row["input_ids"]])).last_hidden_state[0]
+    return hidden[(labels[1:] != IGNORE_INDEX).nonzero()[:, 0]], labels[labels != IGNORE_INDEX]
+
+
+@pytest.mark.parametrize("release", [1, 0])
+def test_sril_is_a_loop_over_rows(release, model, stream, tokenizer, lora, config):
+    found = []
+
+    class Watches(PMTrainer):
+        def _begin(self, number):
+            super()._begin(number)
+            if number == 2:
+                found.append(self.check())
+
+        def check(self):
+            (penalty,) = self.parts.penalties
+            generator = torch.Generator().manual_seed(1)
+            for layer in lora_layers(self.model).values():
+                B = layer.lora_B[ADAPTER].weight
+                B.data = torch.randn(B.shape, generator=generator) / 20
+            self.model.eval()
+            chosen = self._own_rows.select(range(6))
+            batch = self._prepare_input(dict(self.stream_collator(chosen.to_list())))
+            step = step_of(self.model, self.model(**batch), batch)
+            loss = penalty.loss(step)
+            terms, gammas = [], []
+            head = self.model.get_output_embeddings()
+            for row in chosen:
+                new, answer = row_features(self.model, row)
+                with torch.no_grad(), self.model.disable_adapter():
+                    old, _ = row_features(self.model, row)
+                slope = torch.autograd.grad(cross_entropy(head(new), answer, reduction="sum"), new, retain_graph=True)
+                gammas.append(float((slope[0] * (new - old)).sum() >= 0))
+                terms.append((gammas[-1] if release else 1.0) * (new - old).square().mean(-1))
+            kept = []
+            for row in penalty.rows.select(penalty.draw(step, "sril", len(penalty.rows))):
+                new, _ = row_features(self.model, row)
+                with torch.no_grad(), self.model.disable_adapter():
+                    old, _ = row_features(self.model, row)
+                kept.append((new - old).square())
+            expected = 0.3 * (torch.cat(terms).mean() + torch.cat(kept).mean())
+            Bs = [layer.lora_B[ADAPTER].weight for layer in lora_layers(self.model).values()]
+            for one, two in zip(*(torch.autograd.grad(each, Bs) for each in (loss, expected)), strict=True):
+                torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-6)
+            return loss.item(), expected.item(), gammas
+
+    settings = {"sril_strength": 0.3, "sril_release": release, "replay_fraction": 0.4}
+    args = config(method="sril", method_kwargs=settings, release="none", num_train_epochs=1)
+    _, results = trained(model, stream, tokenizer, lora, args, cls=Watches)
+    loss, expected, gammas = found[0]
+    assert loss == pytest.approx(expected, rel=1e-4) and 0 < sum(gammas) < 6
+    assert results["keeps_rows"] is True
+
+
+def test_matrices_that_hurt_kept_rows_go_back(model, stream, tokenizer, lora, config):
+    """beta = 1 with every gate open is the old model in these matrices; a closed gate keeps all."""
+    found = []
+
+    class Watches(PMTrainer):
+        def _merge(self, number, measured):
+            if number == 2 and self.parts.merge["selective_margin"] < 0:
+                found.append(self.check())
+            super()._merge(number, measured)
+
+        def check(self):
+            """Slow twin: loss and confidence row by row, and the slope along each update by a difference."""
+            merge, layers = self.parts.merge, lora_layers(self.model)
+            self.model.eval()
+
+            def kept():
+                logits = [row_logits(self.model, row) for row in merge.rows]
+                losses = [cross_entropy(*each, reduction="sum") for each in logits]
+                answered = [each.softmax(-1).gather(1, tokens[:, None]) for each, tokens in logits]
+                return float(sum(losses)), float(torch.cat(answered).mean())
+
+            slopes = {}
+            for name, layer in layers.items():
+                sides = []
+                for factor in (1.002, 0.998):
+                    nominal = layer.scaling[ADAPTER]
+                    layer.scaling[ADAPTER] = nominal * factor
+                    sides.append(kept()[0])
+                    layer.scaling[ADAPTER] = nominal
+                slopes[name] = (sides[0] - sides[1]) / 0.004
+            with self.model.disable_adapter():
+                before = kept()[1]
+            return slopes, before, kept()[1]
+
+    for margin in (-1.0, 1.0):
+        settings = {"sril_strength": 0.0, "selective_beta": 1.0, "selective_margin": margin, "replay_fraction": 0.1}
+        args = config(
+            output_dir=f"{config().output_dir}{margin}", method="sril", method_kwargs=settings, release="none"
+        )
+        trained(again(model), stream, tokenizer, lora, args, cls=Watches)
+        entry = Ledger(args.output_dir).entries[1]
+        if margin > 0:
+            assert entry.coefficient == 1.0 and entry.coefficients is None
+            continue
+        ((slopes, before, after),) = found
+        assert entry.terms["confidence"] == pytest.approx(after, rel=1e-4)
+        assert entry.terms["confidence_before"] == pytest.approx(before, rel=1e-4)
+        large = [name for name, slope in slopes.items() if abs(slope) > 0.05]
+        assert len(large) > 5
+        assert all(entry.coefficients[name] == float(slopes[name] < 0) for name in large)
+        assert 0 < entry.terms["conflicting"] and not [f for f in examine(args.output_dir) if f.problem]

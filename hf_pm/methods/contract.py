@@ -99,9 +99,8 @@ class Task(NamedTuple):
     `number`: counted from 1. `name`: of the task. `model`: with its adapter. `matrices`: adapted matrices by name.
     `before`: the state after the task before. `rows_of`: gives the encoded training rows of an earlier task, by its
     name. `seed`: of this task. `earlier`: the adapters of the tasks before, oldest first, as the ledger has them.
-    `answers`: gives the live model's logits where encoded rows are answered, (answer tokens, vocabulary), row after
-    row, and the tokens of the answers, (answer tokens,); in the graph of the adapter, and in the model's own mode.
-    `earlier_names`: names of the tasks before, oldest first.
+    `earlier_names`: their names. `predict`: gives the live model's logits for encoded rows, and what each of their
+    positions should predict, as [`evaluation.answers.predict`]; in the graph of the adapter and the model's own mode.
     """
 
     number: int
@@ -112,8 +111,8 @@ class Task(NamedTuple):
     rows_of: Callable[[str], Dataset]
     seed: int
     earlier: Sequence[adapters.StoredAdapter] = ()
-    answers: Callable[[Dataset], tuple[torch.Tensor, torch.Tensor]] | None = None
     earlier_names: Sequence[str] = ()
+    predict: Callable[[Dataset], tuple[torch.Tensor, torch.Tensor]] | None = None
 
 
 class Ended(NamedTuple):

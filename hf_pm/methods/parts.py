@@ -15,6 +15,7 @@ from ..weights.states import Value
 from .contract import Ended, Merged, Optimizer, Part, Penalty, Perturbation, Replay, Serve, Start, Step, Task
 from .merges.coefficients import Average, ClosedForm, Fixed, Last
 from .merges.experts import Experts
+from .merges.selective import Selective
 from .merges.spectral import Spectral
 from .merges.subspace import Subspace
 from .merges.ties import Ties
@@ -23,6 +24,7 @@ from .penalties.der import Der
 from .penalties.ewc import Ewc
 from .penalties.kronecker import Gram, Kronecker
 from .penalties.lwf import Lwf
+from .penalties.sril import Sril
 from .penalties.td_vcl import TdVcl
 from .perturbation import Gaussian, TaskVector
 from .replay import Buffer, Memory
@@ -47,6 +49,7 @@ PARTS: dict[str, dict[str, type[Part]]] = {
         "gram": Gram,
         "der": Der,
         "td-vcl": TdVcl,
+        "sril": Sril,
     },
     "replay": {"none": Replay, "buffer": Buffer, "memory": Memory},
     "optimizer": {"optim": Optimizer, "badam": Badam},
@@ -59,6 +62,7 @@ PARTS: dict[str, dict[str, type[Part]]] = {
         "spectral": Spectral,
         "subspace": Subspace,
         "experts": Experts,
+        "selective": Selective,
     },
     "serve": {"folded": Serve, "routed": Routed},
 }

@@ -9,7 +9,8 @@ from datasets import Dataset, concatenate_datasets
 from torch.nn.functional import cross_entropy
 
 from ..evaluation.answers import evaluating
-from .contract import Part, Step, Task
+from ..tasks.encoding import IGNORE_INDEX
+from .contract import Part, Penalty, Step, Task
 from .replay import kept_rows
 
 
@@ -24,7 +25,7 @@ class RowsState(Part):
     uses_rows_for: ClassVar[str] = "compares answers to rows of earlier tasks"
 
     def check(self, method: Any, task_type: str) -> str | None:
-        name = getattr(self, "name", method.merge)
+        name = f"penalty: {self.name}" if isinstance(self, Penalty) else f"merge: {method.merge}"
         if task_type == "SEQ_CLS":
             return (
                 f"`{name}` {self.uses_rows_for}, but each task of a classifier has a head of its own. Use a language "
@@ -56,8 +57,9 @@ class RowsState(Part):
     def logits(self, rows: Dataset) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits where `rows` are answered, (answer tokens, vocabulary), float32, and the tokens of the answers."""
         with evaluating(self.task.model):
-            logits, targets = self.task.answers(rows)
-        return logits.float(), targets
+            logits, targets = self.task.predict(rows)
+        answered = targets != IGNORE_INDEX
+        return logits[answered].float(), targets[answered]
 
     def cross_entropy(self, rows: Dataset) -> torch.Tensor:
         """Mean loss over the answer tokens of `rows`, in nats."""

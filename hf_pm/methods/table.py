@@ -51,6 +51,7 @@ METHODS: dict[str, Method] = {
     "spectral": Method("P&M's closed form over every update, with such curvature", merge="spectral"),
     "replay": Method("experience replay, arXiv 1902.10486", replay="buffer"),
     "der": Method("DER++, arXiv 2004.07211", penalties=("der",), replay="memory"),
+    "sril": Method("SRIL, arXiv 2305.05175", penalties=("sril",), replay="memory", merge="selective"),
     "td-vcl": Method("TD-VCL, arXiv 2410.07812, with Laplace posteriors", penalties=("td-vcl",), replay="memory"),
     # A posterior over the weights of one adapter, which all tasks share.
     "badam": Method("BAdam, arXiv 2309.08546", start="previous", optimizer="badam"),
