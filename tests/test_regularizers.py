@@ -10,7 +10,7 @@ import torch
 import yaml
 from conftest import MOOD, rows
 from test_cli import recipe  # noqa: F401
-from test_parts import step_of
+from test_parts import adapted, step_of  # noqa: F401
 from test_trainer import StopAt, again, comparable, digests, trained
 from torch.nn.functional import cross_entropy
 
@@ -20,6 +20,7 @@ from hf_pm.methods.optimizers.badam import GaussianAdam, narrowed
 from hf_pm.methods.penalties.der import Der
 from hf_pm.methods.penalties.sril import followed
 from hf_pm.methods.penalties.td_vcl import expanded, mixture
+from hf_pm.methods.rehearsal import Rehearsal, encoded, write_rows
 from hf_pm.runs.doctor import examine
 from hf_pm.store.ledger import Ledger
 from hf_pm.tasks.encoding import IGNORE_INDEX
@@ -29,6 +30,7 @@ from hf_pm.weights.states import StoredState
 
 SETTINGS = {"der": {"replay_fraction": 0.3}, "badam": {"badam_sigma": 0.05}, "td-vcl": {"replay_fraction": 0.3}}
 SETTINGS["sril"] = {"replay_fraction": 0.3, "selective_margin": -1.0}
+SETTINGS["rehearsal"] = {"rehearsal_fraction": 0.3}
 NEW = tuple(SETTINGS)
 
 
@@ -116,7 +118,10 @@ REFUSED = [
     ({"method": "sril", "replay": "none"}, "distills features on rows.*but `replay: none` keeps none"),
     ({"method": "replay", "merge": "selective", "start": "base"}, "goes back towards the merged weights before the"),
     ({"method": "td-vcl", "replay": "none"}, "weighs the losses of the last .* `td_vcl_steps: 1` needs no rows"),
-    ({"method": "td-vcl", "merge": "ties"}, "sums what was kept of the tasks' adapters, but `merge: ties` keeps"),
+    ({"method": "td-vcl", "merge": "ties"}, "needs what was kept of the task's adapter, but `merge: ties` keeps"),
+    ({"method": "ties", "replay": "rehearsal"}, "`replay: rehearsal` needs what was kept of the task's adapter"),
+    ({"method": "rehearsal", "task_type": "SEQ_2_SEQ_LM"}, "an encoder reads it and the decoder writes answers only"),
+    ({"method": "joint", "replay": "rehearsal"}, "`replay: rehearsal` needs tasks one after another"),
     ({"method": "td-vcl", "method_kwargs": {"td_vcl_steps": 0}}, "must be a whole number of at least 1, but got 0"),
     ({"method": "der", "method_kwargs": {"der_top_k": 0.5}}, "`der_top_k` in `method_kwargs` must be a whole number"),
 ]
@@ -559,3 +564,87 @@ def test_matrices_that_hurt_kept_rows_go_back(model, stream, tokenizer, lora, co
         assert len(large) > 5
         assert all(entry.coefficients[name] == float(slopes[name] < 0) for name in large)
         assert 0 < entry.terms["conflicting"] and not [f for f in examine(args.output_dir) if f.problem]
+
+
+# ---- Rehearsal ------------------------------------------------------------------------------------------------------
+
+
+def slow_rows(model, prompts, ends, longest, count, size, temperature, generator):
+    """Slow twin of `write_rows`: without a cache, every text read from its first token."""
+    prefix = [tokens[0] for tokens in zip(*prompts, strict=False) if len(set(tokens)) == 1][: min(map(len, prompts))]
+    while any(prompt[: len(prefix)] != prefix for prompt in prompts):
+        prefix.pop()
+    suffix = []
+    while len({prompt[len(prompt) - len(suffix) - 1] for prompt in prompts}) == 1:
+        suffix.insert(0, prompts[0][len(prompts[0]) - len(suffix) - 1])
+    lengths = [len(prompt) - len(prefix) - len(suffix) for prompt in prompts]
+    rows = []
+    for first in range(0, count, size):
+        length = lengths[int(torch.randint(len(lengths), (1,), generator=generator))]
+        texts = [list(prefix) for _ in range(min(size, count - first))]
+        for _ in range(length):
+            logits = model(input_ids=torch.tensor(texts)).logits[:, -1] / temperature
+            logits[:, ends] = -torch.inf
+            for text, token in zip(texts, torch.multinomial(logits.softmax(-1), 1, generator=generator), strict=True):
+                text.append(int(token))
+        for text in texts:
+            text += suffix
+            answer = []
+            while len(answer) < longest and (not answer or answer[-1] not in ends):
+                answer.append(int(model(input_ids=torch.tensor([text + answer])).logits[0, -1].argmax()))
+            if answer[-1] in ends:
+                rows.append((text, answer))
+    return prefix, suffix, rows
+
+
+def test_the_merged_model_writes_the_rows_that_later_tasks_rehearse(model, stream, tokenizer, lora, config):
+    found, trained_on = {}, []
+
+    class Watches(PMTrainer):
+        def _train(self, number, stage):
+            trained_on.append((self._own_rows, self.train_dataset))
+            super()._train(number, stage)
+
+        def _evaluate_stage(self, number, stage):
+            super()._evaluate_stage(number, stage)  # on the merged weights
+            prompts = [[i for i, label in zip(r["input_ids"], r["labels"], strict=True) if label < 0]
+                       for r in self._own_rows]  # fmt: skip
+            longest = max(sum(label >= 0 for label in row["labels"]) for row in self._own_rows)
+            self.model.eval()
+            generator = torch.Generator().manual_seed(self._task_seed(number))
+            with torch.no_grad():
+                found[stage.name] = slow_rows(self.model, prompts, [2], longest, 15, 8, 1.5, generator)
+
+    settings = {"rehearsal_fraction": 0.3, "rehearsal_temperature": 1.5, "replay_share": 0.4}
+    args = config(method="rehearsal", merge="fixed", merge_coefficient=0.6, method_kwargs=settings)
+    trainer, results = trained(model, stream, tokenizer, lora, args, cls=Watches)
+    run = Path(args.output_dir)
+    assert results["writes_rows"] is True and "keeps_rows" not in results
+    state = StoredState(run / "curvature" / "state-02.safetensors")
+    for name, (prefix, suffix, expected) in found.items():
+        assert len(prefix) > 5 and len(suffix) >= 1
+        kept = encoded(state.beside("rehearsal_ids")[name], state.beside("rehearsal_lengths")[name])
+        assert kept["input_ids"][:] == [text + answer for text, answer in expected] and len(expected) > 3
+        assert kept["labels"][:] == [[-100] * len(text) + answer for text, answer in expected]
+    (own, first), (others, second) = trained_on
+    assert first is own and second["input_ids"][: len(others)] == others["input_ids"][:]
+    rehearsed = second["input_ids"][len(others) :]
+    written = [text + answer for text, answer in found["colour"][2]]
+    assert len(rehearsed) == round(len(others) * 0.4 / 0.6) and {tuple(row) for row in rehearsed} == set(
+        map(tuple, written)
+    )
+    card = next(run.glob("releases/task-02*/README.md")).read_text()
+    assert "no row of the data was kept" in card and "Training rows of earlier tasks were kept" not in card
+
+
+def test_a_model_whose_answers_do_not_end_writes_no_rows(adapted):  # noqa: F811
+    """They are dropped, and the next task trains on its own rows alone."""
+    own = encoded(torch.tensor([5, 6, 7, 60, 2, 5, 8, 7, 60, 2], dtype=torch.int32), torch.tensor([[3, 2], [3, 2]]))
+    with torch.no_grad():
+        adapted.get_output_embeddings().weight[2] = 0  # the end is never the most likely
+        rows = write_rows(adapted, own, 4, batch_size=3, temperature=1.0, generator=torch.Generator().manual_seed(0))
+    assert rows == []
+    part = Rehearsal(arguments())
+    before = {"rehearsal_ids": {"a": torch.zeros(0, dtype=torch.int32)}, "rehearsal_lengths": {"a": torch.zeros(0, 2)}}
+    part.begin(SimpleNamespace(seed=1, model=None, before=SimpleNamespace(beside=before.get)))
+    assert part.join(own) is own

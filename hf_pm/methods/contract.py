@@ -187,7 +187,8 @@ class Part:
     `settings`: its own knobs, under names that no other part has. `measures`: what it wants of the measuring pass, out
     of `measuring.MEASURES`. `growth`: how what it keeps grows, in words. `cut_rank`: rank of the square matrices
     that it keeps, if any. `keeps_rows`: whether rows of earlier tasks are trained on again.
-    `sums_updates`: whether it needs what is kept of every update as an adapter (`Merged.kept`).
+    `writes_rows`: whether rows are that the model wrote itself. `sums_updates`: whether it needs what is kept of every
+    update as an adapter (`Merged.kept`).
     """
 
     settings: ClassVar[dict[str, Setting]] = {}
@@ -195,6 +196,7 @@ class Part:
     growth: ClassVar[str] = ""
     cut_rank: int = 0
     keeps_rows: ClassVar[bool] = False
+    writes_rows: ClassVar[bool] = False
     sums_updates: ClassVar[bool] = False
 
     def __init__(self, args: Any) -> None:

@@ -27,6 +27,7 @@ from .penalties.lwf import Lwf
 from .penalties.sril import Sril
 from .penalties.td_vcl import TdVcl
 from .perturbation import Gaussian, TaskVector
+from .rehearsal import Rehearsal
 from .replay import Buffer, Memory
 from .serves.routed import Routed
 from .starts.previous import Previous
@@ -51,7 +52,7 @@ PARTS: dict[str, dict[str, type[Part]]] = {
         "td-vcl": TdVcl,
         "sril": Sril,
     },
-    "replay": {"none": Replay, "buffer": Buffer, "memory": Memory},
+    "replay": {"none": Replay, "buffer": Buffer, "memory": Memory, "rehearsal": Rehearsal},
     "optimizer": {"optim": Optimizer, "badam": Badam},
     "merge": {
         "pm": ClosedForm,
@@ -137,11 +138,12 @@ class Parts:
                 f"`coefficient_search: {args.coefficient_search}` looks for alpha, but `merge: {method.merge}` has "
                 "none. Switch it off."
             )
-        adding = [penalty.name for penalty in self.penalties if penalty.sums_updates]
-        if adding and (self.merge.dense or self.merge.expert):
+        if (self.merge.dense or self.merge.expert) and (summing := [part for part in self if part.sums_updates]):
+            part = summing[0]
+            what = f"penalty: {part.name}" if isinstance(part, Penalty) else f"replay: {method.replay}"
             raise UserError(
-                f"`penalty: {adding[0]}` sums what was kept of the tasks' adapters, but `merge: {method.merge}` keeps "
-                "something else. Use a merge that scales the update, such as `merge: last`."
+                f"`{what}` needs what was kept of the task's adapter, but `merge: {method.merge}` keeps something "
+                "else. Use a merge that scales the update, such as `merge: last`."
             )
         for part in self:
             reason = part.check(method, task_type)
@@ -166,6 +168,10 @@ class Parts:
     @property
     def keeps_rows(self) -> bool:
         return any(part.keeps_rows for part in self)
+
+    @property
+    def writes_rows(self) -> bool:
+        return any(part.writes_rows for part in self)
 
     def attach(self, model: PeftModel) -> None:
         """Introduce the model to every part."""
@@ -245,7 +251,11 @@ def describe() -> list[dict[str, str]]:
                 "settings": ", ".join(f"{name} {s.default:g}" for part in classes for name, s in part.settings.items())
                 or "none of its own",
                 "keeps": "; ".join(part.growth for part in classes if part.growth) or "nothing beside the adapters",
-                "rows kept": "yes" if any(part.keeps_rows for part in classes) else "no",
+                "rows kept": "yes"
+                if any(part.keeps_rows for part in classes)
+                else "no, the model writes rows"
+                if any(part.writes_rows for part in classes)
+                else "no",
             }
         )
     return records

@@ -50,6 +50,7 @@ METHODS: dict[str, Method] = {
     "subspace": Method("P&M's closed form over (r, r) matrices, with such curvature", merge="subspace"),
     "spectral": Method("P&M's closed form over every update, with such curvature", merge="spectral"),
     "replay": Method("experience replay, arXiv 1902.10486", replay="buffer"),
+    "rehearsal": Method("self-synthesized rehearsal, after arXiv 2403.01244", replay="rehearsal"),
     "der": Method("DER++, arXiv 2004.07211", penalties=("der",), replay="memory"),
     "sril": Method("SRIL, arXiv 2305.05175", penalties=("sril",), replay="memory", merge="selective"),
     "td-vcl": Method("TD-VCL, arXiv 2410.07812, with Laplace posteriors", penalties=("td-vcl",), replay="memory"),
