@@ -30,7 +30,7 @@ from .perturbation import Gaussian, TaskVector
 from .rehearsal import Rehearsal
 from .replay import Buffer, Memory
 from .serves.routed import Routed
-from .starts.previous import Previous
+from .starts.continued import Continued
 from .table import METHODS, Method
 
 
@@ -41,7 +41,7 @@ class OnBase(Start):
 
 
 PARTS: dict[str, dict[str, type[Part]]] = {
-    "start": {"merged": Start, "base": OnBase, "previous": Previous},
+    "start": {"merged": Start, "base": OnBase, "continued": Continued},
     "perturbation": {"none": Perturbation, "task_vector": TaskVector, "gaussian": Gaussian},
     "penalty": {
         "ewc": Ewc,

@@ -55,7 +55,7 @@ METHODS: dict[str, Method] = {
     "sril": Method("SRIL, arXiv 2305.05175", penalties=("sril",), replay="memory", merge="selective"),
     "td-vcl": Method("TD-VCL, arXiv 2410.07812, with Laplace posteriors", penalties=("td-vcl",), replay="memory"),
     # A posterior over the weights of one adapter, which all tasks share.
-    "badam": Method("BAdam, arXiv 2309.08546", start="previous", optimizer="badam"),
+    "badam": Method("BAdam, arXiv 2309.08546", start="continued", optimizer="badam"),
     # Upper bounds in the same harness: all tasks shuffled together, and one adapter per task on the base.
     "joint": Method("upper bound: multi-task training", stream="joint"),
     "single": Method("upper bound: one adapter per task", start="base", stream="bank"),

@@ -40,10 +40,15 @@ class Badam(Optimizer):
         self.optimizer: GaussianAdam | None = None
 
     def check(self, method: Any, task_type: str) -> str | None:
-        if method.start != "previous":
+        if method.start != "continued":
             return (
                 f"`method: {self.args.method}` keeps a posterior over the weights of one adapter, but `start: "
-                f"{method.start}` begins every task with another. Use `start: previous`."
+                f"{method.start}` begins every task with another. Use `start: continued`."
+            )
+        if task_type == "SEQ_CLS":
+            return (
+                f"`method: {self.args.method}` keeps one posterior for all tasks, but each task of a classifier has a "
+                "head of its own. Use a language model (`task_type: CAUSAL_LM`)."
             )
         if self.args.weight_decay:
             return (
