@@ -52,6 +52,15 @@ def weights_of(folder) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
+class DiesBeforeMerge(PMTrainer):
+    """Trains the second task to its end, and dies before it is merged."""
+
+    def _merge(self, number, measured):
+        if number == 2:
+            raise KeyboardInterrupt("after the last step")
+        super()._merge(number, measured)
+
+
 class Keeps(PMTrainer):
     """Keeps every task's parts and model before its merge, in `at_end(trainer, number)`."""
 
@@ -72,6 +81,8 @@ def test_stopped_in_a_task_and_started_again_gives_the_same_bits(name, model, st
     args = config(**settings)
     with pytest.raises(KeyboardInterrupt):
         trained(again(model), stream, tokenizer, lora, args, callbacks=[StopAt(2, 5)])
+    with pytest.raises(KeyboardInterrupt, match="after the last step"):
+        trained(again(model), stream, tokenizer, lora, args, cls=DiesBeforeMerge)
     _, results = trained(again(model), stream, tokenizer, lora, args)
     assert comparable(results) == comparable(expected)
     assert digests(Path(args.output_dir)) == digests(Path(whole.output_dir))

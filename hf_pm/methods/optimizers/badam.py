@@ -15,8 +15,8 @@ from ..contract import Ended, Optimizer, Setting, Task
 class Badam(Optimizer):
     """BAdam (Foster and Brintrup 2023, arXiv 2309.08546): a mean-field Gaussian over the weights of one adapter.
 
-    The live weights are the means mu. A step sees mu + sigma * eps; with the gradient g of the summed loss there, and
-    h = g * eps, Adam's moments m and v of g, and their usual correction,
+    The live weights are the means mu. A step sees mu + sigma * eps; with the gradient g of the summed loss there
+    (after `max_grad_norm`), h = g * eps, Adam's moments m and v of g, and their usual correction,
 
         mu <- mu - `learning_rate` * (sigma / `badam_sigma`)^2 * m / (sqrt(v) + `adam_epsilon`)
         sigma <- sigma * sqrt(1 + (sigma h / 2)^2) - sigma^2 h / 2
