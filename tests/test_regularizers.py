@@ -2,6 +2,8 @@
 
 import math
 import re
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,7 +11,8 @@ import pytest
 import torch
 import yaml
 from conftest import MOOD, rows
-from test_cli import recipe  # noqa: F401
+from safetensors.torch import load_file
+from test_cli import environment, recipe  # noqa: F401
 from test_parts import adapted, step_of  # noqa: F401
 from test_trainer import StopAt, again, comparable, digests, trained
 from torch.nn.functional import cross_entropy
@@ -145,6 +148,28 @@ def test_senseless_combinations_are_refused_before_loading(overrides, message, r
     said = capsys.readouterr().err
     assert re.search(message, said) and said.count("\n") == 1
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["badam", "der", "td-vcl", "sril"])
+def test_two_processes_learn_a_stream(name, recipe, tmp_path):  # noqa: F811
+    """Every rank draws rows for itself, and all of them the same noise: BAdam's weights are those of one process."""
+    path, values = recipe
+    path.write_text(yaml.safe_dump(values | {"method": name, "method_kwargs": SETTINGS[name], "release": "none"}))
+    adapters = {}
+    for processes in (1, 2) if name == "badam" else (2,):
+        run = tmp_path / f"run{processes}"
+        command = [sys.executable, "-m", "hf_pm.cli", "run", str(path), "--output_dir", str(run)]
+        command += ["--per_device_train_batch_size", str(8 // processes), "--average_tokens_across_devices", "true"]
+        if processes == 2:
+            command[1:3] = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "hf_pm.cli"]
+        done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=500)
+        assert done.returncode == 0, done.stderr
+        assert len(Ledger(run)) == 2
+        adapters[processes] = load_file(next(run.glob("tasks/02-*")) / "adapter" / "adapter_model.safetensors")
+    if name == "badam":
+        for key, value in adapters[1].items():
+            assert (adapters[2][key] - value).norm() <= 0.05 * value.norm() + 1e-4, key
 
 
 # ---- DER++ ----------------------------------------------------------------------------------------------------------
