@@ -39,8 +39,9 @@ NEW = tuple(SETTINGS)
 
 @pytest.fixture(autouse=True)
 def no_pictures(monkeypatch):
-    """Reports take half the time of these runs, and are tested elsewhere."""
+    """Reports and the panel take most of the time of these runs, and are tested elsewhere."""
     monkeypatch.setattr("hf_pm.report.page.write_report", lambda run: (run / "report.html").touch())
+    monkeypatch.setattr("hf_pm.evaluation.panel.cross_entropy", lambda *args, **kwargs: None)
 
 
 def arguments(**overrides):
@@ -103,9 +104,10 @@ def test_stopped_in_a_task_and_started_again_gives_the_same_bits(name, model, st
 def test_a_strength_of_zero_is_sequential_to_the_bit(name, zero, model, stream, tokenizer, lora, config):
     """With dropout: the part draws nothing from the generator of the training."""
     lora.lora_dropout = 0.1
-    plain = config(output_dir=config().output_dir + "-plain", method="sequential", release="none")
+    settings = {"release": "none", "num_train_epochs": 1, "logging_steps": 2}
+    plain = config(output_dir=config().output_dir + "-plain", method="sequential", **settings)
     trained(again(model), stream, tokenizer, lora, plain)
-    args = config(method=name, method_kwargs=zero, release="none")
+    args = config(method=name, method_kwargs=zero, **settings)
     trainer, _ = trained(again(model), stream, tokenizer, lora, args)
     assert weights_of(args.output_dir) == weights_of(plain.output_dir)
     logged = [log[f"penalty/{name}"] for log in trainer.state.log_history if f"penalty/{name}" in log]
@@ -184,7 +186,7 @@ def row_logits(model, row):
     return logits[answered].float(), labels[1:][answered]
 
 
-@pytest.mark.parametrize("top_k", [5, 1000])
+@pytest.mark.parametrize("top_k", [5, pytest.param(1000, marks=pytest.mark.slow)])
 def test_der_keeps_the_logits_of_its_rows_and_compares_them(top_k, model, stream, tokenizer, lora, config):
     rows, kept = {}, {}
 
@@ -403,7 +405,7 @@ def test_exact_posteriors_give_the_same_minimum_however_many_are_mixed(n, lam):
         S.append(f[: t + 1].sum(0))
 
 
-@pytest.mark.parametrize("estimator", ["diagonal", "factored"])
+@pytest.mark.parametrize("estimator", ["diagonal", pytest.param("factored", marks=pytest.mark.slow)])
 def test_one_step_of_td_vcl_is_ewc_to_the_bit(estimator, model, stream, tokenizer, lora, config):
     found = []
     for method, settings, replay in (
@@ -412,6 +414,7 @@ def test_one_step_of_td_vcl_is_ewc_to_the_bit(estimator, model, stream, tokenize
     ):
         args = config(output_dir=f"{config().output_dir}-{method}", method=method, method_kwargs=settings)
         args.replay, args.curvature_estimator, args.release = replay, estimator, "none"
+        args.num_train_epochs = 1
         _, results = trained(again(model), stream, tokenizer, lora, args)
         state = (Path(args.output_dir) / "curvature" / "state-02.safetensors").read_bytes()
         found.append((weights_of(args.output_dir), state, results["matrix"]))
@@ -419,7 +422,7 @@ def test_one_step_of_td_vcl_is_ewc_to_the_bit(estimator, model, stream, tokenize
     assert found[0] == found[1]
 
 
-@pytest.mark.parametrize("estimator", ["diagonal", "factored"])
+@pytest.mark.parametrize("estimator", ["diagonal", pytest.param("factored", marks=pytest.mark.slow)])
 def test_td_vcl_is_the_sum_over_the_weights_of_every_posterior(estimator, model, stream, tokenizer, lora, config):
     third = Task("again", rows(MOOD, 4, 5), rows(MOOD, 2, 6), instruction="mood ?", options=["happy", "sad", "calm"])
     fishers, checked = [], []
@@ -496,7 +499,7 @@ def row_features(model, row):
     return hidden[(labels[1:] != IGNORE_INDEX).nonzero()[:, 0]], labels[labels != IGNORE_INDEX]
 
 
-@pytest.mark.parametrize("release", [1, 0])
+@pytest.mark.parametrize("release", [1, pytest.param(0, marks=pytest.mark.slow)])
 def test_sril_is_a_loop_over_rows(release, model, stream, tokenizer, lora, config):
     found = []
 

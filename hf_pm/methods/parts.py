@@ -238,6 +238,7 @@ def describe() -> list[dict[str, str]]:
             for field, kind in kinds.items()
             for part in (chosen[field] if isinstance(chosen[field], tuple) else [chosen[field]])
         ]
+        settings = {name: setting for part in classes for name, setting in part.settings.items()}
         special = {
             field: ", ".join(value) if isinstance(value, tuple) else value
             for field, value in (chosen | {"stream": row.stream}).items()
@@ -248,8 +249,7 @@ def describe() -> list[dict[str, str]]:
                 "method": name,
                 "paper": row.paper,
                 "parts": "; ".join(f"{field} {value}" for field, value in special.items()),
-                "settings": ", ".join(f"{name} {s.default:g}" for part in classes for name, s in part.settings.items())
-                or "none of its own",
+                "settings": ", ".join(f"{name} {s.default:g}" for name, s in settings.items()) or "none of its own",
                 "keeps": "; ".join(part.growth for part in classes if part.growth) or "nothing beside the adapters",
                 "rows kept": "yes"
                 if any(part.keeps_rows for part in classes)
