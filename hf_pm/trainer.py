@@ -263,9 +263,11 @@ class PMTrainerMixin(TaskTraining):
             self._state_before(),
             lambda name: self.rows.encoded_train(self.stages[self.rows.stream.names.index(name)]),
             self._task_seed(number),
-            self.run.earlier_adapters(),
-            lambda name: self.run.folder.update(name, number - 1),
-            lambda: measure_inputs(self, self._curvature_rows(), stage.name),
+            earlier=self.run.earlier_adapters(),
+            earlier_names=[other.name for other in self.stages[: number - 1]],
+            learned=lambda name: self.run.folder.update(name, number - 1),
+            input_moments=lambda: measure_inputs(self, self._curvature_rows(), stage.name),
+            predict=self.predict_rows,
         )
         self.parts.start.adapter(task)
         self.parts.begin(task)

@@ -46,7 +46,10 @@ class TaskTraining:
         self._micro_step = self._micro_step + 1 if step == self._last_step else 0
         self._last_step = step
         micro_step = self._micro_step if self.args.perturbation_draw == "micro_step" else 0
-        with self.parts.perturbation.step(self.task_number, step, micro_step) as factor:
+        with (
+            self.parts.perturbation.step(self.task_number, step, micro_step) as factor,
+            self.parts.optimizer.sampled(self.task_number, step),
+        ):
             self._factors.append(factor)
             self._loss = super().training_step(*args, **kwargs)
             return self._loss
@@ -63,7 +66,8 @@ class TaskTraining:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         batch = dict(inputs)  # `Trainer` may take the labels out
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        terms = self.parts.losses(self.model, batch, outputs, self.accelerator.autocast)
+        step = self.state.global_step, self._micro_step
+        terms = self.parts.losses(self.model, batch, outputs, self.accelerator.autocast, *step)
         for name, term in terms.items():
             self._penalties.setdefault(name, []).append(term.detach())
             loss = loss + term / self._micro_steps_in(num_items_in_batch)
@@ -76,6 +80,12 @@ class TaskTraining:
             by_items = self.model_accepts_loss_kwargs and num_items_in_batch is not None
             scaled = by_items or self.compute_loss_func is not None
         return self.current_gradient_accumulation_steps if scaled else 1
+
+    def predict_rows(self, rows: Dataset) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits of the live model for encoded rows, and what each of their positions should predict."""
+        batch = self._prepare_input(dict(self.stream_collator(rows.to_list())))
+        with self.accelerator.autocast():
+            return predict(self.model, batch)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """The optimizer of the method, or the one that `optim` names."""

@@ -34,6 +34,8 @@ ALPHA = {
     "average": "uniform averaging, 1/t.",
     "fixed": "the constant `merge_coefficient` of the\nrecipe; the first task is kept whole.",
     "last": "1, every update is kept whole.",
+    "selective": "1; less (1 - `selective_beta`) for matrices whose update raises\nthe loss of kept rows of earlier "
+    "tasks, if the model is less sure of them than before.",
     "ties": "none here.\nTIES merges the task vectors so far into one dense update, in which no task has a fraction "
     "of its own.",
     "experts": "1, every update is kept whole,\nas an expert beside the base. In each layer, a token goes to the "
@@ -248,6 +250,7 @@ class Card:
             base_mean=_mean(base_row),
             alphas=self._alphas(),
             terms=TERMS,
+            writes_rows=results.get("writes_rows"),
             alpha_rule=ALPHA.get(self.merge or "", None),
             protect=results["protect"] if isinstance(results.get("protect"), Mapping) else None,
             parity=_parity([record_of(results, "per_task", j).get("parity") for j in range(number)], seen),

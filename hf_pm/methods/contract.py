@@ -14,6 +14,7 @@ with the task's commit, hashed, resumed, rolled back, pushed, restored, checked 
 | `join` | then: the training rows | `Replay` |
 | `create` | then: the optimizer | `Optimizer` |
 | `step` | around the forward and backward pass of a step | `Perturbation` |
+| `sampled` | inside that: the weights that the pass sees | `Optimizer` |
 | `loss` | inside it, after the forward pass | `Penalty` |
 | `solve` | after training and measuring | `Merge` |
 | `end`, `end_matrix` | then: new state from the old and from what was measured | every part |
@@ -94,6 +95,13 @@ class Merged(NamedTuple):
     def alpha_of(self, name: str) -> float:
         return self.alpha if self.per_matrix is None else self.per_matrix[name]
 
+    def kept(self, name: str, delta: LowRank) -> LowRank:
+        """What is kept of the update `delta` of the matrix `name`, if the payload is an adapter."""
+        if self.adapter is not None:
+            delta = LowRank(*self.adapter[name].factors())
+        left = delta.left if self.mixing is None else delta.left @ self.mixing[name]
+        return LowRank(left * self.alpha_of(name), delta.right)
+
 
 class Task(NamedTuple):
     """A task that is about to be trained.
@@ -101,9 +109,12 @@ class Task(NamedTuple):
     `number`: counted from 1. `name`: of the task. `model`: with its adapter. `matrices`: adapted matrices by name.
     `before`: the state after the task before. `rows_of`: gives the encoded training rows of an earlier task, by its
     name. `seed`: of this task. `earlier`: the adapters of the tasks before, oldest first, as the ledger has them.
+    `earlier_names`: their names.
     `learned(name)`: the weights that the tasks before left minus the base; float32 in the shape of the live weight.
     `input_moments()`: of every adapted matrix the mean of x x^T over the tokens that the layer reads, (..., in, in),
     in at most `curvature_num_samples` of the task's training rows; one forward pass on the weights it begins with.
+    `predict(rows)`: the live model's logits for encoded rows, and what each of their positions should predict, as
+    [`evaluation.answers.predict`]; in the graph of the adapter and the model's own mode.
     """
 
     number: int
@@ -114,8 +125,10 @@ class Task(NamedTuple):
     rows_of: Callable[[str], Dataset]
     seed: int
     earlier: Sequence[adapters.StoredAdapter] = ()
+    earlier_names: Sequence[str] = ()
     learned: Callable[[str], torch.Tensor] | None = None
     input_moments: Callable[[], dict[str, Symmetric]] | None = None
+    predict: Callable[[Dataset], tuple[torch.Tensor, torch.Tensor]] | None = None
 
 
 class Ended(NamedTuple):
@@ -147,6 +160,7 @@ class Step(NamedTuple):
 
     `model`: with its adapter. `batch`: model inputs with `labels`. `outputs`: of the model. `layers`, `scales`: every
     adapted layer, and its nominal scale, which a perturbation does not change. `autocast`: context manager factory.
+    `number`, `micro_step`: optimizer step of the task, and micro-batch of that step, both from 0.
     """
 
     model: PeftModel
@@ -155,6 +169,8 @@ class Step(NamedTuple):
     layers: Mapping[str, LoraLayer]
     scales: Mapping[str, float]
     autocast: Callable[[], Any]
+    number: int = 0
+    micro_step: int = 0
 
     def updates(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Name and dense update of every adapted matrix, float32, in the graph of the adapter's factors."""
@@ -194,9 +210,10 @@ class Part:
 
     `settings`: its own knobs, under names that no other part has. `measures`: what it wants of the measuring pass, out
     of `measuring.MEASURES`. `growth`: how what it keeps grows, in words. `cut_rank`: rank of the square matrices
-    that it keeps, if any. `keeps_rows`: whether rows of earlier tasks are trained on again. `protects`: whether it
-    takes the curvature of the text of `protect` as that of a task before the first, by `protect_matrix`; it then
-    measures `kronecker`.
+    that it keeps, if any. `keeps_rows`: whether rows of earlier tasks are trained on again. `writes_rows`: whether
+    rows are that the model wrote itself. `sums_updates`: whether it needs what is kept of every update as an adapter
+    (`Merged.kept`). `protects`: whether it takes the curvature of the text of `protect` as that of a task before the
+    first, by `protect_matrix`; it then measures `kronecker`.
     """
 
     settings: ClassVar[dict[str, Setting]] = {}
@@ -204,6 +221,8 @@ class Part:
     growth: ClassVar[str] = ""
     cut_rank: int = 0
     keeps_rows: ClassVar[bool] = False
+    writes_rows: ClassVar[bool] = False
+    sums_updates: ClassVar[bool] = False
     protects: ClassVar[bool] = False
 
     def __init__(self, args: Any) -> None:
@@ -277,9 +296,13 @@ class Perturbation(Part):
 
 
 class Penalty(Part):
-    """What is added to the loss?"""
+    """What is added to the loss?
+
+    `anchored`: whether it looks at the update since the merged weights of the tasks before.
+    """
 
     name: ClassVar[str]
+    anchored: ClassVar[bool] = True
 
     def loss(self, step: Step) -> torch.Tensor | None:
         """The term of one micro-batch, a scalar on the scale of a mean loss; `None` for nothing."""
@@ -304,6 +327,11 @@ class Optimizer(Part):
     def create(self, model: PeftModel) -> torch.optim.Optimizer | None:
         """A fresh optimizer for one task; `None` for what `optim` names."""
         return None
+
+    @contextmanager
+    def sampled(self, task_number: int, step: int) -> Iterator[None]:
+        """Encloses forward and backward, within which the weights may be a draw around the live ones."""
+        yield
 
 
 class Merge(Part):

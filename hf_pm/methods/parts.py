@@ -22,19 +22,25 @@ from .merges.isotropic import IsoC
 from .merges.magmax import MagMax
 from .merges.opcm import Opcm
 from .merges.regmean import RegMean
+from .merges.selective import Selective
 from .merges.spectral import Spectral
 from .merges.subspace import Subspace
 from .merges.task_arithmetic import TaskArithmetic
 from .merges.ties import Ties
+from .optimizers.badam import Badam
+from .penalties.der import Der
 from .penalties.ella import Ella
 from .penalties.ewc import Ewc
 from .penalties.kronecker import Gram, Kronecker
 from .penalties.l1 import L1
 from .penalties.lwf import Lwf
 from .penalties.olora import OLora
+from .penalties.sril import Sril
+from .penalties.td_vcl import TdVcl
 from .perturbation import Gaussian, TaskVector
 from .protection import check_protect
-from .replay import Buffer
+from .rehearsal import Rehearsal
+from .replay import Buffer, Memory
 from .serves.routed import Routed
 from .starts.continued import Continued
 from .starts.inflora import InfLora
@@ -72,9 +78,12 @@ PARTS: dict[str, dict[str, type[Part]]] = {
         "olora": OLora,
         "l1": L1,
         "ella": Ella,
+        "der": Der,
+        "td-vcl": TdVcl,
+        "sril": Sril,
     },
-    "replay": {"none": Replay, "buffer": Buffer},
-    "optimizer": {"optim": Optimizer},
+    "replay": {"none": Replay, "buffer": Buffer, "memory": Memory, "rehearsal": Rehearsal},
+    "optimizer": {"optim": Optimizer, "badam": Badam},
     "merge": {
         "pm": ClosedForm,
         "last": Last,
@@ -96,6 +105,7 @@ PARTS: dict[str, dict[str, type[Part]]] = {
         "subspace": Subspace,
         "experts": Experts,
         "slao": TimeAware,
+        "selective": Selective,
     },
     "serve": {"folded": Serve, "routed": Routed},
 }
@@ -153,10 +163,11 @@ class Parts:
             UserError: Says why, and what to use instead.
         """
         method, args = self.method, self.args
-        if self.penalties and (self.start.on_base or method.stream != "sequence"):
+        anchored = [penalty.name for penalty in self.penalties if penalty.anchored]
+        if anchored and (self.start.on_base or method.stream != "sequence"):
             where = f"start: {method.start}" if self.start.on_base else f"stream: {method.stream}"
             raise UserError(
-                f"`penalty: {', '.join(method.penalties)}` keeps a task near the merged model of those before it, but "
+                f"`penalty: {', '.join(anchored)}` keeps a task near the merged model of those before it, but "
                 f"with `{where}` there is none. Remove the penalty, or use `start: merged`."
             )
         if self.merge.dense and args.release in ("adapter", "both"):
@@ -173,6 +184,13 @@ class Parts:
             raise UserError(
                 f"`coefficient_search: {args.coefficient_search}` looks for alpha, but `merge: {method.merge}` has "
                 "none. Switch it off."
+            )
+        summing = next((part for part in self if part.sums_updates), None)
+        if summing is not None and (self.merge.dense or self.merge.expert or self.merge.adds):
+            what = f"penalty: {summing.name}" if isinstance(summing, Penalty) else f"replay: {method.replay}"
+            raise UserError(
+                f"`{what}` needs what was kept of the task's adapter, but `merge: {method.merge}` keeps something "
+                "else. Use a merge that scales the update, such as `merge: last`."
             )
         for part in self:
             reason = part.check(method, task_type)
@@ -201,6 +219,10 @@ class Parts:
         return any(part.keeps_rows for part in self)
 
     @property
+    def writes_rows(self) -> bool:
+        return any(part.writes_rows for part in self)
+
+    @property
     def protects(self) -> bool:
         return any(part.protects for part in self)
 
@@ -215,9 +237,11 @@ class Parts:
         for part in self:
             part.begin(task)
 
-    def losses(self, model: PeftModel, batch: Any, outputs: Any, autocast: Any) -> dict[str, torch.Tensor]:
+    def losses(
+        self, model: PeftModel, batch: Any, outputs: Any, autocast: Any, number: int = 0, micro_step: int = 0
+    ) -> dict[str, torch.Tensor]:
         """Penalty -> its term of one micro-batch."""
-        step = Step(model, batch, outputs, self.layers, self.scales, autocast)
+        step = Step(model, batch, outputs, self.layers, self.scales, autocast, number, micro_step)
         terms = {penalty.name: penalty.loss(step) for penalty in self.penalties}
         return {name: term for name, term in terms.items() if term is not None}
 
@@ -271,6 +295,7 @@ def describe() -> list[dict[str, str]]:
             for field, kind in kinds.items()
             for part in (chosen[field] if isinstance(chosen[field], tuple) else [chosen[field]])
         ]
+        settings = {name: setting for part in classes for name, setting in part.settings.items()}
         special = {
             field: ", ".join(value) if isinstance(value, tuple) else value
             for field, value in (chosen | {"stream": row.stream}).items()
@@ -281,10 +306,13 @@ def describe() -> list[dict[str, str]]:
                 "method": name,
                 "paper": row.paper,
                 "parts": "; ".join(f"{field} {value}" for field, value in special.items()),
-                "settings": ", ".join(f"{name} {s.default:g}" for part in classes for name, s in part.settings.items())
-                or "none of its own",
+                "settings": ", ".join(f"{name} {s.default:g}" for name, s in settings.items()) or "none of its own",
                 "keeps": "; ".join(part.growth for part in classes if part.growth) or "nothing beside the adapters",
-                "rows kept": "yes" if any(part.keeps_rows for part in classes) else "no",
+                "rows kept": "yes"
+                if any(part.keeps_rows for part in classes)
+                else "no, the model writes rows"
+                if any(part.writes_rows for part in classes)
+                else "no",
             }
         )
     return records

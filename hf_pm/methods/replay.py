@@ -13,6 +13,9 @@ from ..errors import UserError
 from .contract import Ended, Replay, Setting, Task
 
 
+FRACTION = Setting(0.02, "must lie in (0, 1]", lambda value: 0 < value <= 1)
+
+
 class Buffer(Replay):
     """Replay from a buffer (Chaudhry et al. 2019, arXiv 1902.10486), filled evenly by task.
 
@@ -24,29 +27,29 @@ class Buffer(Replay):
     """
 
     settings = {
-        "replay_fraction": Setting(0.02, "must lie in (0, 1]", lambda value: 0 < value <= 1),
+        "replay_fraction": FRACTION,
         "replay_share": Setting(0.25, "must lie in (0, 1)", lambda value: 0 < value < 1),
     }
     growth = "8 bytes a kept row; the rows stay where they are"
     keeps_rows = True
 
     def check(self, method: Any, task_type: str) -> str | None:
+        replay = method.replay
         if method.stream != "sequence":
             return (
-                f"`replay: buffer` needs tasks one after another, but `stream: {method.stream}` has no earlier ones."
+                f"`replay: {replay}` needs tasks one after another, but `stream: {method.stream}` has no earlier ones."
             )
         if task_type == "SEQ_CLS":
             return (
-                "`replay: buffer` mixes rows of several tasks into a batch, but each task of a classifier has a head "
-                "of its own. Use a language model (`task_type: CAUSAL_LM`)."
+                f"`replay: {replay}` mixes rows of several tasks into a batch, but each task of a classifier has a "
+                "head of its own. Use a language model (`task_type: CAUSAL_LM`)."
             )
         return None
 
     def begin(self, task: Task) -> None:
         self.seed = task.seed
-        kept = task.before.beside("replay_rows")
-        fingerprints = task.before.beside("replay_fingerprint")
-        self.kept = [_checked(name, task.rows_of(name), kept[name], fingerprints[name]) for name in sorted(kept)]
+        kept = kept_rows(task)
+        self.kept = [kept[name] for name in sorted(kept)]
 
     def join(self, rows: Dataset) -> Dataset:
         if not self.kept:
@@ -65,19 +68,56 @@ class Buffer(Replay):
         return round(own * share / (1 - share))
 
     def end(self, ended: Ended) -> dict[str, torch.Tensor]:
-        rows = ended.train_rows
-        count = min(len(rows), math.ceil(len(rows) * self["replay_fraction"]))
-        generator = torch.Generator().manual_seed(ended.seed)
-        chosen = torch.randperm(len(rows), generator=generator)[:count].sort().values
-        before = {
-            f"{key}/{name}": tensor
-            for key in ("replay_rows", "replay_fingerprint")
-            for name, tensor in ended.before.beside(key).items()
-        }
-        return before | {
+        chosen = choose_rows(ended, self["replay_fraction"])
+        return carried(ended, "replay_rows", "replay_fingerprint") | {
             f"replay_rows/{ended.name}": chosen,
-            f"replay_fingerprint/{ended.name}": _fingerprint(rows.select(chosen.tolist())),
+            f"replay_fingerprint/{ended.name}": _fingerprint(ended.train_rows.select(chosen.tolist())),
         }
+
+
+class Memory(Buffer):
+    """A buffer whose rows join no batch: penalties draw from it (`rows_state.RowsState`)."""
+
+    settings = {"replay_fraction": FRACTION}
+
+    def check(self, method: Any, task_type: str) -> str | None:
+        if not method.penalties:
+            return (
+                "`replay: memory` keeps rows for penalties that draw from them, but the method has no penalty. Use "
+                "`replay: buffer`, or add `penalty: der`."
+            )
+        return super().check(method, task_type)
+
+    def begin(self, task: Task) -> None:
+        """Leave the rows to the penalty, which reads them itself."""
+
+    def join(self, rows: Dataset) -> Dataset:
+        return rows
+
+    def added(self, own: int, earlier: Sequence[int]) -> int:
+        return 0
+
+
+def choose_rows(ended: Ended, fraction: float) -> torch.Tensor:
+    """Sorted numbers of the training rows that a buffer keeps of a task, drawn with the task's seed."""
+    rows = len(ended.train_rows)
+    count = min(rows, math.ceil(rows * fraction))
+    return torch.randperm(rows, generator=torch.Generator().manual_seed(ended.seed))[:count].sort().values
+
+
+def kept_rows(task: Task) -> dict[str, Dataset]:
+    """Encoded rows of earlier tasks that a buffer kept, by task, in no order.
+
+    Raises:
+        UserError: If a task's data does not have these rows any more.
+    """
+    kept, fingerprints = task.before.beside("replay_rows"), task.before.beside("replay_fingerprint")
+    return {name: _checked(name, task.rows_of(name), kept[name], fingerprints[name]) for name in kept}
+
+
+def carried(ended: Ended, *keys: str) -> dict[str, torch.Tensor]:
+    """What was kept under `keys` beside the matrices of earlier tasks, by whole name."""
+    return {f"{key}/{name}": tensor for key in keys for name, tensor in ended.before.beside(key).items()}
 
 
 def _fingerprint(rows: Dataset) -> torch.Tensor:

@@ -70,6 +70,12 @@ METHODS: dict[str, Method] = {
     "inflora": Method("InfLoRA, arXiv 2404.00228", start="inflora"),
     "slao": Method("SLAO, arXiv 2512.23017", merge="slao", start="slao"),
     "replay": Method("experience replay, arXiv 1902.10486", replay="buffer"),
+    "rehearsal": Method("self-synthesized rehearsal, after arXiv 2403.01244", replay="rehearsal"),
+    "der": Method("DER++, arXiv 2004.07211", penalties=("der",), replay="memory"),
+    "sril": Method("SRIL, arXiv 2305.05175", penalties=("sril",), replay="memory", merge="selective"),
+    "td-vcl": Method("TD-VCL, arXiv 2410.07812, with Laplace posteriors", penalties=("td-vcl",), replay="memory"),
+    # A posterior over the weights of one adapter, which all tasks share.
+    "badam": Method("BAdam, arXiv 2309.08546", start="continued", optimizer="badam"),
     # Upper bounds in the same harness: all tasks shuffled together, and one adapter per task on the base.
     "joint": Method("upper bound: multi-task training", stream="joint"),
     "single": Method("upper bound: one adapter per task", start="base", stream="bank"),

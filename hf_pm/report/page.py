@@ -334,6 +334,7 @@ def render_report(results: Mapping[str, Any], run: Mapping[str, Any] | None = No
             metric=results.get("metric"),
             keeps_rows=results.get("keeps_rows"),
             protect=as_record(results.get("protect")),
+            writes_rows=results.get("writes_rows"),
             tasks=results["tasks"],
             done=len(results["matrix"]),
             metrics=metrics_of(results),

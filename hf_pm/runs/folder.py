@@ -145,7 +145,7 @@ class RunFolder:
         elif len(self.ledger):
             raise UserError(f"{str(self.path)!r} has a ledger but no run.json. Use another `output_dir`.")
         self.ledger.verify()
-        self.keeps, self.keeps_rows = parts.keeps(), parts.keeps_rows
+        self.keeps = parts.keeps()
         self.read_state().check(self.keeps, folder.shapes())  # needed after the training only
         self.base_sha256 = described["base"]["sha256"]
         self.results = {
@@ -175,8 +175,10 @@ class RunFolder:
             results = read_json(self.path / "results.json")
             _check_kind(self.path / "results.json", results, self.results)
             self.results = results
-        if self.keeps_rows:
+        if parts.keeps_rows:
             self.results["keeps_rows"] = True
+        if parts.writes_rows:
+            self.results["writes_rows"] = True
         if protection is not None:
             self.results.setdefault("protect", {"kind": protection.kind})
         self._opened = recorded, described, changes, fresh

@@ -2,7 +2,7 @@
 
 import torch
 
-from ...weights.merging import Curvature, Factored, scaled
+from ...weights.merging import Curvature, Factored, add_curvature, scaled
 from ...weights.states import Value
 from ..contract import Ended, Penalty, Setting, Step, Task
 
@@ -45,19 +45,15 @@ class Ewc(Penalty):
     def loss(self, step: Step) -> torch.Tensor | None:
         if not self.omega:
             return None
-        return 0.5 * self["ewc_strength"] * sum(_weighted(self.omega[name], delta) for name, delta in step.updates())
+        return 0.5 * self["ewc_strength"] * sum(weighted(self.omega[name], delta) for name, delta in step.updates())
 
     def end_matrix(self, ended: Ended, name: str) -> dict[str, Value]:
-        fisher, before = ended.measured.curvature[name], ended.before.get(self.key, name)
-        if before is None:
-            return {self.key: fisher}
-        if isinstance(fisher, Factored):
-            decayed = scaled(before, self["ewc_decay"])
-            return {self.key: Factored(decayed.rows + fisher.rows, decayed.cols + fisher.cols)}
-        return {self.key: self["ewc_decay"] * before + fisher}
+        before = ended.before.get(self.key, name)
+        decayed = None if before is None else scaled(before, self["ewc_decay"])
+        return {self.key: add_curvature(decayed, ended.measured.curvature[name])}
 
 
-def _weighted(omega: Curvature, delta: torch.Tensor) -> torch.Tensor:
+def weighted(omega: Curvature, delta: torch.Tensor) -> torch.Tensor:
     """<Omega, delta^2>, differentiable in delta (..., out, in)."""
     if isinstance(omega, Factored):
         return (omega.rows * (delta.square() @ (omega.cols / omega.total())[..., None])[..., 0]).sum()

@@ -1,1 +1,1 @@
-"""Starts: the rules for which adapter a task begins with, and on which weights."""
+"""Starts: on which weights a task begins, and with which adapter."""
