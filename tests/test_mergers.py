@@ -9,7 +9,8 @@ import pytest
 import torch
 from conftest import MOOD, build, rows
 from reference import paper_coefficient
-from test_curvature import TASK_TYPES, adapted, batches, single_rows
+from test_curvature import TASK_TYPES, adapted, batches, build_experts, single_rows
+from test_experts import EXPERTS, moe
 from test_trainer import StopAt, again, comparable, digests, trained
 from transformers import AutoModelForCausalLM
 
@@ -171,6 +172,8 @@ def test_regmean_reduces_what_is_off_the_diagonal():
     assert torch.allclose(reduced(matrix, 0.0), torch.diag(matrix.diagonal()), rtol=1e-5, atol=1e-4)
     cut = Cut(draw(4, 2).double(), torch.rand(4, generator=GENERATOR).double())
     assert torch.allclose(reduced(cut, 0.9), reduced(cut.dense(), 0.9))
+    both = torch.stack([matrix, cut.dense()])  # experts
+    assert torch.allclose(reduced(both, 0.9), torch.stack([reduced(matrix, 0.9), reduced(cut.dense(), 0.9)]))
     # Linear, so that the sum over tasks may be reduced once.
     assert torch.allclose(reduced(matrix + cut.dense(), 0.9), reduced(matrix, 0.9) + reduced(cut, 0.9))
     a, b = draw(2, 3, 4)
@@ -364,10 +367,10 @@ def flatten(updates, names):
 
 
 def regmean_by_hand(vectors, inputs, update):
-    inputs = [0.8 * gram + 0.2 * torch.diag(gram.diagonal()) for gram in inputs]
-    turned = [vector.T if update.transposed else vector for vector in vectors]
+    inputs = [0.8 * gram + 0.2 * torch.diag_embed(gram.diagonal(dim1=-2, dim2=-1)) for gram in inputs]
+    turned = [vector.mT if update.transposed else vector for vector in vectors]
     merged = sum(v @ c for v, c in zip(turned, inputs, strict=True)) @ torch.linalg.inv(sum(inputs))
-    return merged.T if update.transposed else merged
+    return merged.mT if update.transposed else merged
 
 
 def opcm_by_hand(own):
@@ -421,6 +424,26 @@ def test_dare_keeps_a_fraction_of_every_update(run):
             zeros += int((~kept & (own.abs() > 1e-5)).sum())
     weights = sum(rows * columns for rows, columns in folder.shapes().values())
     assert zeros == pytest.approx(0.75 * 3 * weights, rel=0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["mixtral", "gpt_oss"])
+def test_every_expert_has_the_regmean_of_its_own_inputs(kind, run, lora, tmp_path):
+    moe(kind).save_pretrained(tmp_path / "base")
+    lora.target_modules, lora.target_parameters, lora.lora_dropout = {"q_proj"}, EXPERTS, 0.0
+    trainer, _ = run("regmean", base=AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tasks=2)
+    folder, expected = trainer.run.folder, by_hand("regmean", trainer.seen)
+    assert {len(shape) for shape in folder.shapes().values()} == {2, 3}
+    for name in folder.names:
+        found = folder.update(name, 2).double()
+        assert torch.allclose(found, expected[name], atol=1e-4 * (1 + float(expected[name].abs().max()))), name
+    assert not [finding for finding in examine(trainer.args.output_dir) if finding.problem]
+
+
+def test_the_curvature_of_factors_needs_layers(config):
+    args = config(method="pm-factors")
+    with pytest.raises(UserError, match="is a bare parameter.*or use `merge: pm`"):
+        Parts(args.resolved_method(), args).attach(build_experts())
 
 
 @pytest.mark.parametrize("row", ["pic", "regmean"])
@@ -560,6 +583,9 @@ def test_senseless_combinations_are_refused(overrides, message, config):
         {"method": "magmax", "penalty": "ewc"},
         {"method": "fisher", "start": "merged", "curvature_estimator": "factored"},
         {"method": "regmean", "start": "merged", "penalty": "kronecker"},
+        {"method": "regmean", "start": "continued"},
+        {"method": "magmax", "start": "continued"},
+        {"method": "fisher", "start": "inflora"},
     ],
 )
 @pytest.mark.slow

@@ -76,8 +76,10 @@ class StoredState:
 
     def _side(self, key: str, name: str) -> int | None:
         """Rows of what is kept under `key` on one side of the matrix `name`."""
-        tensors = (self._tensors.get(f"{key}{ending}/{name}") for ending in ("_whole", "_diagonal", "_basis"))
-        return next((tensor.shape[0] for tensor in tensors if tensor is not None), None)
+        for ending, dimension in (("_whole", -1), ("_diagonal", -1), ("_basis", -2)):
+            if (tensor := self._tensors.get(f"{key}{ending}/{name}")) is not None:
+                return tensor.shape[dimension]
+        return None
 
     def check(self, keeps: Mapping[str, str], shapes: Mapping[str, Sequence[int]]) -> None:
         """Find out whether the file holds what a method keeps.
