@@ -92,25 +92,13 @@ class Badam(Optimizer):
 
 
 class GaussianAdam(torch.optim.Optimizer):
-    """Moves means and standard deviations by the formulas of [`Badam`].
+    """Moves the means `params` and their standard deviations, `sigma` at first, by the formulas of [`Badam`].
 
-    Args:
-        params (`list[nn.Parameter]`): The means.
-        lr (`float`): Length of a step at the first standard deviation.
-        betas (`tuple[float, float]`, *optional*): Of Adam's moments; `None` for steps along the gradient.
-        eps (`float`): Of Adam.
-        sigma (`float`): First standard deviation.
-        rows (`int`): What a gradient is multiplied by to be that of a sum.
+    `rows` makes the gradient of a mean that of a sum. Without `betas`, steps go along the gradient.
     """
 
     def __init__(
-        self,
-        params: list[torch.nn.Parameter],
-        lr: float,
-        betas: tuple[float, float] | None,
-        eps: float,
-        sigma: float,
-        rows: int,
+        self, params: list[Any], lr: float, betas: tuple[float, float] | None, eps: float, sigma: float, rows: int
     ) -> None:
         super().__init__(params, {"lr": lr})
         self.betas, self.eps, self.first_sigma, self.rows = betas, eps, sigma, rows
