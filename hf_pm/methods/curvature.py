@@ -16,7 +16,8 @@ those of the adapter's own factors are not computed either.
 <G_n, delta> comes from the adapter itself: delta enters the layer as scale * B (A x), and by the product rule the sum
 over tokens of (A x) * d loss / d(A x) is <G_n, delta>. Squaring the gradient of a batch mean instead would depend on
 the batch size: it is not done. Expert weights (`target_parameters`) have no input and output of their own; their
-gradient is taken where the adapted weight enters the layer, with one row at a time.
+gradient is taken where the adapted weight enters the layer, with one row at a time, and their moments where an expert
+multiplies its tokens with it.
 """
 
 import math
