@@ -4,6 +4,7 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -298,12 +299,12 @@ def test_the_penalty_is_the_explicit_kronecker_product(part, tmp_path):
     assert all(layer.lora_B[ADAPTER].weight.grad.abs().sum() > 0 for layer in layers.values())
 
 
-def test_the_kept_sums_price_every_task_at_one_nat(model, stream, tokenizer, lora, config):
+def test_the_kept_sums_are_in_units_of_the_mean_price(model, stream, tokenizer, lora, config):
     """Kept whole, the state after one task says that undoing its update costs 1; a strong price keeps the weights."""
     moved = {}
     for strength in (0.0, 1e4):
         args = config(output_dir=f"{config().output_dir}-{strength}", method="kronecker", release="none")
-        args.method_kwargs = {"kronecker_strength": strength, "kronecker_rank": 64}
+        args.method_kwargs = {"kronecker_strength": strength, "kronecker_rank": 32}
         trained(again(model), stream, tokenizer, lora, args)
         run = Path(args.output_dir)
         state = StoredState(run / "curvature" / "state-01.safetensors")
@@ -315,6 +316,16 @@ def test_the_kept_sums_price_every_task_at_one_nat(model, stream, tokenizer, lor
             prices.append(0.5 * sum(float((G @ deltas[n] @ A * deltas[n]).sum()) for n, (G, A) in pairs.items()))
         assert prices[0] == pytest.approx(1, rel=1e-4)
         moved[strength] = prices[1]
+        if strength == 0:
+            # The second task's curvature is divided by the mean of both prices, and not by its own, which is small.
+            later = StoredState(run / "curvature" / "state-02.safetensors")
+            own = later.beside("kronecker_prices")["tasks"]
+            assert own[0] == pytest.approx(float(state.beside("kronecker_prices")["tasks"][0])) and len(own) == 2
+            added = 0.0
+            for name, delta in deltas.items():
+                G, A = (later.get(key, name).double() - state.get(key, name).double() for key in ("G", "A"))
+                added += 0.5 * float((G @ delta @ A * delta).sum())
+            assert added == pytest.approx(float(own[1] / own.mean()), rel=1e-3)
     assert moved[1e4] < moved[0.0] / 10
 
 
@@ -357,7 +368,7 @@ def test_subspace_end_to_end(model, stream, tokenizer, lora, config):
     plain_trainer, _ = trained(again(model), stream, tokenizer, lora, plain)
     kept = {}
     for mu in (0.0, 1.0):
-        settings = {"subspace_mu": mu, "kronecker_rank": 64}
+        settings = {"subspace_mu": mu, "kronecker_rank": 32}
         args = config(output_dir=f"{config().output_dir}-{mu}", method="subspace", method_kwargs=settings)
         trainer, results = trained(again(model), stream, tokenizer, lora, args)
         assert all(task["parity"]["folded"]["relative_difference"] < 1e-5 for task in results["per_task"])
@@ -472,7 +483,7 @@ def test_a_price_that_is_not_finite_is_refused():
     huge = torch.full((32, 32), 3e38), torch.full((16, 16), 3e38)
     measured = Measured({}, {}, {"x": update}, 0.0, 1.0, {"x": huge})
     with pytest.raises(UserError, match="price of undoing the task is .*, first of all for 'x', but must be finite"):
-        Kronecker(arguments()).price(measured)
+        Kronecker(arguments()).prices(SimpleNamespace(measured=measured, before=StoredState(None)))
 
 
 @pytest.mark.parametrize("change", [{"kronecker_rank": 8}, {"kronecker_normalize": 0}])

@@ -36,7 +36,7 @@ from ..errors import UserError
 from ..evaluation.answers import evaluating, predict
 from ..tasks.encoding import IGNORE_INDEX
 from ..weights import kronecker
-from ..weights.adapters import ADAPTER, base_weight, is_experts, live_delta, lora_layers
+from ..weights.adapters import ADAPTER, base_weight, is_experts, live_delta, live_update, lora_layers
 from ..weights.merging import Curvature, Factored
 
 
@@ -129,7 +129,8 @@ class Measurement(NamedTuple):
 
     `curvature`: matrix name -> F (empty for `directional`). `slopes`: matrix name -> sum of w_n <G_n, delta>^2 of that
     matrix alone; `slope`: the same for all matrices together, cross terms included. `rows`: their number. `gradient`:
-    matrix name -> gradient of the training loss, where it was asked for.
+    matrix name -> gradient of the training loss, `factors`: `name.A` and `name.B` -> diagonal curvature of the
+    adapter's factors, where they were asked for.
     """
 
     curvature: dict[str, Curvature]
@@ -137,6 +138,7 @@ class Measurement(NamedTuple):
     slope: float
     rows: int
     gradient: dict[str, torch.Tensor]
+    factors: dict[str, torch.Tensor] = {}
 
 
 def row_losses(
@@ -159,7 +161,8 @@ def row_losses(
     chosen, wanted = logits[mask], targets[mask]
     chosen = chosen if chosen.dtype == torch.float64 else chosen.float()
     if generator is not None:
-        probabilities = chosen.detach().softmax(-1).cpu()
+        # Where logits are not finite, neither is the loss, which names the row; any label will do.
+        probabilities = chosen.detach().softmax(-1).nan_to_num(nan=1.0).cpu()
         wanted = torch.multinomial(probabilities, 1, generator=generator)[:, 0].to(chosen.device)
     losses = nn.functional.cross_entropy(chosen, wanted, reduction="none")
     rows = torch.arange(len(targets), device=targets.device)[:, None].expand_as(targets)[mask]
@@ -175,8 +178,9 @@ def measure_curvature(
     generator: torch.Generator | None = None,
     gradient: bool = False,
     moments: Moments | None = None,
+    factors: bool = False,
     autocast: Callable[[], Any] = nullcontext,
-    task_name: str = "",
+    task_name: str | None = "",
 ) -> Measurement:
     """Curvature of every adapted matrix at the current weights, in evaluation mode.
 
@@ -190,8 +194,10 @@ def measure_curvature(
         gradient (`bool`, *optional*, defaults to `False`): Sum up the gradient of the training loss in the same pass,
             as [`mean_gradient`] does in one of its own. It is that of the labels in use.
         moments (`Moments`, *optional*): Filled in the same pass.
+        factors (`bool`, *optional*, defaults to `False`): The diagonal curvature of A and B, too. Expert parameters
+            have none.
         autocast (`Callable`, *optional*): Context manager factory for the forward pass.
-        task_name (`str`, *optional*): For messages.
+        task_name (`str`, *optional*): For messages; `None` for the protected text.
 
     Returns:
         `Measurement`: Float32 sums over rows, accumulated in float32 whatever the model's dtype.
@@ -209,6 +215,12 @@ def measure_curvature(
     sums: dict[str, torch.Tensor] = {}
     collectors = [(collect, curvature, power)] if collect is not None else []
     collectors += [(_add_gradients, sums, 1)] if gradient else []
+    squares_of_factors: dict[str, torch.Tensor] = {}
+    if factors:
+        live = {name: live_update(layer, float(layer.scaling[ADAPTER])) for name, layer in lora_layers(model).items()}
+        for name, update in live.items():
+            squares_of_factors |= {f"{name}.A": torch.zeros_like(update.A), f"{name}.B": torch.zeros_like(update.B)}
+        collectors.append((partial(_add_factor_squares, live), squares_of_factors, power))
     for gradients in _row_gradients(model, batches, collectors, generator, autocast, task_name, power, moments):
         weights = gradients.weights.double().cpu()
         values = {name: value.double().cpu() for name, value in gradients.slopes.items()}
@@ -222,14 +234,14 @@ def measure_curvature(
         for name, layer in lora_layers(model).items():
             if name not in curvature:
                 curvature[name] = _nothing(base_weight(layer), estimator)
-    for name, square in curvature.items():
+    for name, square in (*curvature.items(), *squares_of_factors.items()):
         if not all(bool(torch.isfinite(part).all()) for part in _parts(square)):
             raise UserError(
-                f"The squared gradients of {name!r} in the curvature pass of task {task_name!r} overflow float32. "
-                "Nothing was committed; lower `learning_rate`."
+                f"The squared gradients of {name!r} in the curvature pass of {_source(task_name)} overflow float32. "
+                f"{_remedy(task_name)}."
             )
     by_matrix = {name: float(value) for name, value in slopes.items()}
-    return Measurement(curvature, by_matrix, float(together), rows, sums)
+    return Measurement(curvature, by_matrix, float(together), rows, sums, squares_of_factors)
 
 
 def check_layers(model: PeftModel, batch: Mapping[str, Any], inputs: bool = False) -> None:
@@ -259,7 +271,7 @@ def mean_gradient(
     batches: Iterable[Mapping[str, Any]],
     *,
     autocast: Callable[[], Any] = nullcontext,
-    task_name: str = "",
+    task_name: str | None = "",
 ) -> tuple[dict[str, torch.Tensor], int]:
     """Gradient of the training loss (mean over rows of the mean token loss) for every adapted matrix.
 
@@ -289,7 +301,7 @@ def _row_gradients(
     collectors: Sequence[tuple[Callable[..., None], dict[str, Any], int]],
     generator: torch.Generator | None,
     autocast: Callable[[], Any],
-    task_name: str,
+    task_name: str | None,
     power: int,
     moments: Moments | None = None,
 ) -> Iterator[_Batch]:
@@ -509,26 +521,45 @@ def _add_gradients(totals, name, x, d, weights, transposed) -> None:  # noqa: AN
     totals[name] = totals[name] + gradient if name in totals else gradient
 
 
+@torch.no_grad()
+def _add_factor_squares(live, totals, name, x, d, weights, transposed) -> None:  # noqa: ANN001
+    """The same of the adapter's factors, whose gradients in row n are s B^T D' X (r, in) and s D' (X A^T) (out, r)."""
+    A, B, scale, _ = live[name]
+    d = d * (scale * weights.sqrt())[:, None, None]
+    for key, gradient in ((f"{name}.A", (d @ B).mT @ x), (f"{name}.B", d.mT @ (x @ A.T))):
+        totals[key] += gradient.square().sum(0)
+
+
 def _parts(fisher: Curvature) -> tuple[torch.Tensor, ...]:
     return (fisher,) if isinstance(fisher, torch.Tensor) else tuple(fisher)
 
 
-def _require_finite(values: torch.Tensor, what: str, seen: int, task_name: str) -> None:
+def _source(task_name: str | None) -> str:
+    return "the protected text" if task_name is None else f"task {task_name!r}"
+
+
+def _remedy(task_name: str | None) -> str:
+    if task_name is None:
+        return "Nothing was written; protect another text, or load the base in a wider `dtype`"
+    return "Nothing was committed; lower `learning_rate`"
+
+
+def _require_finite(values: torch.Tensor, what: str, seen: int, task_name: str | None) -> None:
     finite = torch.isfinite(values)
     if not bool(finite.all()):
         raise UserError(
-            f"The {what} of row {seen + int((~finite).nonzero()[0])} in the curvature pass of task {task_name!r} is "
-            "not finite. Nothing was committed; lower `learning_rate` or look at that row."
+            f"The {what} of row {seen + int((~finite).nonzero()[0])} in the curvature pass of {_source(task_name)} is "
+            f"not finite. {_remedy(task_name)} or look at that row."
         )
 
 
-def _refuse_packed(batch: Mapping[str, Any], task_name: str) -> None:
+def _refuse_packed(batch: Mapping[str, Any], task_name: str | None) -> None:
     """Several examples in one row would give the square of their summed gradient, not the sum of their squares."""
     positions = batch.get("position_ids")
     restarts = positions is not None and positions.ndim == 2 and bool((positions[:, 1:] < positions[:, :-1]).any())
     if restarts or any(batch.get(key) is not None for key in PACKED_KEYS):
         raise UserError(
-            f"A row in the curvature pass of task {task_name!r} holds several examples (packing), whose gradients "
+            f"A row in the curvature pass of {_source(task_name)} holds several examples (packing), whose gradients "
             "cannot be told apart. Switch `packing` and `padding_free` off."
         )
 

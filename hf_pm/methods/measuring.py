@@ -15,23 +15,36 @@ from .contract import Measured
 from .curvature import Moments, expert_name, mean_gradient, measure_curvature
 
 
-# What a part may ask for (`Part.measures`), by matrix: the curvature F as `curvature_estimator` keeps it, and the
-# mean gradient of the task's loss on the data's own labels, and the Kronecker factors of F.
-MEASURES = ("curvature", "gradient", "kronecker")
+# What a part may ask for (`Part.measures`), by matrix: the curvature F as `curvature_estimator` keeps it, the mean
+# gradient of the task's loss on the data's own labels, the Kronecker factors of F, and the diagonal curvature of the
+# adapter's A and B.
+MEASURES = ("curvature", "gradient", "kronecker", "factors")
 
 
-def measure(trainer: Any, rows: Dataset, wanted: Collection[str], task_name: str, seed: int) -> Measured:
+def measure(
+    trainer: Any,
+    rows: Dataset,
+    wanted: Collection[str],
+    task_name: str | None,
+    seed: int,
+    *,
+    labels: str | None = None,
+    normalization: str | None = None,
+) -> Measured:
     """Measure the task just trained, at the unperturbed adapter model.
 
     Args:
         trainer (`PMTrainerMixin`): Gives the model, this rank's batches, the accelerator and the settings.
         rows (`Dataset`): Encoded training rows, at most `curvature_num_samples` of them.
         wanted (`Collection[str]`): Out of `MEASURES`.
-        task_name (`str`): For messages.
+        task_name (`str`, *optional*): For messages; `None` for the protected text.
         seed (`int`): Of the sampled labels.
+        labels (`str`, *optional*): In the place of `curvature_labels`.
+        normalization (`str`, *optional*): In the place of `curvature_normalization`.
     """
     args, accelerator = trainer.args, trainer.accelerator
-    sampled = args.curvature_labels == "sampled"
+    sampled = (labels or args.curvature_labels) == "sampled"
+    normalization = normalization or args.curvature_normalization
     generator = torch.Generator().manual_seed(seed + args.process_index) if sampled else None
     moments = Moments(trainer.parts.cut_rank, accelerator.device) if "kronecker" in wanted else None
     estimator = args.curvature_estimator
@@ -42,13 +55,14 @@ def measure(trainer: Any, rows: Dataset, wanted: Collection[str], task_name: str
     settings = {"autocast": accelerator.autocast, "task_name": task_name}
     found = measure_curvature(
         trainer.model,
-        trainer.batches(rows, args.curvature_batch_size, "curvature"),
+        trainer.batches(rows, args.curvature_batch_size, "curvature" if task_name is not None else "protecting"),
         # The exact form of the new task needs no memory of its own; what later tasks need of it is the factored one.
         estimator=estimator,
-        normalization=args.curvature_normalization,
+        normalization=normalization,
         generator=generator,
         gradient="gradient" in wanted and not sampled,
         moments=moments,
+        factors="factors" in wanted,
         **settings,
     )
     gradients = found.gradient
@@ -70,12 +84,13 @@ def measure(trainer: Any, rows: Dataset, wanted: Collection[str], task_name: str
     gradient = {name: total(tensor).div_(count) for name, tensor in gradients.items()}
     updates = adapters.updates(trainer.model)
     factor = 1.0
-    if curvature and args.curvature_normalization == "trace":
+    if curvature and normalization == "trace":
         mean = mean_entry(curvature, {name: math.prod(update.shape()) for name, update in updates.items()})
         factor = 1 / mean if mean > 0 else 1.0
     measured = Measured(curvature, gradient, updates, exact, 1.0)
     if moments is not None:
         measured = measured._replace(kronecker=means(moments, updates, count, accelerator, task_name))
+    measured = measured._replace(factors={key: total(square).div_(count) for key, square in found.factors.items()})
     if curvature and args.curvature_estimator == "directional":
         along = math.fsum(quadratic(fisher, measured.delta(name).dense()) for name, fisher in curvature.items())
         measured = measured._replace(calibration=exact / along if along > 0 else 1.0)

@@ -28,7 +28,7 @@ class Kronecker(KroneckerState, Penalty):
         # Matrices of one shape are one product a step: a model has a few shapes in many layers.
         groups: dict[Any, list[tuple[str, Factors]]] = {}
         for name in task.matrices:
-            pair = self.old(task.before, name, task.number - 1)
+            pair = self.old(task.before, name, task.number)
             if pair is not None:
                 G, A = (_moved(matrix, task.model.device) for matrix in self.weighing(pair))
                 groups.setdefault((_shape(G), _shape(A)), []).append((name, (G, A)))
