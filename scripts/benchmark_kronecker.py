@@ -15,7 +15,6 @@ import platform
 import tempfile
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 from accelerate import init_empty_weights
@@ -119,7 +118,7 @@ def random_factors(
 
 def ended(shapes: dict[str, tuple[int, ...]], lora: int, folder: Path, generator: torch.Generator) -> Ended:
     """The third task of one layer: its measurement, and what two tasks have left."""
-    part = Subspace(SimpleNamespace(method_kwargs=None))
+    part = Subspace(PMConfig("unused", use_cpu=True))
     before = folder / "before"
     values = {}
     for name, pair in random_factors(shapes, part.cut_rank, generator).items():
@@ -146,7 +145,7 @@ def merging_seconds(lora: int) -> dict[str, float]:
     layer = {name: shape for name, shape in every.items() if ".layers.0." in name}
     with tempfile.TemporaryDirectory() as folder:
         task = ended(layer, lora, Path(folder), generator)
-        part = Subspace(SimpleNamespace(method_kwargs=None))
+        part = Subspace(PMConfig("unused", use_cpu=True))
         started = time.perf_counter()
         merged: Merged = part.solve(task)
         solved = time.perf_counter()
