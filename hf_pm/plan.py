@@ -13,6 +13,7 @@ from .config import PMConfig, Recipe
 from .loading import ARCHITECTURES, LOADING_ERRORS, cannot_load, recipe_lora, recipe_stream
 from .methods.curvature import moment_bytes
 from .methods.parts import Parts
+from .methods.protection import Protection
 from .tasks.encoding import Encoder
 from .tasks.rows import StreamRows
 from .weights import adapters
@@ -26,7 +27,9 @@ class Plan(NamedTuple):
 
     `disk` is what the run folder holds at the end; `state` and `dense` are what a method keeps after a task, and what
     it stores as a task's payload beside the adapter; `merge_memory` is what a merge adds to the live model: what was
-    measured of every matrix, and what is kept of the largest one.
+    measured of every matrix, and what is kept of the largest one. `protect` says which text is protected, `windows`
+    and `protected_tokens` how many of its windows and tokens (at most, where the base generates them) are read forward
+    and backward before the first task.
     """
 
     tasks: list[str]
@@ -48,6 +51,9 @@ class Plan(NamedTuple):
     disk: int
     free: int
     merge_memory: int
+    protect: str | None = None
+    windows: int = 0
+    protected_tokens: int = 0
 
 
 class MethodBytes(NamedTuple):
@@ -72,7 +78,7 @@ def method_bytes(shapes: Mapping[str, Sequence[int]], config: PMConfig) -> Metho
         form = "dense" if config.curvature_estimator == "diagonal" else "factored"
         measured = state_bytes({"F": form}, shapes, dtype="float32", rank=0)
     if "kronecker" in parts.measures():
-        measured += moment_bytes(shapes)
+        measured += moment_bytes(shapes, parts.cut_rank)
     # For one matrix at a time, old and new values of everything that is kept, and dense updates.
     at_once = 2 * len(keeps) + 1 if keeps else 0
     at_once += 3 if dense else 0
@@ -103,7 +109,16 @@ def plan_recipe(recipe: Recipe) -> Plan:
     shapes = {name: tuple(adapters.base_weight(layer).shape) for name, layer in adapters.lora_layers(model).items()}
     encoder = Encoder(tokenizer, recipe.task_type, recipe.max_length, recipe.prompt)
     rows = StreamRows(stream, encoder, recipe.resolved_method().stream, recipe)
-    return estimate(recipe, rows, shapes, base_bytes=_size(base), adapter_bytes=_trainable(model))
+    plan = estimate(recipe, rows, shapes, base_bytes=_size(base), adapter_bytes=_trainable(model))
+    if recipe.protect is None:
+        return plan
+    rank = Parts(recipe.resolved_method(), recipe).cut_rank
+    text = Protection(recipe.protect, tokenizer, config, recipe, rank)
+    if text.rows is None:
+        windows, tokens = text.windows, text.windows * (text.length - 1)
+    else:
+        windows, tokens = len(text.rows), text.tokens
+    return plan._replace(protect=text.kind, windows=windows, protected_tokens=tokens)
 
 
 def _size(base: BaseCheckpoint) -> int:
@@ -131,7 +146,7 @@ def estimate(
     parts = Parts(config.resolved_method(), config)
     train_rows = [own + parts.replay.added(own, own_rows[:number]) for number, own in enumerate(own_rows)]
     test_rows = [len(split) for split in rows.test]
-    batch = config.per_device_train_batch_size * config.gradient_accumulation_steps * config.world_size
+    batch = config.effective_batch_size
     epochs = [rows.epochs(stage) for stage in stages]
     if config.max_steps > 0:
         steps = config.max_steps * len(stages)
@@ -182,6 +197,10 @@ def format_plan(plan: Plan) -> str:
         ("releases", f"{_bytes(plan.release)} the first, {_bytes(plan.releases)} all"),
         ("run folder", f"{_bytes(plan.disk)} at the end; {_bytes(plan.free)} free"),
     ]  # fmt: skip
+    if plan.protect is not None:
+        text = "text of the base, which it generates first" if plan.protect == "self" else "the text"
+        how = f"{plan.windows:,} windows of {text}, {plan.protected_tokens:,} tokens"
+        lines.append(("protect", f"{how}: one forward and backward pass before the first task"))
     text = "\n".join(f"{name:<11} {value}" for name, value in lines)
     if plan.disk > plan.free:
         text += (

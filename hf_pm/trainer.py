@@ -39,6 +39,7 @@ from .methods.line_search import check_search, held_out_rows, search
 from .methods.measuring import measure
 from .methods.parity import Parity
 from .methods.parts import Parts
+from .methods.protection import Protection
 from .progress import StreamProgress
 from .report import page
 from .runs import recovery
@@ -51,6 +52,7 @@ from .tasks.stream import TaskStream, subset
 from .training import TaskTraining
 from .weights import adapters
 from .weights.folding import Folder
+from .weights.states import HeldState, StoredState
 
 
 logger = logging.getLogger(__name__)
@@ -121,6 +123,10 @@ class PMTrainerMixin(TaskTraining):
             for task in stream:
                 metric_of(task, self.task_type)
             check_search(self.rows, self.task_type, args)
+            self.protection = None
+            if args.protect is not None:
+                config, rank = model.get_base_model().config, self.parts.cut_rank
+                self.protection = Protection(args.protect, processing_class, config, args, rank)
             if args.lm_eval_tasks:
                 panel.check_lm_eval(args.lm_eval_tasks)
             if train_dataset is None:
@@ -182,10 +188,13 @@ class PMTrainerMixin(TaskTraining):
         self.run = RunFolder(args, [stage.name for stage in self.stages], self.is_world_process_zero())
         if self.parts.measures() and len(self.run.ledger) < len(self.stages):
             # What cannot be measured must not be found after the training.
-            check_layers(self.model, self._first_rows(self.rows.test[0]))
+            check_layers(self.model, self._first_rows(self.rows.test[0]), inputs="kronecker" in self.parts.measures())
         base, names = self.run.resolve_base(self.model, self.task_type)
         folder = Folder(base, self.run.ledger, names)
-        self.run.open(folder, self.rows, self.model.peft_config[adapters.ADAPTER], self.task_type, self.parts)
+        adapter = self.model.peft_config[adapters.ADAPTER]
+        self.run.open(folder, self.rows, adapter, self.task_type, self.parts, self.protection)
+        self._before_first = StoredState(None) if self.protection is None else self._protect(folder)
+        self.run.adopt()
         repo_id = self.hub_model_id if args.push_to_hub else None
         self.outbox = Outbox.prepare(self.run, args, self.processing_class, self.stream, self.task_type, repo_id)
         self.accelerator.wait_for_everyone()
@@ -197,6 +206,33 @@ class PMTrainerMixin(TaskTraining):
             self.remove_callback(ProgressCallback)
             self.remove_callback(StreamProgress)
             self.add_callback(self._progress)
+
+    def _protect(self, folder: Folder) -> StoredState:
+        """Measure the protected text on the base, with a silent adapter: the state that the first task finds.
+
+        It is kept in memory: the sums of the first commit hold it, and until then it is measured again, with the same
+        bits. Labels are drawn from the model and every token counts the same, whatever the settings for tasks are:
+        the curvature is that of the divergence from the base, in nats per token.
+        """
+        text, names = self.protection, folder.names
+        if len(self.run.ledger):
+            return StoredState(None)
+        logger.info("Measuring the curvature of the protected text (%s) before the first task.", text.kind)
+        folder.into_model(self.model, 0)
+        adapters.reset(self.model, self._task_seed(0))
+        if text.rows is None:
+            hidden = self.args.disable_tqdm or not self.is_world_process_zero()
+            made = text.generate(self.model, self.args.per_device_eval_batch_size, self.accelerator.autocast)
+            for _ in tqdm(made, total=text.windows, desc="generating", unit="text", leave=False, disable=hidden):
+                pass
+        settings = {"labels": "sampled", "normalization": "token"}
+        measured = measure(self, text.rows, {"kronecker"}, None, self._task_seed(0), **settings)
+        self.run.results["protect"] |= {"windows": len(text.rows), "tokens": text.tokens}
+        return HeldState({name: self.parts.protect_matrix(measured, name) for name in names})
+
+    def _state_before(self) -> StoredState:
+        """State that the next task finds."""
+        return self.run.read_state() if len(self.run.ledger) else self._before_first
 
     def _task_seed(self, number: int) -> int:
         return (self.args.seed * 1009 + number) % 2**32
@@ -222,7 +258,7 @@ class PMTrainerMixin(TaskTraining):
             stage.name,
             self.model,
             list(self.parts.layers),
-            self.run.read_state(),
+            self._state_before(),
             lambda name: self.rows.encoded_train(self.stages[self.rows.stream.names.index(name)]),
             self._task_seed(number),
         )
@@ -303,7 +339,7 @@ class PMTrainerMixin(TaskTraining):
             self.stages[number - 1].name,
             measured,
             updates,
-            self.run.read_state(),
+            self._state_before(),
             self.run.ledger.entries,
             task_vector,
             self._own_rows,

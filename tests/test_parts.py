@@ -46,7 +46,7 @@ SETTINGS = {"ewc": {"ewc_strength": 50.0}, "replay": {"replay_fraction": 0.3}}
 
 
 def arguments(**overrides):
-    settings = {"method_kwargs": None, "curvature_estimator": "diagonal", "seed": 0}
+    settings = {"method_kwargs": None, "curvature_estimator": "diagonal", "seed": 0, "protect": None}
     return SimpleNamespace(**settings | overrides)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
 from transformers.modeling_outputs import BaseModelOutput
 
 from ..tasks.encoding import IGNORE_INDEX
@@ -64,12 +64,13 @@ def aligned(
 
 @torch.no_grad()
 def probe_logits(
-    model: nn.Module, batch: Mapping[str, Any], autocast: Callable[[], Any] = nullcontext
+    model: nn.Module, batch: Mapping[str, Any], autocast: Callable[[], Any] = nullcontext, most: int = 256
 ) -> torch.Tensor:
-    """Logits of the answers in `batch`, (answer tokens, vocabulary) in float32 on the CPU, in evaluation mode."""
+    """Logits of the first `most` answer tokens in `batch`, (answer tokens, vocabulary) on the CPU in the dtype that
+    the model gives, in evaluation mode."""
     with evaluating(model), autocast():
         logits, targets = predict(model, batch)
-    return logits[targets != IGNORE_INDEX].float().cpu() if logits.ndim == 3 else logits.float().cpu()
+    return (logits[targets != IGNORE_INDEX][:most] if logits.ndim == 3 else logits).cpu()
 
 
 @torch.no_grad()
@@ -205,6 +206,67 @@ def generate_answers(
     finally:
         inner.generation_config = own
     return answers
+
+
+class _Drawn(LogitsProcessor):
+    """Makes greedy decoding take the token at which the cumulative probability passes a number drawn before."""
+
+    def __init__(self, draws: torch.Tensor) -> None:
+        self.draws = iter(draws.T)  # (rows, tokens), in [0, 1)
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        cumulative = scores.double().softmax(-1).cumsum(-1)
+        # Of the sum, which rounding keeps from 1; the first entry above it has a probability of more than 0.
+        drawn = next(self.draws).to(cumulative)[:, None] * cumulative[:, -1:]
+        chosen = torch.searchsorted(cumulative, drawn, right=True).clamp(max=scores.shape[-1] - 1)
+        return torch.full_like(scores, -torch.inf).scatter(1, chosen, 0.0)
+
+
+@torch.no_grad()
+def sample_texts(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    draws: torch.Tensor,
+    *,
+    batch_size: int = 8,
+    autocast: Callable[[], Any] = nullcontext,
+) -> Iterator[list[int]]:
+    """Texts that a causal model generates from nothing, at temperature 1 and without any cut of its distribution.
+
+    A text begins with the beginning-of-sequence token or, if the tokenizer has none, with the end-of-sequence token,
+    and ends with an end-of-sequence token or after as many tokens as there are draws.
+
+    Args:
+        model (`nn.Module`): Left in the mode it was in.
+        tokenizer (`PreTrainedTokenizerBase`): With an end-of-sequence token.
+        draws (`torch.Tensor`): Uniform numbers in [0, 1), (texts, tokens): all that is random. The texts do not
+            depend on how they are batched, but for rounding.
+        batch_size (`int`, *optional*, defaults to 8): Texts that are generated together.
+        autocast (`Callable`, *optional*): Context manager factory for the forward passes.
+
+    Yields:
+        `list[int]`: Token ids of one text, the first of which was given.
+    """
+    inner = _plain(model)
+    device = next(inner.parameters()).device
+    stop = tokenizer.eos_token_id
+    start = stop if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    own = inner.generation_config
+    inner.generation_config = GenerationConfig(
+        max_new_tokens=draws.shape[1], do_sample=False, pad_token_id=tokenizer.pad_token_id, eos_token_id=stop
+    )
+    try:
+        with evaluating(model):
+            for part in draws.split(batch_size):
+                ids = torch.full((len(part), 1), start, device=device)
+                drawn = LogitsProcessorList([_Drawn(part)])
+                with autocast():
+                    found = inner.generate(
+                        input_ids=ids, attention_mask=torch.ones_like(ids), logits_processor=drawn
+                    ).tolist()
+                yield from ([start, *row[: row.index(stop) + 1 if stop in row else None]] for _, *row in found)
+    finally:
+        inner.generation_config = own
 
 
 @torch.no_grad()

@@ -57,7 +57,7 @@ def cross_entropy(
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     if not inner.can_generate():
         return None
-    encode = _halves if inner.config.is_encoder_decoder else _whole
+    encode = halves if inner.config.is_encoder_decoder else whole
     limit = getattr(inner.config, "max_position_embeddings", None) or math.inf
     rows, sizes = zip(*(encode(tokenizer, text, limit) for text in windows()), strict=True)
     device = next(inner.parameters()).device
@@ -79,8 +79,8 @@ def cross_entropy(
     }
 
 
-def _whole(tokenizer: PreTrainedTokenizerBase, text: str, limit: float) -> tuple[dict[str, list[int]], int]:
-    """A paragraph to predict, and the bytes of it that are."""
+def whole(tokenizer: PreTrainedTokenizerBase, text: str, limit: float) -> tuple[dict[str, list[int]], int]:
+    """Encoded row in which all of a text is predicted, up to `limit` tokens, and the number of predicted bytes."""
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     ids, ends = encoded["input_ids"], [end for _, end in encoded["offset_mapping"]]
     before = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
@@ -90,11 +90,16 @@ def _whole(tokenizer: PreTrainedTokenizerBase, text: str, limit: float) -> tuple
     return {"input_ids": before + ids[:kept], "labels": labels}, ends[kept - 1] - (ends[0] if given else 0)
 
 
-def _halves(tokenizer: PreTrainedTokenizerBase, text: str, limit: float) -> tuple[dict[str, list[int]], int]:
-    """A paragraph's first half to read and its second to predict, cut at the first space after the middle."""
-    cut = text.index(" ", len(text) // 2)
-    labels = tokenizer(text_target=text[cut + 1 :], add_special_tokens=False)["input_ids"]
-    return {"input_ids": tokenizer(text[:cut])["input_ids"], "labels": labels}, len(text) - cut - 1
+def halves(tokenizer: PreTrainedTokenizerBase, text: str, limit: float) -> tuple[dict[str, list[int]], int]:
+    """Encoded row in which the first half of a text is read and the second is predicted.
+
+    The text is cut at the first space after its middle, or at its middle if no space follows; `limit` is not used.
+    """
+    middle = len(text) // 2
+    cut = text.find(" ", middle)
+    first, second = (text[:cut], text[cut + 1 :]) if cut >= 0 else (text[:middle], text[middle:])
+    labels = tokenizer(text_target=second, add_special_tokens=False)["input_ids"]
+    return {"input_ids": tokenizer(first)["input_ids"], "labels": labels}, len(second)
 
 
 def _pad(rows: Sequence[dict[str, list[int]]]) -> dict[str, torch.Tensor]:

@@ -8,6 +8,7 @@ with the task's commit, hashed, resumed, rolled back, pushed, restored, checked 
 |---|---|---|
 | `check` | before a model is loaded | every part |
 | `attach` | once, when the trainer has its model | every part |
+| `protect_matrix` | before the first task, with `protect`: the state that the first task finds | every part |
 | `begin` | before the first step of a task, also when it is resumed | every part |
 | `adapter` | then: the adapter the task starts from | `Start` |
 | `join` | then: the training rows | `Replay` |
@@ -178,7 +179,9 @@ class Part:
 
     `settings`: its own knobs, under names that no other part has. `measures`: what it wants of the measuring pass, out
     of `measuring.MEASURES`. `growth`: how what it keeps grows, in words. `cut_rank`: rank of the square matrices
-    that it keeps, if any. `keeps_rows`: whether rows of earlier tasks are trained on again.
+    that it keeps, if any. `keeps_rows`: whether rows of earlier tasks are trained on again. `protects`: whether it
+    takes the curvature of the text of `protect` as that of a task before the first, by `protect_matrix`; it then
+    measures `kronecker`.
     """
 
     settings: ClassVar[dict[str, Setting]] = {}
@@ -186,6 +189,7 @@ class Part:
     growth: ClassVar[str] = ""
     cut_rank: int = 0
     keeps_rows: ClassVar[bool] = False
+    protects: ClassVar[bool] = False
 
     def __init__(self, args: Any) -> None:
         """
@@ -210,6 +214,11 @@ class Part:
 
     def attach(self, model: PeftModel) -> None:
         """Meet the model, once, before any task."""
+
+    def protect_matrix(self, measured: Measured, name: str) -> dict[str, Value]:
+        """State of the matrix `name` before the first task, by the keys of `keeps`, from what was measured on the
+        protected text with a silent adapter; float32."""
+        return {}
 
     def begin(self, task: Task) -> None:
         """Read what the steps of the task need."""

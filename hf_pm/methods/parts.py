@@ -12,7 +12,7 @@ from peft import PeftModel
 from ..errors import UserError, choose
 from ..weights import adapters
 from ..weights.states import Value
-from .contract import Ended, Merged, Optimizer, Part, Penalty, Perturbation, Replay, Serve, Start, Step, Task
+from .contract import Ended, Measured, Merged, Optimizer, Part, Penalty, Perturbation, Replay, Serve, Start, Step, Task
 from .merges.coefficients import Average, Became, ClosedForm, Fixed, Last
 from .merges.dare import Dare
 from .merges.experts import Experts
@@ -30,6 +30,7 @@ from .penalties.ewc import Ewc
 from .penalties.kronecker import Gram, Kronecker
 from .penalties.lwf import Lwf
 from .perturbation import Gaussian, TaskVector
+from .protection import check_protect
 from .replay import Buffer
 from .serves.routed import Routed
 from .table import METHODS, Method
@@ -160,6 +161,8 @@ class Parts:
             reason = part.check(method, task_type)
             if reason is not None:
                 raise UserError(reason)
+        if args.protect is not None:
+            check_protect(args.protect, self.protects, args.method, task_type)
 
     # ---- What the harness asks for ------------------------------------------------------------------------------
 
@@ -180,6 +183,10 @@ class Parts:
     def keeps_rows(self) -> bool:
         return any(part.keeps_rows for part in self)
 
+    @property
+    def protects(self) -> bool:
+        return any(part.protects for part in self)
+
     def attach(self, model: PeftModel) -> None:
         """Introduce the model to every part."""
         self.layers = adapters.lora_layers(model)
@@ -199,6 +206,10 @@ class Parts:
 
     def solve(self, ended: Ended) -> Merged:
         return self.merge.solve(ended)
+
+    def protect_matrix(self, measured: Measured, name: str) -> dict[str, Value]:
+        """State of one matrix before the first task, by key, from the curvature of the protected text."""
+        return {key: value for part in self for key, value in part.protect_matrix(measured, name).items()}
 
     def end(self, ended: Ended) -> dict[str, torch.Tensor]:
         """State that the parts keep beside the matrices, by key."""

@@ -333,6 +333,7 @@ def render_report(results: Mapping[str, Any], run: Mapping[str, Any] | None = No
             model=results.get("base_model"),
             metric=results.get("metric"),
             keeps_rows=results.get("keeps_rows"),
+            protect=as_record(results.get("protect")),
             tasks=results["tasks"],
             done=len(results["matrix"]),
             metrics=metrics_of(results),

@@ -8,8 +8,9 @@ from string import Formatter
 from typing import Any
 
 from datasets import Dataset, Features, Value, load_dataset
+from datasets.exceptions import DatasetsError
 
-from ..errors import UserError
+from ..errors import UserError, cause_of
 
 
 LOADERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".tsv": "csv"}
@@ -39,6 +40,31 @@ def read_file(path: str) -> Dataset:
     suffix = Path(path).suffix
     options = _table_options(path, SEPARATORS[suffix]) if suffix in SEPARATORS else {}
     return load_dataset(LOADERS[suffix], data_files=path, split="train", **options)
+
+
+def read_texts(path: str, name: str) -> list[str]:
+    """The texts of a file: a `.txt` file as a whole, or the column `text` of a file of rows.
+
+    Args:
+        path (`str`): A file of UTF-8 text with the ending `.txt` or one of `LOADERS`.
+        name (`str`): For messages.
+
+    Raises:
+        UserError: If it cannot be read, or a row has no text.
+    """
+    try:
+        if Path(path).suffix == ".txt":
+            return [Path(path).read_text(encoding="utf-8")]
+        rows = read_file(path)
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError, StopIteration, DatasetsError) as error:
+        raise UserError(f"The text of {name} cannot be read: {cause_of(error)} Correct the file.") from error
+    texts = rows["text"][:] if "text" in rows.column_names else [None]
+    if not all(isinstance(text, str) for text in texts):
+        raise UserError(
+            f"Every row of {name} must hold a text in the column `text`; found the columns {rows.column_names}. "
+            "Correct the file, or give a .txt file."
+        )
+    return list(texts)
 
 
 def _table_options(path: str, separator: str) -> dict[str, Any]:

@@ -76,7 +76,7 @@ class StoredState:
     def _side(self, key: str, name: str) -> int | None:
         """Rows of the symmetric matrix `key` of the matrix `name`, whole or cut."""
         tensors = (self._tensors.get(f"{key}{ending}/{name}") for ending in ("_whole", "_diagonal"))
-        return next((tensor.shape[0] for tensor in tensors if tensor is not None), None)
+        return next((tensor.shape[-1] for tensor in tensors if tensor is not None), None)
 
     def check(self, keeps: Mapping[str, str], shapes: Mapping[str, Sequence[int]]) -> None:
         """Find out whether the file holds what a method keeps.
@@ -98,7 +98,11 @@ class StoredState:
                 side = rows if form == "rows" else columns
                 if form == "inputs" and self._side(key, name) == rows:
                     side = rows
-                sizes |= {"_whole": (side, side), "_roots": (side, ...), "_diagonal": (side,)}
+                sizes |= {
+                    "_whole": (*experts, side, side),
+                    "_roots": (*experts, side, ...),
+                    "_diagonal": (*experts, side),
+                }
                 ways = [endings for _, endings in FORMS[form]]
                 there = [endings for endings in ways if f"{key}{endings[0]}/{name}" in self._tensors]
                 for ending in (there or ways)[0]:
@@ -110,6 +114,22 @@ class StoredState:
                             f"but the matrix has the shape {list(shape)} and its {key} is {form}. Use the settings "
                             "that wrote the run folder, or another `output_dir`."
                         )
+
+
+class HeldState(StoredState):
+    """State in memory, as it is before the first task: nothing of it is on the disk yet.
+
+    Args:
+        values (`Mapping`): Matrix name -> its values by key, float32.
+    """
+
+    def __init__(self, values: Mapping[str, Mapping[str, Value]]) -> None:
+        super().__init__(None)
+        self._values = values
+
+    def get(self, key: str, name: str) -> Value | None:
+        """The value `key` of the matrix `name`, float32; `None` if there is none."""
+        return self._values.get(name, {}).get(key)
 
 
 def _fits(shape: Sequence[int], expected: Sequence[int]) -> bool:

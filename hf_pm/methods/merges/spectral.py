@@ -31,11 +31,11 @@ class Spectral(KroneckerState, Merge):
         @torch.no_grad()
         def dense(name: str) -> torch.Tensor:
             vector = ended.task_vector(name, ended.number)
-            old = self.old(ended.before, name, ended.number - 1)
+            old = self.old(ended.before, name, ended.number)
             if old is None:
                 return vector
-            delta, new = ended.measured.delta(name), self.new(ended.measured, name)
+            delta, new = ended.measured.delta(name), self.new(ended, name)
             kept = kronecker.spectral(delta, old, new, mu=self["spectral_mu"], damping=self["kronecker_damping"])
             return vector - delta.dense() + kept
 
-        return Merged(None, dense=dense, record={"price": self.price(ended.measured)})
+        return Merged(None, dense=dense, record={"price": float(self.prices(ended)[-1])})
