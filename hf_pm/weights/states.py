@@ -76,7 +76,7 @@ class StoredState:
     def _side(self, key: str, name: str) -> int | None:
         """Rows of the symmetric matrix `key` of the matrix `name`, whole or cut."""
         tensors = (self._tensors.get(f"{key}{ending}/{name}") for ending in ("_whole", "_diagonal"))
-        return next((tensor.shape[0] for tensor in tensors if tensor is not None), None)
+        return next((tensor.shape[-1] for tensor in tensors if tensor is not None), None)
 
     def check(self, keeps: Mapping[str, str], shapes: Mapping[str, Sequence[int]]) -> None:
         """Find out whether the file holds what a method keeps.

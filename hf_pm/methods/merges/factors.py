@@ -4,12 +4,13 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
+from peft import PeftModel
 
+from ...errors import UserError
 from ...weights import adapters
 from ...weights.adapters import Update
 from ...weights.merging import State, matrix_terms, pm_coefficient, sum_terms, update_state
 from ..contract import Ended, Merge, Merged, Start, Task
-from ..kronecker_state import KroneckerState
 from .vectors import SCALING, VectorMerge
 
 
@@ -97,7 +98,14 @@ class FactorClosedForm(Merge):
     mixes = True
     measures = frozenset({"factors"})
     growth = "constant: four adapters"
-    attach = KroneckerState.attach
+
+    def attach(self, model: PeftModel) -> None:
+        experts = [name for name, layer in adapters.lora_layers(model).items() if adapters.is_experts(layer)]
+        if experts:
+            raise UserError(
+                f"`merge: pm_factors` needs the inputs and gradients of a layer, but {experts[0]!r} is a bare "
+                "parameter (`lora_target_parameters`). Adapt linear layers only, or use `merge: pm`."
+            )
 
     def check(self, method: Any, task_type: str) -> str | None:
         if method.start != "pair" or method.stream != "sequence":

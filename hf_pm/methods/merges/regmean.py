@@ -6,7 +6,6 @@ from ...weights import kronecker
 from ...weights.kronecker import Symmetric
 from ...weights.states import Value
 from ..contract import Ended, Merged, Setting
-from ..kronecker_state import KroneckerState
 from .vectors import VectorMerge
 
 
@@ -33,7 +32,6 @@ class RegMean(VectorMerge):
     }
     measures = frozenset({"kronecker"})
     growth = VectorMerge.growth + ", and one square matrix for every matrix, constant"
-    attach = KroneckerState.attach
 
     @property
     def cut_rank(self) -> int:
@@ -61,19 +59,20 @@ class RegMean(VectorMerge):
         return {"gram": kronecker.add(before, self._gram(ended, name), self.cut_rank)}
 
     def _gram(self, ended: Ended, name: str) -> Symmetric:
-        """A of the task, (in, in)."""
+        """A of the task, (..., in, in)."""
         return ended.measured.kronecker[name][0 if ended.updates[name].transposed else 1]
 
 
 def reduced(gram: Symmetric, alpha: float) -> torch.Tensor:
-    """`gram` (in, in) in float64, with what is off its diagonal times `alpha`, and a floor under the diagonal."""
+    """`gram` (..., in, in) in float64, with what is off its diagonal times `alpha`, and a floor under the diagonal."""
     diagonal = kronecker.diagonal(gram).double()
     dense = (gram.dense() if isinstance(gram, kronecker.Cut) else gram).double()
-    return alpha * dense + torch.diag((1 - alpha) * diagonal + FLOOR * diagonal.mean() + NOTHING)
+    floor = FLOOR * diagonal.mean(-1, keepdim=True) + NOTHING
+    return alpha * dense + torch.diag_embed((1 - alpha) * diagonal + floor)
 
 
 def combine(merged: torch.Tensor, vector: torch.Tensor, old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
-    """(merged old + vector new) (old + new)^-1, (out, in), for symmetric `old` and `new` (in, in)."""
+    """(merged old + vector new) (old + new)^-1, (..., out, in), for symmetric `old` and `new`."""
     # By the change from `merged`: equal ones give it to the bit.
     change = (vector - merged).double() @ new
     return merged + torch.linalg.solve(old + new, change.mT).mT.float()
