@@ -57,7 +57,8 @@ def _parser() -> argparse.ArgumentParser:
     text = "Say what a recipe will take (disk, memory, scores) and check its input, without training."
     plan = add("plan", plan_command, text, "hf-pm plan RECIPE [--key value ...]")
     plan.add_argument("recipe", help="a YAML file")
-    add("methods", methods_command, "List the methods: paper, parts, what each keeps between tasks.")
+    methods = add("methods", methods_command, "List the methods: paper, parts, what each keeps between tasks.")
+    methods.add_argument("--markdown", action="store_true", help="as a table, as in docs/methods.md")
     report = add("report", report_command, "Write report.html of a run.")
     report.add_argument("run", help="a run folder")
     compare = add("compare", compare_command, "Compare runs: one table and one page.")
@@ -126,8 +127,15 @@ def run_recipe(recipe: Any) -> dict[str, Any]:
 def methods_command(options: argparse.Namespace, words: list[str]) -> None:
     from .methods.parts import describe
 
-    for record in describe():
-        print(record.pop("method"))
+    records = describe()
+    if options.markdown:
+        print("| " + " | ".join(records[0]) + " |\n" + "|---" * len(records[0]) + "|")
+    for record in records:
+        name = record.pop("method")
+        if options.markdown:
+            print(f"| `{name}` | " + " | ".join(record.values()) + " |")
+            continue
+        print(name)
         for key, value in record.items():
             print(f"  {key:<10} {value}")
 

@@ -50,6 +50,17 @@ AT_LEAST = {
 POSITIVE = ("num_train_epochs", "save_steps")
 TASK_TYPES = ("CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+# Whether a base has 8 bits rather than 4 -> the arguments of `BitsAndBytesConfig` that it takes.
+QUANTIZATION = {
+    False: (
+        "bnb_4bit_quant_type",
+        "bnb_4bit_use_double_quant",
+        "bnb_4bit_compute_dtype",
+        "bnb_4bit_quant_storage",
+        "llm_int8_skip_modules",
+    ),
+    True: ("llm_int8_threshold", "llm_int8_skip_modules"),
+}
 
 
 def _knob(default: Any, text: str) -> Any:
@@ -159,6 +170,10 @@ class PMConfig(TrainingArguments):
     > Parameters that control the data and the output
 
     Args:
+        global_batch_size (`int`, *optional*):
+            Rows of one optimizer step, whatever the number of processes: `gradient_accumulation_steps` follows from it
+            and `per_device_train_batch_size`. By default a step takes that many rows of each process, and more
+            processes mean larger steps.
         max_length (`int`, *optional*, defaults to `512`):
             Tokens per row, prompt and answer together; a longer text is cut, never the instruction, the options or
             the answer.
@@ -227,6 +242,7 @@ class PMConfig(TrainingArguments):
     coefficient_search_tasks: list[str] | None = _knob(None, "Earlier tasks whose rows may be kept.")
     lm_eval_tasks: list[str] | None = _knob(None, "Tasks of the `lm-eval` harness.")
     lm_eval_limit: int | None = _knob(None, "Rows of each of them.")
+    global_batch_size: int | None = _knob(None, "Rows of one optimizer step of all processes.")
     max_length: int = _knob(512, "Tokens per row.")
     max_train_samples: int | None = _knob(None, "Training rows per task.")
     max_eval_samples: int | None = _knob(None, "Evaluation rows per task.")
@@ -305,10 +321,32 @@ class PMConfig(TrainingArguments):
         if self.use_cpu:
             join_ranks(self.ddp_backend, self.ddp_timeout)
         super().__post_init__()
+        if self.global_batch_size is not None:
+            self._accumulate()
         # The two are found in another way, where they run.
         missing = sorted({*self.report_to} - {*get_available_reporting_integrations(), "azure_ml", "flyte"})
         rule = "must name trackers that are installed"
         _require(not missing, "report_to", missing, rule, "Install them, or use `report_to: none`.")
+
+    def _accumulate(self) -> None:
+        """Take as many micro-batches a step as make the global batch."""
+        asked, own = self.global_batch_size, self.gradient_accumulation_steps
+        remedy = "Set one of the two."
+        _require(own == 1, "gradient_accumulation_steps", own, "follows from `global_batch_size`", remedy)
+        together = self.effective_batch_size
+        _require(
+            asked % together == 0,
+            "global_batch_size",
+            asked,
+            f"must be a multiple of the {together} rows that {self.world_size} process(es) take at once",
+            "Change it or `per_device_train_batch_size`.",
+        )
+        self.gradient_accumulation_steps = asked // together
+
+    @property
+    def effective_batch_size(self) -> int:
+        """Rows of one optimizer step: of all processes, and all their micro-batches."""
+        return self.train_batch_size * self.gradient_accumulation_steps * self.world_size
 
     def __getstate__(self) -> dict[str, Any]:
         # `Trainer` pickles its arguments into every checkpoint.
@@ -342,6 +380,10 @@ class Recipe(PMConfig):
         attn_implementation (`str`, *optional*): As in `from_pretrained` (`sdpa`, `eager`, `flash_attention_2`).
         load_in_4bit (`bool`, *optional*, defaults to `False`): Train on an nf4 base (needs `hf_pm[quantization]`).
         load_in_8bit (`bool`, *optional*, defaults to `False`): Train on an int8 base, likewise.
+        quantization_kwargs (`dict`, *optional*):
+            Further arguments of `BitsAndBytesConfig` for one of the two: `bnb_4bit_quant_type` (`nf4` by default),
+            `bnb_4bit_use_double_quant`, `bnb_4bit_compute_dtype` (`bfloat16` by default), `bnb_4bit_quant_storage`,
+            `llm_int8_threshold`, `llm_int8_skip_modules`.
         trust_remote_code (`bool`, *optional*, defaults to `False`):
             Run code that comes with the model. Read that code first: it can do anything that you can.
         stream (`str`, *optional*): Id of a published task order, such as `olora/order1`.
@@ -368,6 +410,7 @@ class Recipe(PMConfig):
     attn_implementation: str | None = _knob(None, "As in `from_pretrained`.")
     load_in_4bit: bool = _knob(False, "Train on an nf4 base.")
     load_in_8bit: bool = _knob(False, "Train on an int8 base.")
+    quantization_kwargs: dict[str, Any] | None = _knob(None, "Further arguments of `BitsAndBytesConfig`.")
     trust_remote_code: bool = _knob(False, "Run code that comes with the model.")
     stream: str | None = _knob(None, "Id of a published task order.")
     tasks: list[dict[str, Any]] | None = _knob(None, "The stream written out.")
@@ -430,7 +473,22 @@ class Recipe(PMConfig):
         for name in ("load_in_4bit", "load_in_8bit"):
             rule, remedy = "needs bitsandbytes, which is not installed", "Install `hf_pm[quantization]`."
             _require(not getattr(self, name) or find_spec("bitsandbytes") is not None, name, True, rule, remedy)
+        self._check_quantization()
         super().__post_init__()
+
+    def _check_quantization(self) -> None:
+        known, given = QUANTIZATION[self.load_in_8bit], self.quantization_kwargs or {}
+        for name in given:
+            choose("key of `quantization_kwargs`", name, known)
+        bits = self.load_in_4bit or self.load_in_8bit
+        remedy = "Set `load_in_4bit: true` or `load_in_8bit: true`, or leave it out."
+        _require(bits or not given, "quantization_kwargs", given, "needs a quantized base", remedy)
+        for name in ("bnb_4bit_compute_dtype", "bnb_4bit_quant_storage"):
+            if name in given:
+                allowed = DTYPES[1:] + (("uint8", "int8") if name.endswith("storage") else ())
+                choose(f"`{name}`", given[name], allowed)
+        if "bnb_4bit_quant_type" in given:
+            choose("`bnb_4bit_quant_type`", given["bnb_4bit_quant_type"], ("nf4", "fp4"))
 
 
 # What may differ between two starts of the same run: it changes neither the weights nor the scores.
@@ -445,8 +503,10 @@ RUN_INVARIANT_FIELDS = frozenset(
 # What may change for the tasks to come, and is then noted in run.json; `num_train_epochs` of single tasks likewise.
 LATER_TASKS_FIELDS = frozenset(
     "num_train_epochs max_steps learning_rate lr_scheduler_type warmup_steps weight_decay max_grad_norm "
-    "per_device_train_batch_size gradient_accumulation_steps gradient_checkpointing".split()
+    "global_batch_size gradient_checkpointing".split()
 )
+# How the rows of a step are dealt out. What counts is how many they are: `effective_batch_size`.
+DEALING_FIELDS = frozenset({"per_device_train_batch_size", "gradient_accumulation_steps", "global_batch_size"})
 
 
 def settings(config: PMConfig) -> dict[str, Any]:

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import datasets
-import torch
 import transformers
 from httpx2 import HTTPError
 from huggingface_hub.errors import HFValidationError
@@ -114,13 +113,13 @@ def build_trainer(recipe: Recipe, cls: type[PMTrainer] = PMTrainer) -> PMTrainer
     loading |= {"dtype": recipe.dtype, "use_safetensors": True}
     if recipe.attn_implementation is not None:
         loading["attn_implementation"] = recipe.attn_implementation
-    if recipe.load_in_4bit:
-        loading["quantization_config"] = transformers.BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
-        )
-    if recipe.load_in_8bit:
-        loading["quantization_config"] = transformers.BitsAndBytesConfig(load_in_8bit=True)
     if recipe.load_in_4bit or recipe.load_in_8bit:
+        usual = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": "bfloat16"} if recipe.load_in_4bit else {}
+        loading["quantization_config"] = transformers.BitsAndBytesConfig(
+            load_in_4bit=recipe.load_in_4bit,
+            load_in_8bit=recipe.load_in_8bit,
+            **(usual | (recipe.quantization_kwargs or {})),
+        )
         loading["device_map"] = {"": recipe.device}
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(base.folder, trust_remote_code=trusted)

@@ -78,7 +78,7 @@ def method_bytes(shapes: Mapping[str, Sequence[int]], config: PMConfig) -> Metho
         form = "dense" if config.curvature_estimator == "diagonal" else "factored"
         measured = state_bytes({"F": form}, shapes, dtype="float32", rank=0)
     if "kronecker" in parts.measures():
-        measured += moment_bytes(shapes)
+        measured += moment_bytes(shapes, parts.cut_rank)
     # For one matrix at a time, old and new values of everything that is kept, and dense updates.
     at_once = 2 * len(keeps) + 1 if keeps else 0
     at_once += 3 if dense else 0
@@ -146,7 +146,7 @@ def estimate(
     parts = Parts(config.resolved_method(), config)
     train_rows = [own + parts.replay.added(own, own_rows[:number]) for number, own in enumerate(own_rows)]
     test_rows = [len(split) for split in rows.test]
-    batch = config.per_device_train_batch_size * config.gradient_accumulation_steps * config.world_size
+    batch = config.effective_batch_size
     epochs = [rows.epochs(stage) for stage in stages]
     if config.max_steps > 0:
         steps = config.max_steps * len(stages)

@@ -188,7 +188,7 @@ class PMTrainerMixin(TaskTraining):
         self.run = RunFolder(args, [stage.name for stage in self.stages], self.is_world_process_zero())
         if self.parts.measures() and len(self.run.ledger) < len(self.stages):
             # What cannot be measured must not be found after the training.
-            check_layers(self.model, self._first_rows(self.rows.test[0]))
+            check_layers(self.model, self._first_rows(self.rows.test[0]), inputs="kronecker" in self.parts.measures())
         base, names = self.run.resolve_base(self.model, self.task_type)
         folder = Folder(base, self.run.ledger, names)
         adapter = self.model.peft_config[adapters.ADAPTER]

@@ -8,10 +8,14 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from conftest import COLOUR, MOOD, build, rows
 
 from hf_pm.cli import main
+from hf_pm.config import parse_recipe
+from hf_pm.loading import build_trainer
+from hf_pm.weights.adapters import lora_layers
 
 
 ROOT = Path(__file__).parent.parent
@@ -135,6 +139,31 @@ def test_other_architectures_by_recipe(kind, task_type, recipe, tmp_path, seq2se
 
 
 # (change of the recipe, words of the message); each must exit with 2 and one line, before anything is written.
+QUANTIZED = {
+    "nf4, twice": ("--load_in_4bit", "{bnb_4bit_use_double_quant: true, bnb_4bit_compute_dtype: float32}"),
+    "int8, head and one layer left": ("--load_in_8bit", "{llm_int8_skip_modules: [lm_head, v_proj]}"),
+}
+
+
+@pytest.mark.parametrize("name", QUANTIZED)
+def test_a_recipe_says_how_the_base_is_quantized(recipe, name):
+    pytest.importorskip("bitsandbytes", reason="needs the quantization extra")
+    path, values = recipe
+    key, more = QUANTIZED[name]
+    trainer = build_trainer(parse_recipe(path, [key, "true", "--quantization_kwargs", more]))
+    results = trainer.train_stream()
+    assert len(results["matrix"]) == 2
+    layers = {layer_name: layer.get_base_layer() for layer_name, layer in lora_layers(trainer.model).items()}
+    for layer_name, layer in layers.items():
+        if name.startswith("nf4"):
+            # Also after the merged weights were quantized again.
+            assert layer.weight.quant_state.nested and layer.weight.quant_type == "nf4", layer_name
+            assert layer.compute_dtype == torch.float32
+        else:
+            assert ("v_proj" in layer_name) == (layer.weight.dtype != torch.int8), layer_name
+    assert ("nf4" if name.startswith("nf4") else "int8") in results["per_task"][0]["parity"]["policy"]
+
+
 MISTAKES = [
     ({"metod": "pm"}, "Unknown recipe key 'metod'. Did you mean 'method'"),
     ({"method": "pmm"}, "Unknown `method` 'pmm'. Did you mean 'pm'"),

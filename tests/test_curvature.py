@@ -187,8 +187,8 @@ def test_bf16_model_and_autocast_accumulate_in_float32():
             assert float(found.curvature[name].sum()) == pytest.approx(float(fisher.sum()), rel=0.2), name
 
 
-@pytest.mark.parametrize("bits", [4, 8])
-def test_quantized_base_gives_the_curvature_of_its_dequantized_weights(bits, tmp_path):
+def quantized_pair(bits: int, tmp_path):
+    """An adapted model on a quantized base, and the same on its dequantized weights."""
     pytest.importorskip("bitsandbytes", reason="quantized bases need the extra `quantization`")
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -212,6 +212,12 @@ def test_quantized_base_gives_the_curvature_of_its_dequantized_weights(bits, tmp
             else:
                 values = weight.data.float() * weight.SCB[:, None] / 127
             twin.get_base_layer().weight.copy_(values)
+    return model, plain
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_quantized_base_gives_the_curvature_of_its_dequantized_weights(bits, tmp_path):
+    model, plain = quantized_pair(bits, tmp_path)
     found, expected = measure_curvature(model, causal_batches(2)), measure_curvature(plain, causal_batches(2))
     # int8 layers also round their inputs.
     tolerance = {4: 0.05, 8: 0.3}[bits]
@@ -220,29 +226,30 @@ def test_quantized_base_gives_the_curvature_of_its_dequantized_weights(bits, tmp
     assert sum(float(fisher.sum()) for fisher in found.curvature.values()) == pytest.approx(total, rel=tolerance)
 
 
+def build_experts():
+    set_seed(3)
+    config = MixtralConfig(
+        vocab_size=64, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2, initializer_range=0.3,
+        pad_token_id=0, bos_token_id=1, eos_token_id=2, experts_implementation="eager",
+    )  # fmt: skip
+    model = attach(
+        MixtralForCausalLM(config),
+        LoraConfig(
+            r=2, lora_alpha=4, target_modules=["q_proj"],
+            target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+        ),
+        "CAUSAL_LM",
+    )  # fmt: skip
+    generator = torch.Generator().manual_seed(5)
+    for layer in lora_layers(model).values():
+        weight = layer.lora_B["default"].weight
+        weight.data = torch.randn(weight.shape, generator=generator) / 4
+    return model
+
+
 @pytest.mark.parametrize("estimator", ["diagonal", "factored", "directional"])
 def test_experts_equal_the_row_loop(estimator):
-    def build_experts():
-        set_seed(3)
-        config = MixtralConfig(
-            vocab_size=64, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
-            num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2, initializer_range=0.3,
-            pad_token_id=0, bos_token_id=1, eos_token_id=2, experts_implementation="eager",
-        )  # fmt: skip
-        model = attach(
-            MixtralForCausalLM(config),
-            LoraConfig(
-                r=2, lora_alpha=4, target_modules=["q_proj"],
-                target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
-            ),
-            "CAUSAL_LM",
-        )  # fmt: skip
-        generator = torch.Generator().manual_seed(5)
-        for layer in lora_layers(model).values():
-            weight = layer.lora_B["default"].weight
-            weight.data = torch.randn(weight.shape, generator=generator) / 4
-        return model
-
     model, dense = build_experts(), build_experts().double()
     layers = lora_layers(dense)
     assert {base_weight(layer).ndim for layer in layers.values()} == {2, 3}

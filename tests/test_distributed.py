@@ -53,6 +53,62 @@ def test_two_processes_agree_with_one(recipe, tmp_path):  # noqa: F811
             assert (second[key] - value).norm() <= 0.05 * value.norm() + 1e-4, key
 
 
+def run_stream(path, tmp_path, folder, processes, *words):
+    """A finished `hf-pm run` on that many processes."""
+    (tmp_path / "door.py").write_text(WORLD)
+    launch = [str(tmp_path / "door.py")]
+    if processes > 1:
+        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), *launch]
+    command = [sys.executable, *launch] if processes > 1 else [sys.executable, "-m", "hf_pm.cli"]
+    command += ["run", str(path), "--output_dir", str(folder), *words]
+    return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
+
+
+def stop_in_a_task(path, folder):
+    """SIGTERM to a run on one process, in the middle of its first task; the step it stopped at."""
+    slow = ["--save_strategy", "steps", "--save_steps", "1"]
+    command = [sys.executable, "-m", "hf_pm.cli", "run", str(path), "--output_dir", str(folder), *slow]
+    run = subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    checkpoints = folder / "tasks" / "01-colour" / "checkpoints"
+    while not list(checkpoints.glob(f"checkpoint-[3-9]/{SEAL}")) and run.poll() is None:
+        time.sleep(0.02)
+    run.send_signal(signal.SIGTERM)
+    said = run.communicate(timeout=90)[1]
+    assert run.returncode == 130, said
+    return int(said.rsplit("Stopped at step ", 1)[1].split(" ")[0])
+
+
+def test_a_task_goes_on_with_more_processes_where_it_stopped(recipe, tmp_path):  # noqa: F811
+    """24 rows in steps of 8 are 3 steps an epoch: every row is seen as often as without the stop."""
+    path, values = recipe
+    del values["per_device_train_batch_size"]
+    values |= {"num_train_epochs": 8, "global_batch_size": 8, "per_device_train_batch_size": 4}
+    values |= {"average_tokens_across_devices": True, "logging_steps": 1}
+    path.write_text(yaml.safe_dump(values))
+    whole, moved = tmp_path / "whole", tmp_path / "moved"
+    done = run_stream(path, tmp_path, whole, 1)
+    assert done.returncode == 0, done.stderr
+    total = done.stdout.count("'loss'")
+    stopped = stop_in_a_task(path, moved)
+    assert 3 <= stopped < total // 2
+    # Steps of another size would see other rows than those that are left.
+    before = sorted(p for p in moved.rglob("*") if p.is_file())
+    refused = run_stream(path, tmp_path, moved, 2, "--global_batch_size", "16")
+    reason = "global_batch_size is 8 there, 16 now with 2 process(es), in the middle of a task"
+    assert refused.returncode != 0 and reason in refused.stderr
+    assert sorted(p for p in moved.rglob("*") if p.is_file()) == before
+    done = run_stream(path, tmp_path, moved, 2)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("'loss'") == total - stopped
+    run = json.loads((moved / "run.json").read_text())
+    assert (run["world_size"], run["global_batch_size"]) == (2, 8)
+    assert {"from_task": 1, "key": "world_size", "old": 1, "new": 2} in run["changes"]
+    for name in ("tasks/01-colour", "tasks/02-mood"):
+        first, second = (load_file(run / name / "adapter/adapter_model.safetensors") for run in (whole, moved))
+        for key, value in first.items():
+            assert (second[key] - value).norm() <= 0.05 * value.norm() + 1e-4, key
+
+
 @pytest.fixture
 def two_ranks(recipe, tmp_path):  # noqa: F811
     """Two processes in the middle of a task, started without a launcher that would look after them."""

@@ -1,6 +1,7 @@
 """The documents say what is so: the README's code runs, its paths exist, imports point down."""
 
 import ast
+import dataclasses
 import os
 import re
 import subprocess
@@ -8,16 +9,27 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
+
+from hf_pm.cli import main
+from hf_pm.config import Recipe, parse_recipe
 
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text()
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "recipes" / "README.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+]
 
 PACKAGE = ROOT / "hf_pm"
 # Lowest first: a wing (a folder, or a module at the top) may import those before it, never those after it.
 WINGS = [
     *("errors", "metrics", "store", "weights", "tasks", "evaluation", "methods", "recipefiles", "config", "report"),
-    *("hub", "runs", "progress", "training", "trainer", "loading", "plan", "cli"),
+    *("hub", "runs", "progress", "training", "trainer", "trl", "loading", "plan", "cli"),
 ]
 # Modules that must load in a moment, and on a machine without models.
 FREE_OF_TRANSFORMERS = {
@@ -43,6 +55,9 @@ def imports(module: str) -> set[str]:
         if isinstance(node, ast.ImportFrom):
             above = module.split(".")[: -node.level] if node.level else []
             full = ".".join([*above, *((node.module or "").split(".") if node.module else [])])
+            if not node.level and full.split(".")[0] != "hf_pm":
+                found |= {full} - MODULES.keys()  # `trl` is a package too
+                continue
             full = full if node.level else full.removeprefix("hf_pm.")
             found |= {f"{full}.{name.name}" if f"{full}.{name.name}" in MODULES else full for name in node.names}
         elif isinstance(node, ast.Import):
@@ -80,31 +95,124 @@ def test_only_adapters_knows_pefts_internals():
         assert module == "weights.adapters" or inner <= {"peft.tuners.lora"}, module
 
 
-def test_python_example_of_the_readme_runs(tmp_path):
-    (code,) = [block for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "runs/two-tasks" in block]
-    code = code.replace("runs/two-tasks", str(tmp_path / "run"))
+def blocks(page: Path) -> list[tuple[str, str, str]]:
+    """(reason why it is not run, language, code) of every marked code block of a page."""
+    found = re.findall(r"(?:<!-- not run: (.*?) -->\n)?```(\w+)\n(.*?)```", page.read_text(), re.DOTALL)
+    assert page.read_text().count("```") % 2 == 0
+    return found
+
+
+PROGRAMS = [
+    (str(page.relative_to(ROOT)), code)
+    for page in PAGES
+    for reason, language, code in blocks(page)
+    # `docs/hub.md` runs in tests/test_publish_stream.py, with a Hub to talk to; CONTRIBUTING shows pieces of the code.
+    if language == "python" and not reason and page.name not in ("hub.md", "CONTRIBUTING.md")
+]
+
+
+@pytest.mark.parametrize(("page", "code"), PROGRAMS, ids=[page for page, _ in PROGRAMS])
+def test_python_of_the_pages_runs(page, code, tmp_path):
+    code = code.replace("runs/", f"{tmp_path}/")
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.rstrip().splitlines()[-1].startswith("[[")
 
 
-def test_paths_in_the_readme_exist():
-    blocks = README.split("## What is where")[1].split("```")[1]
+RECIPES = [
+    (str(page.relative_to(ROOT)), code)
+    for page in PAGES
+    for reason, language, code in blocks(page)
+    if language == "yaml" and not reason
+]
+
+
+@pytest.mark.parametrize(("page", "code"), RECIPES, ids=[page for page, _ in RECIPES])
+def test_recipes_of_the_pages_are_understood(page, code, tmp_path):
+    values = yaml.safe_load(code)
+    if "tasks" not in values:
+        values["stream"] = "local/order1"
+    usual = {"model_name_or_path": "hf_pm/demo/model", "output_dir": str(tmp_path / "run"), "use_cpu": True}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(usual | values))
+    recipe = parse_recipe(tmp_path / "recipe.yaml", [])
+    assert all(getattr(recipe, key) is not None for key in values)
+
+
+COMMANDS = [
+    (str(page.relative_to(ROOT)), line)
+    for page in PAGES
+    for reason, language, code in blocks(page)
+    if language == "bash" and not reason
+    for line in code.replace("\\\n", " ").splitlines()
+    if re.match(r"\s*(hf-pm|python scripts/|accelerate launch)", line)
+]
+
+
+@pytest.mark.parametrize(("page", "line"), COMMANDS, ids=[f"{page}: {line.strip()[:40]}" for page, line in COMMANDS])
+def test_commands_of_the_pages_are_understood(page, line, capsys):
+    """Long ones are not run: their options are there, and so are the files that they name."""
+    words = line.split()
+    script = next((word for word in words if word.startswith("scripts/")), None)
+    if script is None:
+        assert words[1] in {
+            "run",
+            "plan",
+            "demo",
+            "methods",
+            "report",
+            "compare",
+            "release",
+            "push",
+            "rollback",
+            "doctor",
+        }
+        known = set()
+        with pytest.raises(SystemExit):
+            main([words[1], "--help"])
+        known = set(re.findall(r"--[\w-]+", capsys.readouterr().out))
+    else:
+        known = set(re.findall(r"--[\w-]+", (ROOT / script).read_text()))
+    fields = {f"--{field.name}" for field in dataclasses.fields(Recipe)}
+    given = {word.split("=")[0] for word in words if word.startswith("--") and word != "--"}
+    launcher = {"--num_processes", "--config_file", "--config"}
+    assert given <= known | fields | launcher, given - known - fields
+
+
+def test_paths_of_the_tree_exist():
     folder = ""
-    for line in blocks.strip().splitlines():
+    for line in CONTRIBUTING.split("## What is where")[1].split("```")[1].strip().splitlines():
         name = line.split()[0]
         if not line.startswith(" "):
             folder = name if name.endswith("/") else ""
             assert (ROOT / name).exists(), name
         else:
             assert (ROOT / folder / name).exists(), name
-    for name in re.findall(r"(?:recipes|scripts|docs|hf_pm/demo)/[\w./-]+\.\w+", README):
-        assert (ROOT / name).exists(), name
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_paths_and_links_of_the_pages_exist(page):
+    text = page.read_text()
+    for name in re.findall(r"(?<![\w./])(?:recipes|scripts|docs|hf_pm/demo)/[\w./-]+\.\w+", text):
+        assert (ROOT / name).exists() or (page.parent / name).exists(), name
+    for link in re.findall(r"\]\((?!https?:)([^)#]+)", text):
+        assert (page.parent / link).exists(), link
+
+
+def test_the_page_of_methods_has_the_table_as_it_is(capsys):
+    assert main(["methods", "--markdown"]) == 0
+    table = capsys.readouterr().out
+    assert (
+        table.strip() == (ROOT / "docs" / "methods.md").read_text().split("## The table")[1].split("\n\n")[-1].strip()
+    )
+
+
+def test_the_readme_is_one_page():
+    assert len(README.splitlines()) <= 150
 
 
 def test_the_diff_of_the_smallest_method_is_the_code():
-    (diff,) = re.findall(r"```diff\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.DOTALL)
+    (diff,) = re.findall(r"```diff\n(.*?)```", CONTRIBUTING, re.DOTALL)
     for section in diff.split("--- ")[1:]:
         file, *lines = section.splitlines()
         added = [line[1:] for line in lines if line.startswith("+")]
@@ -113,9 +221,9 @@ def test_the_diff_of_the_smallest_method_is_the_code():
         assert not file.endswith("lwf.py") or added == code
 
 
-def test_every_wing_is_in_the_readmes_tree():
+def test_every_wing_is_in_the_tree():
     names = {name if (PACKAGE / name).is_dir() else f"{name}.py" for name in WINGS}
-    tree = re.findall(r"^  ([\w.]+)/? ", README.split("## What is where")[1], re.MULTILINE)
+    tree = re.findall(r"^  ([\w.]+)/? ", CONTRIBUTING.split("## What is where")[1], re.MULTILINE)
     assert names - {"errors.py"} <= set(tree)
 
 

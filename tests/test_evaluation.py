@@ -14,9 +14,10 @@ from hf_pm.evaluation.answers import (
     exact_matches,
     generate_answers,
     option_log_likelihoods,
+    probe_logits,
     stop_tokens,
 )
-from hf_pm.methods.parity import logit_parity
+from hf_pm.methods.parity import CHUNK, logit_parity
 from hf_pm.tasks.encoding import AnswerCollator, Encoder
 from hf_pm.weights import adapters
 
@@ -100,6 +101,33 @@ def test_logit_parity_by_hand():
     assert parity["kl"] == pytest.approx((0.5 * math.log(2) + 0.5 * math.log(0.5 / 0.75)) / 2)
     assert parity["argmax_agreement"] == 0.5
     assert logit_parity(expected, expected)["kl"] == 0
+
+
+def test_logit_parity_in_pieces_is_that_of_the_whole():
+    generator = torch.Generator().manual_seed(0)
+    expected = torch.randn(3 * CHUNK + 1, 7, generator=generator)
+    actual = expected + 0.1 * torch.randn(expected.shape, generator=generator)
+    parity = logit_parity(expected, actual)
+    p, q = (logits.double().log_softmax(-1) for logits in (expected, actual))
+    difference = (expected.double() - actual.double()).abs()
+    assert parity["max_difference"] == float(difference.max())
+    assert parity["mean_difference"] == pytest.approx(float(difference.mean()), rel=1e-12)
+    assert parity["relative_difference"] == float(difference.max() / expected.double().abs().max())
+    assert parity["kl"] == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-9)
+    agreement = (expected.argmax(-1) == actual.argmax(-1)).double().mean()
+    assert parity["argmax_agreement"] == pytest.approx(float(agreement))
+    actual[-1, 3] = torch.nan
+    assert all(math.isnan(logit_parity(expected, actual)[key]) for key in ("max_difference", "kl"))
+
+
+def test_a_certificate_keeps_a_bounded_number_of_answer_tokens(tokenizer):
+    model = build("llama").to(torch.bfloat16)
+    row = {"input_ids": [4, 5, 6, 7], "attention_mask": [1] * 4, "labels": [-100, 5, 6, 7]}
+    batch = {key: torch.tensor([value] * 3) for key, value in row.items()}
+    logits = probe_logits(model, batch, most=4)
+    # 2 bytes a word and token for each model that is compared: half a megabyte for 128,000 words and both.
+    assert logits.shape == (4, model.config.vocab_size) and logits.dtype == torch.bfloat16
+    assert torch.equal(logits, probe_logits(model, batch)[:4])
 
 
 def test_mode_is_left_alone(tokenizer):

@@ -420,6 +420,19 @@ def test_a_recipe_names_parameters_ranks_and_scales():
         ({"lora_alpha_pattern": {"q_proj": "a"}}, "lora_alpha_pattern` must map names to positive numbers"),
         ({"lora_target_parameters": "experts.down_proj"}, "lora_target_parameters` must be a list"),
         ({"load_in_4bit": True, "load_in_8bit": True}, "load_in_8bit` cannot be combined"),
+        ({"quantization_kwargs": {"llm_int8_threshold": 6.0}}, "Unknown key of `quantization_kwargs`"),
+        (
+            {"quantization_kwargs": {"llm_int8_skip_modules": ["lm_head"]}},
+            "quantization_kwargs` needs a quantized base",
+        ),
+        (
+            {"load_in_4bit": True, "quantization_kwargs": {"bnb_4bit_compute_dtype": "bf16"}},
+            "Unknown `bnb_4bit_compute_dtype` 'bf16'. Did you mean 'bfloat16'",
+        ),
+        (
+            {"load_in_4bit": True, "quantization_kwargs": {"bnb_4bit_quant_type": "int4"}},
+            "`bnb_4bit_quant_type` 'int4'",
+        ),
     ],
 )
 def test_recipes_that_say_it_wrongly_are_refused(keys, message):

@@ -9,6 +9,7 @@ from hf_pm.weights.kronecker import (
     add,
     add_outer,
     cut,
+    from_sketch,
     matrix_terms,
     mean_diagonal,
     price,
@@ -289,30 +290,51 @@ def test_add_of_dense_matrices():
 
 
 @pytest.mark.parametrize("true_rank", [3, 20])
-def test_streamed_outer_products_are_the_dense_sum(true_rank):
-    rows = randn(1, 2, 90, true_rank) @ randn(2, 2, true_rank, 20)
-    dense = rows.mT @ rows
-    wide = narrow = None
-    for part in rows.split(40, dim=-2):
-        wide = add_outer(wide, part, rank=4, limit=19)
-        narrow = add_outer(narrow, part, rank=4, limit=20)
-    torch.testing.assert_close(narrow, dense)
-    assert isinstance(wide, Cut)
-    assert wide.roots.shape == (2, 20, 4)
-    torch.testing.assert_close(kronecker.diagonal(wide), kronecker.diagonal(dense))
-    if true_rank <= 4:
-        torch.testing.assert_close(wide.dense(), dense)
+@pytest.mark.parametrize("weighted", [False, True])
+def test_sketched_outer_products_are_the_dense_sum(true_rank, weighted):
+    """Exactly up to the number of columns; the diagonal always is."""
+    rows = randn(1, 90, true_rank) @ randn(2, true_rank, 40)
+    weights = randn(3, 90).abs() if weighted else torch.ones(90, dtype=torch.float64)
+    dense = rows.mT @ (weights[:, None] * rows)
+    columns = kronecker.random_columns(40, 4).double()
+    assert columns.shape == (40, kronecker.sketch_size(4)) == (40, 8)
+    whole = sketch = None
+    for part, weight in zip(rows.split(40), weights.split(40), strict=True):
+        weight = weight if weighted else None
+        whole = add_outer(whole, part, weights=weight)
+        sketch = add_outer(sketch, part, columns, weight)
+    torch.testing.assert_close(whole, dense)
+    torch.testing.assert_close(sketch.product, dense @ columns)
+    result = from_sketch(sketch, columns)
+    assert result.roots.shape == (40, 8)
+    torch.testing.assert_close(kronecker.diagonal(result), dense.diagonal())
+    if true_rank <= 8:
+        torch.testing.assert_close(result.dense(), dense)
     else:
-        best = cut(dense, 4)
-        assert distance(wide.dense(), dense) < 1.5 * distance(best.dense(), dense)
-    assert add_outer(None, rows[:, :0], rank=4, limit=19).dense().abs().sum() == 0
-    assert add_outer(None, rows.bfloat16(), rank=4, limit=20).dtype == torch.float32
+        rest = dense - result.roots @ result.roots.mT
+        assert torch.linalg.eigvalsh(rest)[0] > -1e-9 * dense.trace(), "never above the matrix"
+        assert distance(cut(result, 4).dense(), dense) < 2 * distance(cut(dense, 4).dense(), dense)
+    assert not from_sketch(add_outer(None, rows[:0], columns), columns).dense().any()
+    assert add_outer(None, rows.bfloat16()).dtype == torch.float32
+
+
+def test_sketches_of_experts_are_a_loop_and_those_of_processes_add_up():
+    rows = randn(1, 3, 30, 20)
+    columns = kronecker.random_columns(20, 2).double()
+    together = add_outer(None, rows, columns)
+    halves = [add_outer(None, part, columns) for part in rows.split(15, dim=-2)]
+    for whole, *pieces in zip(together, *halves, strict=True):
+        torch.testing.assert_close(sum(pieces), whole)
+    for i in range(3):
+        single = from_sketch(add_outer(None, rows[i], columns), columns)
+        torch.testing.assert_close(from_sketch(together, columns).dense()[i], single.dense())
 
 
 def test_nothing_wide_is_formed():
     """n x n float32 numbers of these matrices would be 1.6 TB."""
     n, r = 2**19 + 2**17, 2
-    wide = add_outer(None, randn(1, 12, n).float(), rank=2, limit=4096)
+    columns = kronecker.random_columns(n, 2)
+    wide = from_sketch(add_outer(None, randn(1, 12, n).float(), columns), columns)
     wide = add(scaled(wide, 0.5), wide, 2)
     delta = LowRank(randn(2, 3, r).float(), randn(3, r, n).float())
     G = psd(4, 3, 3).float()
@@ -395,7 +417,7 @@ def test_remaining_of_the_first_task_is_zero_and_later_ones_are_cut():
 def test_the_global_random_state_is_left_alone():
     before = torch.get_rng_state()
     cut(decaying(300, 1.0), 4)
-    add_outer(None, randn(1, 50, 300), rank=4, limit=10)
+    kronecker.random_columns(300, 4)
     subspace(DELTA, OLD, NEW, R=SLOPE)
     spectral(DELTA, OLD, NEW, R=SLOPE)
     assert torch.equal(before, torch.get_rng_state())
@@ -403,9 +425,9 @@ def test_the_global_random_state_is_left_alone():
 
 def test_inputs_are_left_alone():
     rows = randn(1, 5, 4)
-    total = add_outer(None, rows, rank=2, limit=8)
+    total = add_outer(None, rows)
     copy = total.clone()
-    add_outer(total, rows, rank=2, limit=8)
+    add_outer(total, rows)
     add(total, total, 8)
     cut(total, 1)
     assert torch.equal(total, copy)

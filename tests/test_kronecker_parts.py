@@ -1,25 +1,36 @@
 """Kronecker factors from the measuring pass to the state on disk, the penalties and the merge."""
 
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+import yaml
+from conftest import build
+from peft import LoraConfig
 from safetensors import safe_open
-from test_curvature import TASK_TYPES, batches, single_rows
+from safetensors.torch import load_file
+from test_cli import ROOT, recipe  # noqa: F401
+from test_curvature import TASK_TYPES, batches, build_experts, causal_batches, quantized_pair, single_rows
 from test_curvature import adapted as adapted_model
+from test_experts import EXPERTS, moe
 from test_parts import arguments, step_of
 from test_trainer import again, digests, trained
 from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM
 
-from hf_pm import UserError
-from hf_pm.methods import curvature
-from hf_pm.methods.contract import Task
-from hf_pm.methods.curvature import Moments, measure_curvature
+from hf_pm import PMTrainer, UserError
+from hf_pm.cli import main
+from hf_pm.methods.contract import Measured, Task
+from hf_pm.methods.curvature import Moments, expert_name, measure_curvature
 from hf_pm.methods.penalties.kronecker import Gram, Kronecker
 from hf_pm.runs.doctor import examine
 from hf_pm.store.ledger import Ledger
-from hf_pm.weights.adapters import ADAPTER, StoredAdapter, lora_layers, mix, updates
+from hf_pm.weights import kronecker
+from hf_pm.weights.adapters import ADAPTER, StoredAdapter, base_weight, live_delta, lora_layers, mix, updates
 from hf_pm.weights.kronecker import Cut, price
 from hf_pm.weights.merging import LowRank
 from hf_pm.weights.states import StoredState, state_bytes, write_state
@@ -62,7 +73,7 @@ def by_rows(kind):
 @pytest.mark.parametrize("batch_size", [1, 2, 5])
 def test_moments_equal_the_row_loop(kind, batch_size):
     """Padding is in none of them, whatever it is batched with."""
-    moments = Moments()
+    moments = Moments(32)
     measure_curvature(adapted(kind), batches(kind, batch_size), estimator="directional", moments=moments)
     G, A, tokens = by_rows(kind)
     assert moments.outputs.keys() == moments.inputs.keys() == A.keys() and moments.tokens == tokens
@@ -73,14 +84,130 @@ def test_moments_equal_the_row_loop(kind, batch_size):
 
 
 def test_moments_do_not_change_what_else_is_measured():
-    found = [measure_curvature(adapted("llama"), batches("llama", 2), moments=m) for m in (None, Moments())]
+    found = [measure_curvature(adapted("llama"), batches("llama", 2), moments=m) for m in (None, Moments(32))]
     for name, fisher in found[0].curvature.items():
         assert torch.equal(fisher, found[1].curvature[name])
     assert found[0].slope == found[1].slope
 
 
+@pytest.mark.parametrize("kind", ["llama", "t5"])
+def test_moments_with_gradient_checkpointing_are_the_same(kind):
+    """The forward pass runs twice, into memory that earlier tensors have left; tokens count once."""
+    model, plain = adapted(kind), Moments(32)
+    measure_curvature(model, batches(kind, 2), estimator="directional", moments=plain)
+    for reentrant in (True, False):
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        model.enable_input_require_grads()
+        moments = Moments(32)
+        measure_curvature(model.train(), batches(kind, 2), estimator="directional", moments=moments)
+        assert moments.tokens == plain.tokens and moments.leaders == plain.leaders
+        for found, expected in ((moments.inputs, plain.inputs), (moments.outputs, plain.outputs)):
+            assert found.keys() == expected.keys()
+            for name, matrix in found.items():
+                assert torch.allclose(matrix, expected[name], rtol=1e-5, atol=1e-6 * float(matrix.abs().max())), name
+
+
+def test_moments_of_sampled_labels_are_those_of_these_labels():
+    """Inputs do not change; gradients are those of the drawn labels, put into the rows of the data."""
+    model = adapted("llama")
+    moments, empirical = Moments(32), Moments(32)
+    generator = torch.Generator().manual_seed(3)
+    measure_curvature(model, batches("llama", 1), estimator="directional", generator=generator, moments=moments)
+    measure_curvature(model, batches("llama", 1), estimator="directional", moments=empirical)
+    G, generator = {}, torch.Generator().manual_seed(3)
+    for inputs, (positions, answers) in zip(*single_rows("llama"), strict=True):
+        outs, hooks = {}, []
+        for name, layer in lora_layers(model.eval()).items():
+            hooks.append(layer.register_forward_hook(lambda m, a, out, n=name, o=outs: o.update({n: out})))
+        log_probabilities = model(**inputs).logits[0][positions].log_softmax(-1)
+        drawn = torch.multinomial(log_probabilities.detach().exp(), 1, generator=generator)
+        gradients = torch.autograd.grad(log_probabilities.gather(1, drawn).sum(), list(outs.values()))
+        for name, d in zip(outs, gradients, strict=True):
+            G[name] = G.get(name, 0) + (d[0].T @ d[0]).double() / len(answers)
+        for hook in hooks:
+            hook.remove()
+    for name, expected in G.items():
+        found = moments.outputs[name].double()
+        assert torch.allclose(found, expected, rtol=1e-3, atol=1e-5 * float(expected.abs().max())), name
+        assert not torch.allclose(empirical.outputs[name].double(), expected, rtol=0.1)
+        assert torch.equal(moments.inputs[name], empirical.inputs[name])
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_moments_of_a_quantized_base_are_those_of_its_dequantized_weights(bits, tmp_path):
+    quantized, plain = quantized_pair(bits, tmp_path)
+    found, expected = Moments(32), Moments(32)
+    for model, moments in ((quantized, found), (plain, expected)):
+        measure_curvature(model, causal_batches(2), estimator="directional", moments=moments)
+    assert found.tokens == expected.tokens and found.leaders == expected.leaders
+    tolerance = {4: 0.05, 8: 0.3}[bits]  # int8 layers also round their inputs
+    for mine, theirs in ((found.inputs, expected.inputs), (found.outputs, expected.outputs)):
+        for name, matrix in mine.items():
+            assert matrix.dtype == torch.float32
+            assert (matrix - theirs[name]).norm() < tolerance * theirs[name].norm(), name
+
+
+def expert_factors(model):
+    """G, A and tokens of every expert of Mixtral's, token by token: name -> expert -> matrix."""
+    G, A, tokens = {}, {}, {}
+
+    def loop(prefix, seen, module, args, out):
+        parts = [torch.zeros_like(row) for row in args[0]]
+        for t, x in enumerate(args[0]):
+            for expert, share in zip(args[1][t].tolist(), args[2][t], strict=True):
+                both = module.gate_up_proj[expert] @ x
+                gate, up = both.chunk(2)
+                low = torch.nn.functional.silu(gate) * up
+                high = module.down_proj[expert] @ low
+                parts[t] = parts[t] + share * high
+                seen += [(f"{prefix}.gate_up_proj", expert, x, both), (f"{prefix}.down_proj", expert, low, high)]
+        return torch.stack(parts)
+
+    for inputs, (positions, answers) in zip(*single_rows("mixtral"), strict=True):
+        seen, hooks = [], []
+        for number, layer in enumerate(model.model.layers):
+            hook = partial(loop, f"model.layers.{number}.mlp.experts", seen)
+            hooks.append(layer.mlp.experts.register_forward_hook(hook))
+        loss = cross_entropy(model(**inputs).logits[0][positions], answers, reduction="sum")
+        for hook in hooks:
+            hook.remove()
+        gradients = torch.autograd.grad(loss, [out for *_, out in seen])
+        for (name, expert, x, _), d in zip(seen, gradients, strict=True):
+            for sums, value in ((A, torch.outer(x, x).detach()), (G, torch.outer(d, d) / len(answers))):
+                of_name = sums.setdefault(name, {})
+                of_name[expert] = of_name.get(expert, 0) + value
+            counts = tokens.setdefault(name, {})
+            counts[expert] = counts.get(expert, 0) + 1
+    return G, A, tokens
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_every_expert_has_a_pair_from_its_own_tokens(batch_size):
+    """Rows are padded in a batch, and the padding goes to no expert."""
+    model, dense = build_experts(), build_experts().double()
+    layers = lora_layers(dense)
+    with torch.no_grad():
+        for layer in layers.values():
+            base_weight(layer).add_(live_delta(layer).double())
+            layer.lora_B[ADAPTER].weight.zero_()
+    G, A, tokens = expert_factors(dense.unload().eval().requires_grad_(True))
+    moments = Moments(32)
+    measure_curvature(model, causal_batches(batch_size), estimator="directional", moments=moments)
+    assert model.config._experts_implementation == build_experts().config._experts_implementation
+    assert len(G) == 4
+    for name in G:
+        assert len(set(tokens[name].values())) > 1
+        for expert in range(4):
+            part, count = expert_name(name, expert), tokens[name].get(expert, 0)
+            assert moments.tokens.get(part, 0) == count
+            for found, expected in ((moments.outputs, G), (moments.inputs, A)) if count else ():
+                matrix = expected[name][expert]
+                scale = 1e-5 * float(matrix.abs().max())
+                assert torch.allclose(found[part].double(), matrix, rtol=1e-3, atol=scale), part
+
+
 def test_layers_that_read_the_same_input_share_its_moment():
-    moments = Moments()
+    moments = Moments(32)
     measure_curvature(adapted("llama"), batches("llama", 2), moments=moments)
     q, k, v, o = (moments.inputs[f"model.layers.0.self_attn.{n}_proj"] for n in "qkvo")
     gate, up, down = (moments.inputs[f"model.layers.0.mlp.{n}_proj"] for n in ("gate", "up", "down"))
@@ -90,7 +217,7 @@ def test_layers_that_read_the_same_input_share_its_moment():
 def test_one_token_of_one_row_is_exact():
     """There F is the Kronecker product, so <D, F D> is the exact slope of the pass, matrix by matrix."""
     batch = batches("bert", 1)[0]
-    model, moments = adapted("bert"), Moments()
+    model, moments = adapted("bert"), Moments(32)
     found = measure_curvature(model, [batch], estimator="directional", normalization="token", moments=moments)
     name = "bert.pooler.dense"  # sees the first token alone
     delta = lora_layers(model)[name].get_delta_weight(ADAPTER).detach().double()
@@ -98,17 +225,19 @@ def test_one_token_of_one_row_is_exact():
     assert (G @ delta @ A * delta).sum().item() == pytest.approx(found.slopes[name], rel=1e-4)
 
 
-def test_wide_layers_are_streamed(monkeypatch):
-    monkeypatch.setattr(curvature, "WIDE", 8)
-    monkeypatch.setattr(curvature, "MOMENT_RANK", 16)
-    cut, whole = Moments(), Moments(whole=True)
-    for moments in (cut, whole):
+def test_wide_layers_are_sketched(monkeypatch):
+    monkeypatch.setattr(kronecker, "EXACT", 8)
+    sketched, whole = Moments(3), Moments(32)
+    for moments in (sketched, whole):
         measure_curvature(adapted("llama"), batches("llama", 2), moments=moments)
-    for name, matrix in cut.inputs.items():
-        assert isinstance(matrix, Cut)
-        assert torch.allclose(matrix.dense().diagonal(), whole.inputs[name].diagonal(), rtol=1e-4)
-        if matrix.roots.shape[0] == 16:  # as many directions as there are
-            assert torch.allclose(matrix.dense(), whole.inputs[name], rtol=1e-3, atol=1e-4)
+    for name, matrix in sketched.inputs.items():
+        columns = sketched.columns(len(matrix.diagonal))
+        assert torch.allclose(matrix.product, whole.inputs[name] @ columns, rtol=1e-3, atol=1e-4)
+        assert torch.allclose(matrix.diagonal, whole.inputs[name].diagonal(), rtol=1e-4)
+    for name, matrix in sketched.outputs.items():
+        expected = whole.outputs[name]
+        assert torch.allclose(matrix.product, expected @ sketched.columns(len(expected)), rtol=1e-3, atol=1e-5)
+        assert torch.allclose(matrix.diagonal, expected.diagonal(), rtol=1e-3, atol=1e-8)
 
 
 # ---- On disk --------------------------------------------------------------------------------------------------------
@@ -169,12 +298,12 @@ def test_the_penalty_is_the_explicit_kronecker_product(part, tmp_path):
     assert all(layer.lora_B[ADAPTER].weight.grad.abs().sum() > 0 for layer in layers.values())
 
 
-def test_the_kept_sums_price_every_task_at_one_nat(model, stream, tokenizer, lora, config):
+def test_the_kept_sums_are_in_units_of_the_mean_price(model, stream, tokenizer, lora, config):
     """Kept whole, the state after one task says that undoing its update costs 1; a strong price keeps the weights."""
     moved = {}
     for strength in (0.0, 1e4):
         args = config(output_dir=f"{config().output_dir}-{strength}", method="kronecker", release="none")
-        args.method_kwargs = {"kronecker_strength": strength, "kronecker_rank": 64}
+        args.method_kwargs = {"kronecker_strength": strength, "kronecker_rank": 32}
         trained(again(model), stream, tokenizer, lora, args)
         run = Path(args.output_dir)
         state = StoredState(run / "curvature" / "state-01.safetensors")
@@ -186,6 +315,16 @@ def test_the_kept_sums_price_every_task_at_one_nat(model, stream, tokenizer, lor
             prices.append(0.5 * sum(float((G @ deltas[n] @ A * deltas[n]).sum()) for n, (G, A) in pairs.items()))
         assert prices[0] == pytest.approx(1, rel=1e-4)
         moved[strength] = prices[1]
+        if strength == 0:
+            # The second task's curvature is divided by the mean of both prices, and not by its own, which is small.
+            later = StoredState(run / "curvature" / "state-02.safetensors")
+            own = later.beside("kronecker_prices")["tasks"]
+            assert own[0] == pytest.approx(float(state.beside("kronecker_prices")["tasks"][0])) and len(own) == 2
+            added = 0.0
+            for name, delta in deltas.items():
+                G, A = (later.get(key, name).double() - state.get(key, name).double() for key in ("G", "A"))
+                added += 0.5 * float((G @ delta @ A * delta).sum())
+            assert added == pytest.approx(float(own[1] / own.mean()), rel=1e-3)
     assert moved[1e4] < moved[0.0] / 10
 
 
@@ -228,7 +367,7 @@ def test_subspace_end_to_end(model, stream, tokenizer, lora, config):
     plain_trainer, _ = trained(again(model), stream, tokenizer, lora, plain)
     kept = {}
     for mu in (0.0, 1.0):
-        settings = {"subspace_mu": mu, "kronecker_rank": 64}
+        settings = {"subspace_mu": mu, "kronecker_rank": 32}
         args = config(output_dir=f"{config().output_dir}-{mu}", method="subspace", method_kwargs=settings)
         trainer, results = trained(again(model), stream, tokenizer, lora, args)
         assert all(task["parity"]["folded"]["relative_difference"] < 1e-5 for task in results["per_task"])
@@ -260,3 +399,197 @@ def test_a_penalty_and_a_merge_keep_one_state(model, stream, tokenizer, lora, co
     with safe_open(Path(alone.output_dir) / "curvature" / "state-02.safetensors", "pt") as file:
         assert names == set(file.keys())
     assert len(results["matrix"]) == 2 and digests(Path(args.output_dir))
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "gpt_oss"])
+def test_experts_have_a_penalty_a_merge_and_a_state(kind, tmp_path, stream, tokenizer, config):
+    """Matrices of every expert along a leading dimension, in the orientation of the live weight."""
+    moe(kind).save_pretrained(tmp_path / "base")
+    lora = LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj"], target_parameters=EXPERTS)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    args = config(method="subspace", penalty="kronecker", num_train_epochs=1, method_kwargs={"kronecker_rank": 48})
+    trainer, results = trained(model, stream, tokenizer, lora, args)
+    assert not [finding for finding in examine(args.output_dir) if finding.problem]
+    assert all(task["parity"]["folded"]["relative_difference"] < 1e-5 for task in results["per_task"])
+    run = trainer.run.path
+    state, stored = StoredState(run / "curvature/state-01.safetensors"), StoredAdapter(run / "tasks/01-colour/adapter")
+    shapes = {name: stored.read(name).shape() for name in stored.names}
+    assert {len(shape) for shape in shapes.values()} == {2, 3}
+    cost = 0.0
+    for name, shape in shapes.items():
+        G, A, delta = state.get("G", name), state.get("A", name), stored.read(name).delta()
+        assert G.shape == (*shape[:-1], shape[-2]) and A.shape == (*shape[:-2], shape[-1], shape[-1])
+        cost += 0.5 * float((G @ delta @ A * delta).sum())
+    assert cost == pytest.approx(1, rel=1e-4)
+    planned = state_bytes({"G": "rows", "A": "columns"}, shapes, dtype="float32", rank=0, cut=48)
+    written = [state.get(key, name).numel() for key in "GA" for name in shapes]
+    assert planned == 4 * sum(written)
+    mixed = StoredAdapter(run / "tasks/02-mood/adapter")
+    assert all(mixed.read(name).delta().isfinite().all() for name in mixed.names)
+
+
+def test_a_parameter_whose_inputs_cannot_be_seen_is_refused_before_training(tmp_path, stream, tokenizer, config):
+    """GPT-2's own layer adds the bias in the same operation."""
+    build("gpt2").save_pretrained(tmp_path / "base")
+    lora = LoraConfig(r=2, target_modules=[], target_parameters=["c_proj.weight"])
+    args = config(method="kronecker", release="none")
+    with pytest.raises(UserError, match="inputs of 'transformer.h.*c_proj.weight' cannot be seen"):
+        trained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), stream, tokenizer, lora, args)
+    assert not list(Path(args.output_dir).iterdir())
+
+
+# ---- Bad input ------------------------------------------------------------------------------------------------------
+
+
+def test_a_rank_that_no_matrix_reaches_is_refused(model, stream, tokenizer, lora, config):
+    """Of the recipe, not of the default; a rank above some of them keeps those whole."""
+    small = LoraConfig(r=2, target_modules=["q_proj"])
+    args = config(method="kronecker", method_kwargs={"kronecker_rank": 17})
+    with pytest.raises(UserError, match="`kronecker_rank` in `method_kwargs` is 17, but the largest.* 16 rows"):
+        trained(again(model), stream, tokenizer, small, args)
+    assert not Path(args.output_dir).exists()
+    for settings, adapter in (({"kronecker_rank": 17}, lora), (None, small)):
+        args = config(method="kronecker", method_kwargs=settings)
+        PMTrainer(model=again(model), args=args, stream=stream, processing_class=tokenizer, peft_config=adapter)
+
+
+@pytest.mark.parametrize("spoiled", [float("inf"), float("nan")])
+def test_factors_that_are_not_finite_are_named_and_nothing_is_committed(
+    spoiled, model, stream, tokenizer, lora, config, monkeypatch
+):
+    args = config(method="kronecker", release="none")
+
+    class Spoils(PMTrainer):
+        def _measure(self, stage):
+            add = Moments.add_input
+
+            def spoil(self, name, x):
+                add(self, name, x * (spoiled if name == "model.layers.1.self_attn.o_proj" else 1.0))
+
+            if stage.name == "mood":
+                monkeypatch.setattr(Moments, "add_input", spoil)
+            return super()._measure(stage)
+
+    with pytest.raises(
+        UserError, match="factors of 'model.layers.1.self_attn.o_proj' in .* task 'mood' are not finite"
+    ):
+        trained(model, stream, tokenizer, lora, args, cls=Spoils)
+    assert len(Ledger(args.output_dir)) == 1 and len(list(Path(args.output_dir).glob("curvature/*"))) == 1
+
+
+def test_a_price_that_is_not_finite_is_refused():
+    update = updates(adapted("llama"))["model.layers.0.mlp.up_proj"]
+    huge = torch.full((32, 32), 3e38), torch.full((16, 16), 3e38)
+    measured = Measured({}, {}, {"x": update}, 0.0, 1.0, {"x": huge})
+    with pytest.raises(UserError, match="price of undoing the task is .*, first of all for 'x', but must be finite"):
+        Kronecker(arguments()).prices(SimpleNamespace(measured=measured, before=StoredState(None)))
+
+
+@pytest.mark.parametrize("change", [{"kronecker_rank": 8}, {"kronecker_normalize": 0}])
+def test_a_resumed_run_keeps_its_settings(change, recipe, tmp_path, capsys):  # noqa: F811
+    path, values = recipe
+    path.write_text(yaml.safe_dump(values | {"method": "kronecker", "release": "none"}))
+    assert main(["run", str(path)]) == 0
+    run = Path(values["output_dir"])
+    before = {file: file.read_bytes() for file in run.rglob("*") if file.is_file()}
+    path.write_text(yaml.safe_dump(values | {"method": "kronecker", "release": "none", "method_kwargs": change}))
+    capsys.readouterr()
+    assert main(["run", str(path)]) == 2
+    said = capsys.readouterr().err
+    assert "method_kwargs" in said and said.count("\n") == 1
+    assert {file: file.read_bytes() for file in run.rglob("*") if file.is_file()} == before
+    path.write_text(
+        yaml.safe_dump(values | {"method": "kronecker", "release": "none", "lora_target_modules": ["q_proj"]})
+    )
+    assert main(["run", str(path)]) == 2
+    said = capsys.readouterr().err
+    assert "lora_target_modules" in said and said.count("\n") == 1
+    assert {file: file.read_bytes() for file in run.rglob("*") if file.is_file()} == before
+
+
+# ---- Precision ------------------------------------------------------------------------------------------------------
+
+
+def test_a_bf16_state_hardly_changes_the_price(tmp_path):
+    """Every number is rounded to 8 bits, and a price is a sum of many of them."""
+    model, moments = adapted("llama"), Moments(32)
+    measure_curvature(model, batches("llama", 2), estimator="directional", moments=moments)
+    deltas = {name: LowRank(*update.factors()) for name, update in updates(model).items()}
+    shapes = {name: update.shape() for name, update in updates(model).items()}
+    values = {
+        name: {
+            "G": kronecker.cut(moments.outputs[name], 6),
+            "A": kronecker.cut(moments.inputs[name], 6),
+        }
+        for name in shapes
+    }
+    keeps, prices = {"G": "rows", "A": "columns"}, []
+    for dtype in ("float32", "bfloat16"):
+        write_state(tmp_path / dtype, keeps, shapes, values.get, dtype=dtype)
+        state = StoredState(tmp_path / dtype)
+        prices.append([float(price(state.get("G", n), state.get("A", n), deltas[n])) for n in shapes])
+    for wide, narrow in zip(*prices, strict=True):
+        assert narrow == pytest.approx(wide, rel=0.02)
+    assert sum(prices[1]) == pytest.approx(sum(prices[0]), rel=0.005)
+
+
+# ---- Several processes ----------------------------------------------------------------------------------------------
+
+MEASURE = """
+import sys, torch
+from pathlib import Path
+sys.path.insert(0, "tests")
+import conftest
+from peft import LoraConfig
+from safetensors.torch import save_file
+from hf_pm import PMConfig, PMTrainer
+from hf_pm.methods.measuring import measure
+from hf_pm.weights import kronecker
+from hf_pm.weights.adapters import lora_layers
+
+torch.set_num_threads(1)
+kronecker.EXACT = 8
+args = PMConfig(
+    output_dir=sys.argv[1], use_cpu=True, disable_tqdm=True, method="kronecker", curvature_labels="empirical",
+    curvature_batch_size=2, method_kwargs={"kronecker_rank": 4},
+)
+trainer = PMTrainer(
+    model=conftest.build("llama"), args=args, stream=conftest.stream.__wrapped__(),
+    processing_class=conftest.tokenizer.__wrapped__(), peft_config=LoraConfig(r=4, target_modules="all-linear"),
+)
+generator = torch.Generator().manual_seed(5)
+for layer in lora_layers(trainer.model).values():
+    weight = layer.lora_B["default"].weight
+    weight.data = torch.randn(weight.shape, generator=generator) / 4
+found = {}
+for count in (1, 13):
+    rows = trainer.rows.encoded_train(trainer.stages[0]).select(range(count))
+    measured = measure(trainer, rows, {"kronecker"}, "colour", 0)
+    q, k = (measured.kronecker[f"model.layers.0.self_attn.{n}_proj"] for n in "qk")
+    assert q[1] is k[1] and q[0] is not k[0]
+    assert isinstance(measured.kronecker["model.layers.0.mlp.up_proj"][0], kronecker.Cut)
+    for name, pair in measured.kronecker.items():
+        for factor, matrix in zip("GA", pair):
+            found[f"{count} {name} {factor}"] = kronecker._dense(matrix).clone()
+save_file(found, f"{sys.argv[1]}-{args.process_index}of{args.world_size}")
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_sum_what_one_does(tmp_path):
+    """Whole matrices and sketches; with one row, one of the processes has none."""
+    script = tmp_path / "measure.py"
+    script.write_text(MEASURE)
+    seen = {}
+    for world in (1, 2):
+        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"] if world == 2 else []
+        command = [sys.executable, *launch, str(script), str(tmp_path / str(world))]
+        settings = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)}
+        done = subprocess.run(command, cwd=ROOT, env=settings, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        seen[world] = [load_file(tmp_path / f"{world}-{rank}of{world}") for rank in range(world)]
+    (one,), (first, second) = seen[1], seen[2]
+    assert one.keys() == first.keys() and len(one) == 2 * 14 * 2
+    for name, matrix in one.items():
+        assert torch.equal(first[name], second[name])
+        assert torch.allclose(first[name], matrix, rtol=1e-3, atol=1e-4 * float(matrix.abs().max())), name

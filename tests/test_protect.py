@@ -109,7 +109,7 @@ def test_factors_are_those_of_a_loop_over_tokens(
     settings = {
         "method": "kronecker", "protect": "self" if kind == "self" else file, "curvature_num_samples": 6,
         "max_length": 24,
-        "curvature_batch_size": 1, "method_kwargs": {"kronecker_rank": 40, "protect_tolerance": 0.5},
+        "curvature_batch_size": 1, "method_kwargs": {"kronecker_rank": 32, "protect_tolerance": 0.5},
         # Of the tasks, not of the protected text.
         "curvature_labels": "empirical", "curvature_normalization": "sequence",
     }  # fmt: skip
@@ -194,7 +194,7 @@ def dense(matrix):
 
 def test_the_base_counts_as_one_task_in_the_sums(model, stream, tokenizer, lora, config):
     """State after the first task = task 0 + task 1, and the mean of A is over both."""
-    args = config(method="kronecker", protect="self", method_kwargs={"kronecker_rank": 64}, release="none")
+    args = config(method="kronecker", protect="self", method_kwargs={"kronecker_rank": 32}, release="none")
     measured = []
 
     class Watches(PMTrainer):

@@ -373,14 +373,14 @@ def test_release_rollback_and_doctor(tmp_path, recipe, capsys):  # noqa: F811
     assert f"note: releases/{TAGS[1]}/README.md" in said and ", 1 wrong." in said
 
 
-def test_the_hub_example_of_the_readme_runs(here, tmp_path, monkeypatch):
-    readme = (ROOT / "README.md").read_text()
-    (code,) = [block for block in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "from_hub" in block]
+def test_the_hub_example_of_the_documents_runs(here, tmp_path, monkeypatch):
+    page = (ROOT / "docs" / "hub.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     code = code.replace("you/", "me/").replace("runs/", f"{tmp_path}/")
     # The same in less time.
     code = code.replace("max_eval_samples=50", "max_eval_samples=8, max_train_samples=32, curvature_num_samples=16")
     monkeypatch.chdir(ROOT)
-    exec(compile(code, "README.md", "exec"), {})
+    exec(compile(code, "hub.md", "exec"), {})
     repo = here.repos["me/two-tasks"]
     assert set(repo.tags) == {"task-01-mood", "task-02-question", "dropped-01-task-02-question"}
     # Trained again, the second task is the same to the bit: nothing was sent twice.

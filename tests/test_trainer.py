@@ -233,6 +233,25 @@ def test_coefficient_is_the_papers_over_three_tasks(model, stream, tokenizer, lo
     assert torch.allclose(actual_r, expected_r, atol=1e-4 * float(expected_r.abs().max()))
 
 
+@pytest.mark.parametrize("where", ["probe_logits", "reload_logits"])
+def test_a_certificate_without_memory_costs_no_task(
+    model, stream, tokenizer, lora, config, monkeypatch, caplog, where
+):
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 12.00 GiB")
+
+    monkeypatch.setattr(f"hf_pm.methods.parity.{where}", full)
+    _, results = trained(model, stream, tokenizer, lora, config())
+    assert len(results["matrix"]) == 2
+    for task in results["per_task"]:
+        assert task["parity"]["reloaded"] is None
+        assert (task["parity"]["folded"] is None) == (where == "probe_logits")
+    said = [record.message for record in caplog.records if "No parity certificate for task 'mood'" in record.message]
+    assert said and "not enough memory" in said[0]
+    release = Path(config().output_dir) / "releases" / "task-02-mood"
+    assert "mood" in (release / "README.md").read_text()
+
+
 def test_results_report_and_releases(model, stream, tokenizer, lora, config):
     args = config(num_train_epochs=4, release="both")
     _, results = trained(model, stream, tokenizer, lora, args)
@@ -618,15 +637,13 @@ def test_a_classifiers_release_has_the_classes_of_its_own_task(stream, seq2seq_t
 
 
 def test_composes_with_trls_sft_trainer(model, stream, tokenizer, lora, config):
-    trl = pytest.importorskip("trl", reason="TRL is an optional extra")
-    from hf_pm import PMTrainerMixin
+    pytest.importorskip("trl", reason="TRL is an optional extra")
+    from hf_pm.trl import PMSFTConfig, PMSFTTrainer
 
-    class PMSFTTrainer(PMTrainerMixin, trl.SFTTrainer):
-        pass
-
-    class PMSFTConfig(PMConfig, trl.SFTConfig):
-        pass
-
+    for name in ("packing", "padding_free"):
+        packed = config(cls=PMSFTConfig, **{name: True})
+        with pytest.raises(UserError, match=f"`{name}: true` puts several examples into one row"):
+            PMSFTTrainer(again(model), packed, stream=stream, processing_class=tokenizer, peft_config=lora)
     sft = config(cls=PMSFTConfig, num_train_epochs=4)
     trainer, results = trained(again(model), stream, tokenizer, lora, sft, cls=PMSFTTrainer)
     assert results["coefficients"][0] == 1 and 0 < results["coefficients"][1] < 1
@@ -655,6 +672,12 @@ def test_four_bit_base_is_quantized_once_from_the_full_precision_sum(model, stre
         ).to("cpu")
         expected = bitsandbytes.functional.dequantize_4bit(fresh.data, fresh.quant_state)
         assert torch.allclose(quantized, expected, atol=1e-6), name
-    released = load_file(Path(args.output_dir) / "releases" / "task-02-mood" / "model.safetensors")
+    release = Path(args.output_dir) / "releases" / "task-02-mood"
+    released = load_file(release / "model.safetensors")
     name, stored = next(iter(trainer.run.folder.names.items()))
     assert torch.equal(released[stored], trainer.run.folder.merged(name))
+    # The card says which of the two models its scores are of.
+    assert (
+        "scores of the model with its weights quantized to nf4, as it was trained"
+        in (release / "README.md").read_text()
+    )

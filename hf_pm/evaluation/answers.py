@@ -64,12 +64,13 @@ def aligned(
 
 @torch.no_grad()
 def probe_logits(
-    model: nn.Module, batch: Mapping[str, Any], autocast: Callable[[], Any] = nullcontext
+    model: nn.Module, batch: Mapping[str, Any], autocast: Callable[[], Any] = nullcontext, most: int = 256
 ) -> torch.Tensor:
-    """Logits of the answers in `batch`, (answer tokens, vocabulary) in float32 on the CPU, in evaluation mode."""
+    """Logits of the first `most` answer tokens in `batch`, (answer tokens, vocabulary) on the CPU in the dtype that
+    the model gives, in evaluation mode."""
     with evaluating(model), autocast():
         logits, targets = predict(model, batch)
-    return logits[targets != IGNORE_INDEX].float().cpu() if logits.ndim == 3 else logits.float().cpu()
+    return (logits[targets != IGNORE_INDEX][:most] if logits.ndim == 3 else logits).cpu()
 
 
 @torch.no_grad()

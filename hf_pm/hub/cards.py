@@ -251,6 +251,7 @@ class Card:
             alpha_rule=ALPHA.get(self.merge or "", None),
             protect=results["protect"] if isinstance(results.get("protect"), Mapping) else None,
             parity=_parity([record_of(results, "per_task", j).get("parity") for j in range(number)], seen),
+            quantized=_quantized(record_of(results, "per_task", number - 1).get("parity")),
             picture=PICTURE if self.picture else None,
             metrics=[
                 (METRICS.get(key, (key.replace("_", " ").capitalize(),))[0], FORMULAS.get(key, ""), value)
@@ -359,6 +360,12 @@ def public(value: Any) -> Any:
         return value
     text = str(value)
     return last_part(text) if _LOCAL_PATH.match(text) else text
+
+
+def _quantized(parity: Any) -> str | None:
+    """The form that the scored weights were quantized to; `None` if they were not."""
+    policy = parity.get("policy") if isinstance(parity, Mapping) else None
+    return policy.partition("quantized once to ")[2].split(";")[0] or None if isinstance(policy, str) else None
 
 
 def _parity(records: Sequence[Any], seen: Sequence[str]) -> tuple[list[str], list[list[str]]]:

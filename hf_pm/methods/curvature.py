@@ -19,14 +19,17 @@ the batch size: it is not done. Expert weights (`target_parameters`) have no inp
 gradient is taken where the adapted weight enters the layer, with one row at a time.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from peft import PeftModel
 from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..errors import UserError
 from ..evaluation.answers import evaluating, predict
@@ -39,8 +42,6 @@ from ..weights.merging import Curvature, Factored
 ESTIMATORS = ("diagonal", "factored", "directional")
 # Elements of a per-row gradient that exist at a time.
 CHUNK = 1 << 22
-# Side up to which second moments are summed up whole; beyond, as `MOMENT_RANK` directions and a diagonal.
-WIDE, MOMENT_RANK = 2048, 128
 # What tells that several examples share a row.
 PACKED_KEYS = ("cu_seq_lens_q", "cu_seqlens", "seq_idx", "seq_lengths")
 
@@ -50,58 +51,76 @@ class Moments:
 
     For one layer W (out, in) with input x_t and d_t = d l / d(W x_t) at token t, where l is the sum of a row's answer
     losses: A = sum over real tokens (prompt too, padding not) of x x^T, and G = sum over rows of w_n sum_t d d^T. With
-    the means of both, F ~ G (x) A (Ritter et al. 2018, arXiv 1805.07810).
+    the means of both, F ~ G (x) A (Ritter et al. 2018, arXiv 1805.07810). Float32. Small matrices are summed up whole,
+    the others as a `kronecker.Sketch`: one process or many, the sums are those of all rows.
 
     Args:
-        whole (`bool`, *optional*, defaults to `False`): Sum up every matrix whole, however wide, so that the sums of
-            many processes can be added.
+        rank (`int`): Directions of each matrix that are wanted.
+        device (`torch.device`, *optional*, defaults to `"cpu"`): Of the model.
 
     Attributes:
-        outputs (`dict`): Layer -> G, (out, out) float32.
-        inputs (`dict`): Layer -> A, (in, in) float32. Layers that read the same tensor (q, k, v) share one object.
+        outputs (`dict`): Layer -> G, (out, out). Every expert is a layer of its own, see [`expert_name`].
+        inputs (`dict`): Layer -> A, (in, in). Layers that read the same tensor (q, k, v) share one object.
         tokens (`dict`): Layer -> number of real tokens.
+        leaders (`dict`): Layer -> the first layer that reads the same tensor.
     """
 
-    def __init__(self, whole: bool = False) -> None:
-        self.of_many = whole
-        self.limit = 1 << 62 if whole else WIDE
-        self.outputs: dict[str, kronecker.Symmetric] = {}
-        self._sums: dict[str, kronecker.Symmetric] = {}
+    def __init__(self, rank: int, device: torch.device | str = "cpu") -> None:
+        self.rank = rank
+        self.device = device
+        self.outputs: dict[str, torch.Tensor | kronecker.Sketch] = {}
+        self._sums: dict[str, torch.Tensor | kronecker.Sketch] = {}
         self._counts: dict[str, int] = {}
-        self._leader: dict[str, str] = {}  # layer -> the first one that reads its input
-        self._readers: dict[tuple[int, torch.Size], str] = {}
+        self.leaders: dict[str, str] = {}
+        self._readers = WeakTensorKeyDictionary()  # addresses and ids of freed tensors are those of others later
+        self._columns: dict[int, torch.Tensor | None] = {}
 
     @property
-    def inputs(self) -> dict[str, kronecker.Symmetric]:
-        return {name: self._sums[leader] for name, leader in self._leader.items()}
+    def inputs(self) -> dict[str, torch.Tensor | kronecker.Sketch]:
+        return {name: self._sums[leader] for name, leader in self.leaders.items() if leader in self._sums}
 
     @property
     def tokens(self) -> dict[str, int]:
-        return {name: self._counts[leader] for name, leader in self._leader.items()}
+        return {name: self._counts[leader] for name, leader in self.leaders.items() if leader in self._counts}
 
-    def new_batch(self) -> None:
-        """Forget the addresses of the last batch: other tensors lie there now."""
-        self._readers = {}
+    def columns(self, n: int) -> torch.Tensor | None:
+        """Those of the sketches of side n; `None` where the sum is whole."""
+        if n not in self._columns:
+            whole = kronecker.summed_whole(n, self.rank)
+            self._columns[n] = None if whole else kronecker.random_columns(n, self.rank, self.device)
+        return self._columns[n]
 
-    def see_input(self, name: str, tensor: torch.Tensor, x: torch.Tensor, real: torch.Tensor | None) -> None:
-        """Add x (rows, tokens, in); `real` says which tokens are no padding, (rows, tokens), or all are."""
-        leader = self._readers.setdefault((tensor.data_ptr(), tensor.shape), name)
-        self._leader[name] = leader
-        if leader == name:
-            x = x.flatten(0, 1) if real is None else x[real]
-            self._sums[name] = kronecker.add_outer(self._sums.get(name), x, MOMENT_RANK, self.limit)
-            self._counts[name] = self._counts.get(name, 0) + len(x)
+    def leads(self, name: str, tensor: torch.Tensor) -> bool:
+        """Whether this layer is the first to read the input `tensor`, which is then to be added under its name."""
+        self.leaders[name] = self._readers.setdefault(tensor, name)
+        return self.leaders[name] == name
 
-    def see_gradient(self, name: str, d: torch.Tensor, weights: torch.Tensor) -> None:
-        """Add d (rows, tokens, out), each row with its weight (rows,)."""
-        d = (d * weights.sqrt()[:, None, None]).flatten(0, 1)
-        self.outputs[name] = kronecker.add_outer(self.outputs.get(name), d, MOMENT_RANK, self.limit)
+    def add_input(self, name: str, x: torch.Tensor) -> None:
+        """Add x (tokens, in), without padding."""
+        self._sums[name] = kronecker.add_outer(self._sums.get(name), x, self.columns(x.shape[-1]))
+        self._counts[name] = self._counts.get(name, 0) + len(x)
+
+    def add_gradient(self, name: str, d: torch.Tensor, weights: torch.Tensor, squares: torch.Tensor) -> None:
+        """Add d (tokens, out), each token with its weight (tokens,); `squares` are those of d."""
+        total, columns = self.outputs.get(name), self.columns(d.shape[-1])
+        self.outputs[name] = kronecker.add_outer(total, d, columns, weights, squares)
 
 
-def moment_bytes(shapes: Mapping[str, Sequence[int]]) -> int:
-    """Bytes of the sums of [`Moments`] in one process, for matrices of these shapes (out, in) that share no input."""
-    sides = [side for shape in shapes.values() for side in shape[-2:]]
-    return 4 * sum(side * (side if side <= WIDE else MOMENT_RANK + 1) for side in sides)
+def expert_name(name: str, expert: int) -> str:
+    """Name under which [`Moments`] has an expert of the stacked parameter `name`."""
+    return f"{name}[{expert}]"
+
+
+def moment_bytes(shapes: Mapping[str, Sequence[int]], rank: int) -> int:
+    """Bytes of the sums of [`Moments`] in one process, for matrices of these shapes (..., out, in) that share no
+    input."""
+    numbers = 0
+    for *experts, rows, columns in shapes.values():
+        sizes = [
+            n * (n if kronecker.summed_whole(n, rank) else kronecker.sketch_size(rank) + 1) for n in (rows, columns)
+        ]
+        numbers += math.prod(experts) * sum(sizes)
+    return 4 * numbers
 
 
 class Measurement(NamedTuple):
@@ -170,7 +189,7 @@ def measure_curvature(
         generator (`torch.Generator`, *optional*): Draws labels from the model (true Fisher) instead of the data's.
         gradient (`bool`, *optional*, defaults to `False`): Sum up the gradient of the training loss in the same pass,
             as [`mean_gradient`] does in one of its own. It is that of the labels in use.
-        moments (`Moments`, *optional*): Filled in the same pass. Expert parameters have none.
+        moments (`Moments`, *optional*): Filled in the same pass.
         autocast (`Callable`, *optional*): Context manager factory for the forward pass.
         task_name (`str`, *optional*): For messages; `None` for the protected text.
 
@@ -203,10 +222,7 @@ def measure_curvature(
         for name, layer in lora_layers(model).items():
             if name not in curvature:
                 curvature[name] = _nothing(base_weight(layer), estimator)
-    squares = [*curvature.items()]
-    if moments is not None:
-        squares += [*moments.outputs.items(), *moments.inputs.items()]
-    for name, square in squares:
+    for name, square in curvature.items():
         if not all(bool(torch.isfinite(part).all()) for part in _parts(square)):
             raise UserError(
                 f"The squared gradients of {name!r} in the curvature pass of {_source(task_name)} overflow float32. "
@@ -216,7 +232,7 @@ def measure_curvature(
     return Measurement(curvature, by_matrix, float(together), rows, sums)
 
 
-def check_layers(model: PeftModel, batch: Mapping[str, Any]) -> None:
+def check_layers(model: PeftModel, batch: Mapping[str, Any], inputs: bool = False) -> None:
     """Find out before training whether every adapted layer can be measured, by one pass over a few rows.
 
     Gradients, mode and generators are left as they were.
@@ -224,11 +240,13 @@ def check_layers(model: PeftModel, batch: Mapping[str, Any]) -> None:
     Args:
         model (`PeftModel`): With the adapter of the stream.
         batch (`Mapping`): Model inputs with `labels`, of two rows or more.
+        inputs (`bool`, *optional*, defaults to `False`): Whether [`Moments`] will be wanted.
 
     Raises:
-        UserError: Names the layer that mixes the rows of a batch.
+        UserError: Names the layer that mixes the rows of a batch, or whose inputs cannot be seen.
     """
-    for _ in _row_gradients(model, [batch], [(_count_rows, {}, 1)], None, nullcontext, "", 1):
+    moments = Moments(1, batch["labels"].device) if inputs else None
+    for _ in _row_gradients(model, [batch], [(_count_rows, {}, 1)], None, nullcontext, "", 1, moments):
         pass
 
 
@@ -287,6 +305,7 @@ def _row_gradients(
     lengths: set[int] = set()
     real: tuple[torch.Tensor | None, torch.Tensor | None] = None, None  # of what the encoder gives, of the rest
     encoded: list[int] = []
+    products: set[str] = set()  # bare parameters whose inputs were seen
     seen = rows = 0
 
     def by_row(name: str, tensor: torch.Tensor) -> torch.Tensor:
@@ -304,25 +323,29 @@ def _row_gradients(
         return 1.0 / counts**power
 
     def on_output(name: str, transposed: bool, module: nn.Module, args: tuple[torch.Tensor, ...], out: Any) -> None:
+        if not out.requires_grad:
+            return
         # Detached: a hook that holds a tensor of the graph it hangs on is a cycle that nobody collects.
         inputs = args[0].detach()
+        # Found out here, where all readers of a tensor hold it; summed up in the backward pass, which comes by once,
+        # also where checkpointing runs the forward pass twice.
+        leads = moments is not None and moments.leads(name, args[0])
+        mask = real[0] if name in of_encoder or inputs.data_ptr() in encoded else real[1]
 
         def on_gradient(gradient: torch.Tensor) -> None:
             d = by_row(name, gradient.detach())
-            norms.add_(d.square().sum((1, 2)))
-            x = by_row(name, inputs)
+            squares = d.square()
+            norms.add_(squares.sum((1, 2)))
+            x = by_row(name, inputs) if collectors or leads else None
             for collect, totals, power in collectors:
                 collect(totals, name, x, d, by_targets(power), transposed)
             if moments is not None:
-                moments.see_gradient(name, d, weights)
+                by_token = weights.repeat_interleave(d.shape[1])
+                moments.add_gradient(name, d.flatten(0, 1), by_token, squares.flatten(0, 1))
+            if leads:
+                moments.add_input(name, x[mask] if mask is not None and x.shape[:2] == mask.shape else x.flatten(0, 1))
 
-        if out.requires_grad:
-            out.register_hook(on_gradient)
-            if moments is not None:
-                x = by_row(name, inputs)
-                within = name in of_encoder or inputs.data_ptr() in encoded
-                mask = real[0] if within else real[1]
-                moments.see_input(name, inputs, x, mask if mask is not None and x.shape[1] == mask.shape[1] else None)
+        out.register_hook(on_gradient)
 
     def on_down_projection(name: str, module: nn.Module, args: tuple[torch.Tensor, ...], out: torch.Tensor) -> None:
         if torch.is_grad_enabled():
@@ -341,12 +364,33 @@ def _row_gradients(
             gradient = gradient.detach().float()
             norms.add_(gradient.square().sum())
             slopes[name] = (gradient * live_delta(layer)).sum()[None]
+            if moments is not None and name not in products:
+                raise UserError(
+                    f"The inputs of {name!r} cannot be seen: its module does not multiply them with it. Leave it "
+                    "out of `lora_target_parameters`, or use `penalty: ewc`."
+                )
             for collect, totals, power in collectors:
                 collect(totals, name, None, gradient, by_targets(power), False)
 
         weight = getattr(module, layer.parameter_name)
         if weight.requires_grad:
             weight.register_hook(on_gradient)
+
+    def on_product(name: str, x: torch.Tensor, out: torch.Tensor) -> None:
+        products.add(name.partition("[")[0])
+        if not out.requires_grad:
+            return
+        inputs, leads = x.detach(), moments.leads(name, x)
+
+        def on_gradient(gradient: torch.Tensor) -> None:
+            # Rows of zeros fill up the share of an expert that fewer tokens were routed to.
+            routed = inputs.any(-1)
+            d = gradient.detach()[routed].float()
+            moments.add_gradient(name, d, weights.expand(len(d)), d.square())
+            if leads:
+                moments.add_input(name, inputs[routed].float())
+
+        out.register_hook(on_gradient)
 
     with ExitStack() as hooks:
         of_encoder: set[str] = set()
@@ -357,6 +401,16 @@ def _row_gradients(
             # The decoder's cross-attention reads these.
             handle = encoder.register_forward_hook(lambda module, args, out: encoded.append(out[0].data_ptr()))
             hooks.callback(handle.remove)
+        if moments is not None and experts:
+            hooks.enter_context(_eager_experts(model))
+            modules = {layer.get_base_layer(): {} for layer in layers.values() if is_experts(layer)}
+            for name, layer in layers.items():
+                if is_experts(layer):
+                    modules[layer.get_base_layer()][name] = layer.parameter_name
+            for module, parameters in modules.items():
+                watch = _Products(parameters, on_product)
+                hooks.callback(module.register_forward_pre_hook(watch.enter).remove)
+                hooks.callback(module.register_forward_hook(watch.leave, always_call=True).remove)
         for name, layer in layers.items():
             if is_experts(layer):
                 handles = [layer.get_base_layer().register_forward_pre_hook(partial(on_experts, name, layer))]
@@ -376,12 +430,11 @@ def _row_gradients(
                 hooks.callback(handle.remove)
         hooks.callback(model.zero_grad, set_to_none=True)
         hooks.enter_context(evaluating(model))
-        for batch in _one_by_one(batches) if experts else batches:
+        for batch in _one_by_one(batches, model.config.is_encoder_decoder) if experts else batches:
             _refuse_packed(batch, task_name)
             rows = len(batch["labels"])
             lengths = {batch[key].shape[1] for key in ("input_ids", "labels") if batch[key].ndim == 2}
             if moments is not None:
-                moments.new_batch()
                 encoded.clear()
                 real = _real_tokens(model, batch)
             with autocast():
@@ -401,9 +454,10 @@ def _row_gradients(
 
 
 def _real_tokens(model: PeftModel, batch: Mapping[str, Any]) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Which tokens are no padding, (rows, positions): of the encoder, and of the decoder or the only stack."""
+    """Which tokens are no padding, (rows, positions): of the encoder, and of the decoder or the only stack. `None` if
+    all are."""
     given = batch.get("attention_mask")
-    given = given.bool() if given is not None else None
+    given = None if given is None or bool(given.all()) else given.bool()
     return (given, batch["labels"] != IGNORE_INDEX) if model.config.is_encoder_decoder else (None, given)
 
 
@@ -455,7 +509,7 @@ def _add_gradients(totals, name, x, d, weights, transposed) -> None:  # noqa: AN
     totals[name] = totals[name] + gradient if name in totals else gradient
 
 
-def _parts(fisher: Curvature | kronecker.Symmetric) -> tuple[torch.Tensor, ...]:
+def _parts(fisher: Curvature) -> tuple[torch.Tensor, ...]:
     return (fisher,) if isinstance(fisher, torch.Tensor) else tuple(fisher)
 
 
@@ -489,14 +543,87 @@ def _refuse_packed(batch: Mapping[str, Any], task_name: str | None) -> None:
         )
 
 
-def _one_by_one(batches: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Batches of one row; `logits_to_keep` holds positions, not rows."""
+def _one_by_one(batches: Iterable[Mapping[str, Any]], encoder_decoder: bool) -> Iterator[dict[str, Any]]:
+    """Batches of one row without its padding, which a router would send to experts; `logits_to_keep` holds positions,
+    not rows."""
     for batch in batches:
         for row in range(len(batch["labels"])):
-            yield {
+            one = {
                 key: value[row : row + 1] if torch.is_tensor(value) and key != "logits_to_keep" else value
                 for key, value in batch.items()
             }
+            if one.get("attention_mask") is not None:
+                real = one["attention_mask"][0].bool()
+                for key in ("input_ids", "attention_mask", "token_type_ids", "position_ids", "labels"):
+                    if one.get(key) is not None and one[key].ndim == 2 and not (key == "labels" and encoder_decoder):
+                        one[key] = one[key][:, real]
+                if torch.is_tensor(kept := one.get("logits_to_keep")):
+                    one["logits_to_keep"] = (real.cumsum(0) - 1)[kept][real[kept]]
+                    one["shift_labels"] = one["shift_labels"][:, real[kept]]
+            if encoder_decoder:
+                one["labels"] = one["labels"][:, one["labels"][0] != IGNORE_INDEX]
+            yield one
+
+
+class _Products(TorchFunctionMode):
+    """Sees every product with a bare parameter while the module that owns it runs: an expert's weight is used where
+    its tokens are, and no module of its own has them as inputs.
+
+    Args:
+        parameters (`Mapping`): Name of the matrix -> of the module's parameter.
+        see (`Callable`): `see(name, x, out)` for out = x W^T or x W, x (tokens, in); `name` is that of the expert.
+    """
+
+    functions = {
+        nn.functional.linear, torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.bmm, torch.Tensor.bmm,
+        torch.mm, torch.Tensor.mm,
+    }  # fmt: skip
+
+    def __init__(self, parameters: Mapping[str, str], see: Callable[[str, torch.Tensor, torch.Tensor], None]) -> None:
+        super().__init__()
+        self.parameters = parameters
+        self.see = see
+        self.weights: dict[str, torch.Tensor] = {}
+
+    def enter(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        # With the adapter in them: PEFT computes them once a forward pass and caches them.
+        self.weights = {name: getattr(module, parameter) for name, parameter in self.parameters.items()}
+        self.__enter__()
+
+    def leave(self, module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
+        self.__exit__(None, None, None)
+        self.weights = {}
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func in self.functions and len(args) > 1:
+            x, factor = args[:2]
+            for name, weight in self.weights.items():
+                if factor is weight or factor._base is weight:
+                    self._tell(name, weight, x, factor, out)
+        return out
+
+    def _tell(self, name: str, weight: torch.Tensor, x: torch.Tensor, factor: torch.Tensor, out: torch.Tensor) -> None:
+        if weight.ndim == 2:
+            self.see(name, x.reshape(-1, x.shape[-1]), out)
+        elif factor.ndim == 2:
+            expert = (factor.storage_offset() - weight.storage_offset()) // weight.stride(0)
+            self.see(expert_name(name, expert), x, out)
+        else:  # all experts at once
+            for expert in range(len(factor)):
+                self.see(expert_name(name, expert), x[expert], out[expert])
+
+
+@contextmanager
+def _eager_experts(model: PeftModel) -> Iterator[None]:
+    """Experts one after another, each with its own tokens, where the model has several ways to run them."""
+    base = model.get_base_model()
+    before = base.get_experts_implementation()
+    base.set_experts_implementation("eager")
+    try:
+        yield
+    finally:
+        base.set_experts_implementation(before)
 
 
 def _nothing(weight: torch.Tensor, estimator: str) -> Curvature:

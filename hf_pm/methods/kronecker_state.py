@@ -1,5 +1,6 @@
 """State of parts with Kronecker-factored curvature: two small matrices for each layer."""
 
+import math
 from typing import Any
 
 import torch
@@ -7,12 +8,14 @@ from peft import PeftModel
 
 from ..errors import UserError
 from ..weights import kronecker
-from ..weights.adapters import is_experts, lora_layers
+from ..weights.adapters import lora_layers
 from ..weights.kronecker import Factors
 from ..weights.states import StoredState, Value
 from .contract import Ended, Measured, Part, Setting
 
 
+# Key of the prices of the tasks so far, beside the matrices.
+PRICES = "kronecker_prices"
 DAMPING = Setting(1e-3, "must lie in (0, 1]", lambda value: 0 < value <= 1)
 
 
@@ -20,11 +23,12 @@ class KroneckerState(Part):
     """Keeps G_old, the sum over tasks of G_i / c_i, and A_old, the sum of A_i. The old tasks' curvature is
     G_old (x) A_old / t.
 
-    c_i = 1/2 <D_i, F_i D_i> summed over all matrices is the price, in nats, of undoing task i as its own quadratic
-    sees it. So the quadratic of every task is 1 at its own update, whatever the model, rows and labels.
-    `kronecker_normalize: 0` takes c_i = 1. After every task each sum is cut to its `kronecker_rank` leading
-    eigenpairs and the diagonal of the rest; smaller matrices stay whole. Online structured Laplace: Ritter, Botev and
-    Barber 2018, arXiv 1805.07810.
+    c_i is the mean over tasks j = 1 ... i of 1/2 <D_j, F_j D_j>, summed over all matrices: the price, in nats, of
+    undoing a task as its own quadratic sees it. So the quadratic of an average task is 1 at its own update, whatever
+    the model, rows and labels. A mean, since a task that builds on those before it has a small update, whose price
+    alone would blow its curvature up. `kronecker_normalize: 0` takes c_i = 1. After every task each sum is cut to its
+    `kronecker_rank` leading eigenpairs and the diagonal of the rest; smaller matrices stay whole. Online structured
+    Laplace: Ritter, Botev and Barber 2018, arXiv 1805.07810.
 
     With `protect` the base is task 0: i runs from 0, and the mean of A is over t + 1. F_0 has labels drawn from the
     model and counts every token once, so that 1/2 <D, F_0 D> estimates, to second order, the Kullback-Leibler
@@ -52,11 +56,12 @@ class KroneckerState(Part):
         return None
 
     def attach(self, model: PeftModel) -> None:
-        experts = [name for name, layer in lora_layers(model).items() if is_experts(layer)]
-        if experts:
+        """Refuse a rank of the recipe that no matrix reaches: nothing would be cut, though it was asked for."""
+        largest = max((max(layer.in_features, layer.out_features) for layer in lora_layers(model).values()), default=0)
+        if "kronecker_rank" in (self.args.method_kwargs or {}) and self.cut_rank > largest:
             raise UserError(
-                f"Kronecker factors need a layer with inputs and outputs of its own, but {experts[0]!r} is a bare "
-                "parameter (`lora_target_parameters`). Adapt linear layers only, or use `penalty: ewc`."
+                f"`kronecker_rank` in `method_kwargs` is {self.cut_rank}, but the largest adapted matrix has "
+                f"{largest} rows or columns. Use {largest} to keep every matrix whole, or less to cut them."
             )
 
     @property
@@ -73,19 +78,35 @@ class KroneckerState(Part):
         tasks = number - 1 + (self.args.protect is not None)
         return None if G is None else (G, kronecker.scaled(A, 1 / tasks))
 
-    def new(self, measured: Measured, name: str) -> Factors:
+    def new(self, ended: Ended, name: str) -> Factors:
         """Factors of the new task's curvature, on the same scale."""
-        G, A = measured.kronecker[name]
-        return kronecker.scaled(G, 1 / self.price(measured)), A
+        G, A = ended.measured.kronecker[name]
+        return kronecker.scaled(G, 1 / self.unit(ended)), A
 
-    def price(self, measured: Measured) -> float:
-        """c of the task; 1 if its update costs nothing, for then it has nothing to lose."""
-        if not self["kronecker_normalize"]:
-            return 1.0
+    def prices(self, ended: Ended) -> torch.Tensor:
+        """1/2 <D_i, F_i D_i> of the tasks up to this one, (number,) float64."""
+        measured = ended.measured
         if getattr(self, "_measured", None) is not measured:
-            costs = [float(kronecker.price(*pair, measured.delta(n))) for n, pair in measured.kronecker.items()]
-            self._measured, self._price = measured, 0.5 * sum(costs)
-        return self._price if self._price > 0 else 1.0
+            costs = {n: float(kronecker.price(*pair, measured.delta(n))) for n, pair in measured.kronecker.items()}
+            price = 0.5 * sum(costs.values())
+            if not math.isfinite(price):
+                worst = next((n for n, cost in costs.items() if not math.isfinite(cost)), max(costs, key=costs.get))
+                raise UserError(
+                    f"The price of undoing the task is {price}, first of all for {worst!r}, but must be finite. "
+                    "Nothing of it was committed; lower `learning_rate`."
+                )
+            earlier = ended.before.beside(PRICES).get("tasks", torch.zeros(0, dtype=torch.float64))
+            self._measured, self._prices = measured, torch.cat([earlier, earlier.new_tensor([price])])
+        return self._prices
+
+    def unit(self, ended: Ended) -> float:
+        """c of the task; 1 if no update costs anything, for then there is nothing to lose."""
+        mean = float(self.prices(ended).mean())
+        return mean if self["kronecker_normalize"] and mean > 0 else 1.0
+
+    @torch.no_grad()
+    def end(self, ended: Ended) -> dict[str, torch.Tensor]:
+        return {f"{PRICES}/tasks": self.prices(ended)}
 
     def protect_matrix(self, measured: Measured, name: str) -> dict[str, Value]:
         G, A = measured.kronecker[name]
@@ -94,7 +115,7 @@ class KroneckerState(Part):
 
     @torch.no_grad()
     def end_matrix(self, ended: Ended, name: str) -> dict[str, Value]:
-        G, A = self.new(ended.measured, name)
+        G, A = self.new(ended, name)
         return {
             "G": kronecker.add(ended.before.get("G", name), G, self.cut_rank),
             "A": kronecker.add(ended.before.get("A", name), A, self.cut_rank),

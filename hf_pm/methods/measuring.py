@@ -1,16 +1,18 @@
 """The measuring pass at the end of a task: what the parts of a method want, all in one forward and backward."""
 
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from datasets import Dataset
 
+from ..errors import UserError
 from ..weights import adapters, kronecker
 from ..weights.merging import Curvature, Factored, mean_entry, quadratic, scaled
 from .contract import Measured
-from .curvature import Moments, mean_gradient, measure_curvature
+from .curvature import Moments, expert_name, mean_gradient, measure_curvature
 
 
 # What a part may ask for (`Part.measures`), by matrix: the curvature F as `curvature_estimator` keeps it, and the
@@ -43,7 +45,7 @@ def measure(
     sampled = (labels or args.curvature_labels) == "sampled"
     normalization = normalization or args.curvature_normalization
     generator = torch.Generator().manual_seed(seed + args.process_index) if sampled else None
-    moments = Moments(whole=accelerator.num_processes > 1) if "kronecker" in wanted else None
+    moments = Moments(trainer.parts.cut_rank, accelerator.device) if "kronecker" in wanted else None
     estimator = args.curvature_estimator
     if "curvature" not in wanted:
         estimator = "directional"  # its one number costs nothing
@@ -85,7 +87,7 @@ def measure(
         factor = 1 / mean if mean > 0 else 1.0
     measured = Measured(curvature, gradient, updates, exact, 1.0)
     if moments is not None:
-        measured = measured._replace(kronecker=_means(moments, updates, count, total, args.device))
+        measured = measured._replace(kronecker=means(moments, updates, count, accelerator, task_name))
     if curvature and args.curvature_estimator == "directional":
         along = math.fsum(quadratic(fisher, measured.delta(name).dense()) for name, fisher in curvature.items())
         measured = measured._replace(calibration=exact / along if along > 0 else 1.0)
@@ -99,45 +101,70 @@ def measure(
     )
 
 
-def _means(
-    moments: Moments,
-    updates: Mapping[str, adapters.Update],
-    rows: float,
-    total: Callable[[torch.Tensor], torch.Tensor],
-    device: torch.device,
+def means(
+    moments: Moments, updates: Mapping[str, adapters.Update], rows: float, accelerator: Accelerator, task_name: str
 ) -> dict[str, kronecker.Factors]:
     """Matrix name -> its Kronecker factors over all ranks, in the orientation of the live weight, on the CPU.
 
     Every rank adds up the same matrices in the same order, also those of layers that none of its rows reached.
+
+    Raises:
+        UserError: If the factors of a matrix are not finite.
     """
-    shared: dict[int, kronecker.Symmetric] = {}  # layers that share A go on sharing it
-    inputs, found = moments.inputs, {}
+    names = list(updates)
+    places = {name: place for place, name in enumerate(names, start=1)}
+    seen = [places.get(moments.leaders.get(name, ""), 0) for name in names]
+    seen = accelerator.gather(torch.tensor([seen], device=accelerator.device)).amax(0).tolist()
+    leaders = {name: names[place - 1] if place else name for name, place in zip(names, seen, strict=True)}
+    inputs, found = {}, {}
     for name, update in updates.items():
-        right, left = update.shape()[-2:][::-1] if not update.transposed else update.shape()[-2:]
-        G = _over_ranks(moments.outputs.get(name), left, moments.limit, total, device)
-        A = inputs.get(name)
-        if A is None or id(A) not in shared or moments.of_many:
-            tokens = torch.tensor(moments.tokens.get(name, 0), device=device, dtype=torch.float64)
-            mean = kronecker.scaled(
-                _over_ranks(A, right, moments.limit, total, device), 1 / max(float(total(tokens)), 1.0)
-            )
-            shared[id(A)] = mean
-        pair = kronecker.scaled(G, 1 / rows), shared[id(A)]
+        *experts, left, right = update.shape()
+        if update.transposed:
+            left, right = right, left
+        count = experts[0] if experts else None
+        leader = leaders[name]
+        if leader not in inputs:  # layers that share A go on sharing it
+            tokens = torch.tensor([moments.tokens.get(part, 0) for part in _parts(leader, count)], dtype=torch.float64)
+            tokens = accelerator.reduce(tokens.to(accelerator.device)).cpu().clamp(min=1)
+            inputs[leader] = _over_ranks(moments, moments.inputs, leader, count, right, 1 / tokens, accelerator)
+        ones = torch.ones(count or 1, dtype=torch.float64)
+        pair = _over_ranks(moments, moments.outputs, name, count, left, ones / rows, accelerator), inputs[leader]
+        for matrix in pair:
+            if not bool(torch.isfinite(kronecker.trace(matrix)).all()):
+                raise UserError(
+                    f"The Kronecker factors of {name!r} in the curvature pass of task {task_name!r} are not finite: "
+                    "they hold squares of its inputs and gradients. Nothing was committed; lower `learning_rate`, or "
+                    "leave that layer out of the LoRA targets."
+                )
         found[name] = pair[::-1] if update.transposed else pair
     return found
 
 
+def _parts(name: str, experts: int | None) -> list[str]:
+    return [name] if experts is None else [expert_name(name, expert) for expert in range(experts)]
+
+
 def _over_ranks(
-    matrix: kronecker.Symmetric | None,
+    moments: Moments,
+    sums: Mapping[str, torch.Tensor | kronecker.Sketch],
+    name: str,
+    experts: int | None,
     side: int,
-    limit: int,
-    total: Callable[[torch.Tensor], torch.Tensor],
-    device: torch.device,
+    factors: torch.Tensor,
+    accelerator: Accelerator,
 ) -> kronecker.Symmetric:
-    if matrix is None and side > limit:
-        matrix = kronecker.Cut(torch.zeros(side, 0), torch.zeros(side))
-    elif matrix is None:
-        matrix = torch.zeros(side, side, device=device)
-    if isinstance(matrix, kronecker.Cut):  # of one process, see `Moments`
-        return kronecker.Cut(matrix.roots.cpu(), matrix.diagonal.cpu())
-    return total(matrix)
+    """Sums of one layer, or of all experts of a stacked parameter, over all ranks, and times `factors` (experts,)."""
+    device, columns = accelerator.device, moments.columns(side)
+
+    def total(tensors: Sequence[torch.Tensor | None], *shape: int) -> torch.Tensor:
+        missing = torch.zeros(shape, device=device)
+        stacked = torch.stack([missing if tensor is None else tensor for tensor in tensors])
+        scaled = accelerator.reduce(stacked).cpu() * factors.view(-1, *[1] * len(shape)).to(stacked.dtype)
+        return scaled[0] if experts is None else scaled
+
+    found = [sums.get(part) for part in _parts(name, experts)]
+    if columns is None:
+        return total(found, side, side)
+    products, diagonals = zip(*(part or (None, None) for part in found), strict=True)
+    sketch = kronecker.Sketch(total(products, *columns.shape), total(diagonals, side))
+    return kronecker.from_sketch(sketch, columns.cpu())

@@ -4,7 +4,9 @@ Three models see the same few test rows: the adapter model at scale alpha, the f
 plain transformers (or PEFT, for an adapter release) loads it. Their logits are compared where an answer is predicted.
 """
 
+import gc
 import logging
+import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -15,6 +17,7 @@ import transformers
 from peft import PeftModel
 
 from ..evaluation.answers import probe_logits
+from ..store.environment import memory_is_used_up
 from ..weights.adapters import StoredAdapter, restore
 from .contract import Merged
 from .perturbation import scaled_update
@@ -23,6 +26,8 @@ from .perturbation import scaled_update
 logger = logging.getLogger(__name__)
 
 PROBE_ROWS = 8
+# Positions that are compared at a time.
+CHUNK = 8
 # Largest difference of a logit over the largest logit that is not worth a warning, in float32 and with any rounding.
 TOLERANCE = {"exact": 1e-5, "rounded": 0.1}
 ARCHITECTURES = {
@@ -43,21 +48,35 @@ def logit_parity(expected: torch.Tensor, actual: torch.Tensor) -> dict[str, floa
         `dict`: `max_difference` and `mean_difference` of the logits, `relative_difference` (the largest, over the
         largest logit), `kl` (mean over positions of KL(expected || actual), in nats) and `argmax_agreement` in [0, 1].
     """
-    expected, actual = expected.double(), actual.double()
-    difference = (expected - actual).abs()
-    p, q = expected.log_softmax(-1), actual.log_softmax(-1)
+    largest = mean = top = kl = agreement = 0.0
+    # A few positions at a time: in float64 one takes 8 bytes a word of the vocabulary, several times over.
+    for a, b in zip(expected.split(CHUNK), actual.split(CHUNK), strict=True):
+        a, b = a.double(), b.double()
+        difference = (a - b).abs()
+        p, q = a.log_softmax(-1), b.log_softmax(-1)
+        largest, top = _larger(largest, difference), _larger(top, a.abs())
+        mean += float(difference.mean(-1).sum())
+        kl += float((p.exp() * (p - q)).sum())
+        agreement += float((a.argmax(-1) == b.argmax(-1)).sum())
+    positions = len(expected)
     return {
-        "max_difference": float(difference.max()),
-        "mean_difference": float(difference.mean()),
-        "relative_difference": float(difference.max() / expected.abs().max().clamp(min=1e-30)),
-        "kl": float((p.exp() * (p - q)).sum(-1).mean()),
-        "argmax_agreement": float((expected.argmax(-1) == actual.argmax(-1)).double().mean()),
+        "max_difference": largest,
+        "mean_difference": mean / positions,
+        "relative_difference": largest / max(top, 1e-30),
+        "kl": kl / positions,
+        "argmax_agreement": agreement / positions,
     }
+
+
+def _larger(known: float, values: torch.Tensor) -> float:
+    """The larger of both, and NaN if one of the values is."""
+    found = float(values.max())
+    return found if math.isnan(found) or found > known else known
 
 
 def certificate(
     expected: torch.Tensor | None,
-    folded: torch.Tensor,
+    folded: torch.Tensor | None,
     *,
     dtype: torch.dtype,
     policy: str,
@@ -68,20 +87,21 @@ def certificate(
 
     Args:
         expected (`torch.Tensor`, *optional*): Logits of the adapter model at scale alpha; `None` for another payload.
-        folded (`torch.Tensor`): Logits of the folded live model.
+        folded (`torch.Tensor`, *optional*): Logits of the folded live model. `None` if there was no memory for them.
         dtype (`torch.dtype`): Of the live weights.
         policy (`str`): How weights were summed, rounded or quantized.
         exact (`bool`): Whether everything is float32, so that nothing but the order of sums may differ.
         task_name (`str`): For messages.
     """
+    both = expected is not None and folded is not None
     record = {
         "dtype": str(dtype).removeprefix("torch."),
         "policy": policy,
         "tolerance": TOLERANCE["exact" if exact else "rounded"],
-        "folded": logit_parity(expected, folded) if expected is not None else None,
+        "folded": logit_parity(expected, folded) if both else None,
         "reloaded": None,
     }
-    if expected is not None:
+    if both:
         _judge(record, "folded", "folded model", "adapter model", task_name)
     return record
 
@@ -159,7 +179,7 @@ class Parity:
         and a mixture of experts are no adapter models, and there is nothing to keep."""
         self._adapter = None
         if merged.scaled:
-            self._adapter = self._logits_at(number, merged.alpha, merged.per_matrix)
+            self._adapter = self._spared(number, lambda: self._logits_at(number, merged.alpha, merged.per_matrix))
 
     def certify(self, number: int) -> dict[str, Any]:
         """Make the merged weights live, and compare them with the adapter model they came from."""
@@ -170,9 +190,10 @@ class Parity:
             trainer.rebuild(trainer.starts_from(number))
             restore(trainer.model, StoredAdapter(trainer.run.path / entry.adapter))
             trainer.live = None
-            expected = self._logits_at(number, entry.coefficient, entry.coefficients)
+            alphas = entry.coefficient, entry.coefficients
+            expected = self._spared(number, lambda: self._logits_at(number, *alphas))
         trainer.rebuild(number)
-        self._folded = self._logits(number)
+        self._folded = self._spared(number, lambda: self._logits(number))
         return certificate(
             expected,
             self._folded,
@@ -188,8 +209,17 @@ class Parity:
         folded, self._folded = self._folded, None
         if folded is None:  # scored by an earlier process, which died before the release
             trainer.rebuild(number)
-            folded = self._logits(number)
-        reloaded = reload_logits(
+            folded = self._spared(number, lambda: self._logits(number))
+        reloaded = self._spared(number, lambda: self._reloaded(number, release)) if folded is not None else None
+        if reloaded is None:
+            return
+        record = trainer.run.results["per_task"][number - 1]
+        certify_release(record["parity"], folded, reloaded, trainer.stages[number - 1].name)
+        trainer.run.write_results()
+
+    def _reloaded(self, number: int, release: Path) -> torch.Tensor:
+        trainer = self.trainer
+        return reload_logits(
             release,
             trainer.run.folder.base.folder,
             trainer.task_type,
@@ -201,9 +231,19 @@ class Parity:
             or trainer.parts.merge.expert,
             autocast=trainer.accelerator.autocast,
         )
-        record = trainer.run.results["per_task"][number - 1]
-        certify_release(record["parity"], folded, reloaded, trainer.stages[number - 1].name)
-        trainer.run.write_results()
+
+    def _spared(self, number: int, logits: Callable[[], torch.Tensor]) -> torch.Tensor | None:
+        """What `logits` gives; `None` if memory is used up. The task is trained and committed, and a certificate that
+        ends the run would end every restart of it too."""
+        try:
+            return logits()
+        except Exception as error:
+            if not memory_is_used_up(error):
+                raise
+            name = self.trainer.stages[number - 1].name
+            logger.warning("No parity certificate for task %r: there is not enough memory for it.", name)
+        gc.collect()  # outside, where the error no longer holds the tensors of its frames
+        return None
 
     def _logits_at(self, number: int, alpha: float, per_matrix: dict[str, float] | None) -> torch.Tensor:
         factors = alpha if per_matrix is None else [per_matrix[name] for name in self.trainer.parts.layers]

@@ -57,6 +57,9 @@ PER_RUN_SETTINGS = frozenset(
     "hub_curvature base_model_id license tags model_name_or_path stream tasks".split()
 )
 
+# Settings that make up the rows of a step, with their defaults.
+DEALING_SETTINGS = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}
+
 # 97.5 % quantiles of Student's t for 1, 2, ... 30 degrees of freedom. Beyond, the last one errs on the wide side.
 T_QUANTILES = (
     12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281,
@@ -95,6 +98,14 @@ class Run:
         adapter = as_record(self.run.get("adapter"))
         known = dict(as_record(self.run.get("recipe")))
         known |= {f"lora_{key.removeprefix('lora_')}": adapter[key] for key in ("r", "lora_alpha") if key in adapter}
+        # What counts is how many rows a step has, however they are dealt out to processes. Earlier versions recorded
+        # neither; they are taken for one process.
+        dealt = [as_number(known.pop(key, default)) for key, default in DEALING_SETTINGS.items()]
+        batch = as_number(self.run.get("global_batch_size"))
+        if batch is None and None not in dealt:
+            batch = math.prod(dealt)
+        if batch is not None:
+            known["global_batch_size"] = int(batch)
         return {key: value for key, value in known.items() if key not in PER_RUN_SETTINGS}
 
     @property

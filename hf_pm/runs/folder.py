@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel
 
-from ..config import LATER_TASKS_FIELDS, RUN_INVARIANT_FIELDS, PMConfig, settings
+from ..config import DEALING_FIELDS, LATER_TASKS_FIELDS, RUN_INVARIANT_FIELDS, PMConfig, settings
 from ..errors import UserError
 from ..evaluation.scoring import Cell, metric_of
 from ..methods.contract import Ended
@@ -32,8 +32,11 @@ from ..weights.states import StoredState, write_state
 logger = logging.getLogger(__name__)
 
 LIBRARIES = ("torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "huggingface_hub")
-# What run.json and results.json say of the stream, and changes where tasks are added to it.
-OF_THE_RUN = ("tasks", "epochs", "data_fingerprint")
+# What run.json says beside the recipe, and may change.
+OF_THE_RUN = ("tasks", "epochs", "data_fingerprint", "world_size", "global_batch_size")
+# What earlier versions did not write there, and what a run may lack.
+NEWER = {"epochs", "world_size", "global_batch_size", "protect"}
+# What results.json says of the stream, and changes where tasks are added to it.
 OF_THE_STREAM = ("tasks", "stream", "eval_samples", "overlap", "data_fingerprint", "metric")
 
 
@@ -128,16 +131,16 @@ class RunFolder:
                 "targets": sorted(folder.names),
             },
             "data_fingerprint": rows.fingerprint,
+            "world_size": args.world_size,
+            "global_batch_size": args.effective_batch_size,
         }
-        optional = {"epochs"}  # earlier versions had none
         if protection is not None:
             described["protect"] = {"kind": protection.kind, "sha256": protection.fingerprint}
-            optional |= {"protect"}
         path = self.path / "run.json"
         recorded, changes = None, {}
         if path.is_file():
             recorded = read_json(path)
-            _check_kind(path, recorded, {key: value for key, value in described.items() if key not in optional})
+            _check_kind(path, recorded, {key: value for key, value in described.items() if key not in NEWER})
             changes = _changes(self, recorded, described, rows)
         elif len(self.ledger):
             raise UserError(f"{str(self.path)!r} has a ledger but no run.json. Use another `output_dir`.")
@@ -380,7 +383,8 @@ def _changes(
             f"The weight files of the base {described['base']['model']!r} are not those that {str(run.path)!r} "
             "started from (sha256 differs). Restore the checkpoint, or use another `output_dir`."
         )
-    elsewhere = RUN_INVARIANT_FIELDS | {"tasks", "stream", "model_name_or_path", "num_train_epochs", "protect"}
+    elsewhere = RUN_INVARIANT_FIELDS | DEALING_FIELDS
+    elsewhere |= {"tasks", "stream", "model_name_or_path", "num_train_epochs", "protect"}
     old, new = ({k: v for k, v in run["recipe"].items() if k not in elsewhere} for run in (recorded, described))
     # What was not set had its default.
     usual = {item.name: item.default for item in fields(run.args)}
@@ -389,12 +393,18 @@ def _changes(
     for key, there in recorded["adapter"].items():
         if there != described["adapter"][key]:
             different[f"adapter.{key}"] = there, described["adapter"][key]
-    for key in ("tasks", "data_fingerprint", "protect"):
-        if recorded.get(key) != described.get(key):
-            different[key] = recorded.get(key), described.get(key)
+    for key in ("tasks", "data_fingerprint", "world_size"):
+        if recorded.get(key, described[key]) != described[key]:
+            different[key] = recorded[key], described[key]
+    if recorded.get("protect") != described.get("protect"):
+        different["protect"] = recorded.get("protect"), described.get("protect")
+    batches = _batch_of(recorded, run.args.world_size), described["global_batch_size"]
+    if batches[0] != batches[1]:
+        different["global_batch_size"] = batches
     known = len(recorded["tasks"])
     goes_on = run.stages[:known] == recorded["tasks"] and rows.fingerprints[known - 1] == recorded["data_fingerprint"]
-    allowed = {"epochs", "tasks", "data_fingerprint"} if goes_on else set()
+    # More or fewer processes with the same rows in every step: a task in its middle goes on with the rows it lacks.
+    allowed = {"world_size"} | ({"epochs", "tasks", "data_fingerprint"} if goes_on else set())
     done, count = len(run.ledger), len(run.stages)
     if goes_on or "tasks" not in different:
         # A task that has begun goes on as it began.
@@ -410,6 +420,9 @@ def _changes(
     if refused:
         values = [(key, *map(_brief, different[key])) for key in refused]
         told = "; ".join(f"{key} is {there} there, {here} now" for key, there, here in values)
+        if "global_batch_size" in refused:
+            told += f" with {run.args.world_size} process(es), in the middle of a task"
+            told += f" (`global_batch_size: {batches[0]}` keeps it whatever their number)"
         raise UserError(
             f"{str(run.path)!r} belongs to another recipe: {told}. Use the same settings to continue that run, or "
             "another `output_dir`. What may change between two tasks, for those to come: "
@@ -417,6 +430,13 @@ def _changes(
             "saving and the Hub may change at any time."
         )
     return different
+
+
+def _batch_of(recorded: dict[str, Any], world: int) -> int:
+    """Rows of a step of the recorded run; earlier versions wrote neither that nor the number of processes."""
+    recipe = recorded["recipe"]
+    per_device = recipe.get("per_device_train_batch_size", PMConfig.per_device_train_batch_size)
+    return recorded.get("global_batch_size", per_device * recipe.get("gradient_accumulation_steps", 1) * world)
 
 
 def _changed(

@@ -15,12 +15,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..errors import UserError
 from ..store.disk import disk_is_full
+from ..store.environment import memory_is_used_up
 from ..store.ledger import Ledger, read_json, sha256_file, sync_folder, write_json
 
 
@@ -31,8 +31,6 @@ SEAL = "checkpoint.json"
 LOSS_TOLERANCE = {"exact": 1e-4, "rounded": 2e-2}
 # Bytes left on a disk that fails.
 ALMOST_NOTHING = 1 << 20
-# In what torch raises, as a RuntimeError, when the machine's memory is used up.
-CPU_MEMORY = "DefaultCPUAllocator"
 # In what the backends of torch.distributed raise when a process is gone.
 COLLECTIVES = (
     "gloo",
@@ -157,7 +155,7 @@ def _remedy(error: Exception, args: TrainingArguments) -> str | None:
     nothing_left = unclear and shutil.disk_usage(args.output_dir).free < ALMOST_NOTHING
     if nothing_left or any(map(disk_is_full, (error, error.__cause__))):
         return "The disk is full: make room"
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or CPU_MEMORY in str(error):
+    if memory_is_used_up(error):
         return "Memory is used up: free some, or take a machine with more"
     gone = isinstance(error, dist.DistError) or any(name in str(error) for name in COLLECTIVES)
     if args.world_size > 1 and isinstance(error, RuntimeError) and gone:

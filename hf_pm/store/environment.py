@@ -7,6 +7,7 @@ from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 
 from ..errors import UserError
@@ -14,6 +15,13 @@ from ..errors import UserError
 
 RANKS = ("WORLD_SIZE", "RANK", "LOCAL_WORLD_SIZE", "LOCAL_RANK")
 PRECISIONS = ("no", "fp16", "bf16", "fp8")
+# In what torch raises, as a RuntimeError, when the machine's memory is used up.
+CPU_MEMORY = "DefaultCPUAllocator"
+
+
+def memory_is_used_up(error: BaseException) -> bool:
+    """Whether memory, of the machine or of a GPU, was not enough."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or CPU_MEMORY in str(error)
 
 
 def place_problem(folder: str | Path) -> str | None:

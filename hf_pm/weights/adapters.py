@@ -239,6 +239,11 @@ def _by_expert(A: torch.Tensor, B: torch.Tensor, experts: int | None) -> tuple[t
     return A.reshape(experts, -1, A.shape[-1]), B.reshape(len(B), -1, experts).permute(2, 0, 1).contiguous()
 
 
+def _of_all_experts(B: torch.Tensor) -> torch.Tensor:
+    """(experts, out, r) back to PEFT's (out, r * experts); what has two dimensions stays."""
+    return B if B.ndim == 2 else B.permute(1, 2, 0).flatten(1)
+
+
 def _stored_config(folder: Path) -> LoraConfig:
     path = folder / SETTINGS
     try:
@@ -404,10 +409,8 @@ def restore(model: PeftModel, stored: StoredAdapter) -> None:
     with torch.no_grad():
         for name, layer in lora_layers(model).items():
             update = stored.read(name)
-            # Experts: (experts, r, in) and (experts, out, r) back to PEFT's (experts * r, in) and (out, r * experts).
-            B = update.B if update.B.ndim == 2 else update.B.permute(1, 2, 0).flatten(1)
             layer.lora_A[ADAPTER].weight.copy_(update.A.flatten(0, -2))
-            layer.lora_B[ADAPTER].weight.copy_(B)
+            layer.lora_B[ADAPTER].weight.copy_(_of_all_experts(update.B))
     head = stored.head()
     if head:
         load_head(model, head)
@@ -418,12 +421,13 @@ def mix(model: PeftModel, mixing: Mapping[str, torch.Tensor]) -> None:
     """Change every live update left @ right into left @ M @ right, by its factor B.
 
     Args:
-        model (`PeftModel`): With an adapter on linear layers.
-        mixing (`Mapping`): Matrix name -> M (r, r), in the orientation of the live weight.
+        model (`PeftModel`): With its adapter.
+        mixing (`Mapping`): Matrix name -> M (..., r, r), in the orientation of the live weight.
     """
     for name, layer in lora_layers(model).items():
-        B, M = layer.lora_B[ADAPTER].weight, mixing[name].to(layer.lora_B[ADAPTER].weight.device)
-        B.copy_((B.float() @ (M.mT if _layout(layer)[1] else M)).to(B.dtype))
+        weight, update = layer.lora_B[ADAPTER].weight, live_update(layer, 1.0)
+        M = mixing[name].to(weight.device)
+        weight.copy_(_of_all_experts(update.B @ (M.mT if update.transposed else M)).to(weight.dtype))
 
 
 def quantized(model: nn.Module) -> bool:

@@ -9,9 +9,11 @@ Every update is a product of low rank, D = left @ right, so that no function but
 or (n, n) matrix that it was not handed. All tensors may have the same leading dimensions (experts), written `...`.
 """
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from .merging import LowRank, Terms, _cut
 
@@ -71,7 +73,7 @@ def mean_diagonal(matrix: Symmetric) -> Cut:
 
 
 def times(matrix: Symmetric, B: torch.Tensor) -> torch.Tensor:
-    """matrix @ B, (..., n, r), in the wider of the two dtypes and differentiable in `B`."""
+    """matrix @ B, (..., n, r), in the wider of the two dtypes."""
     dtype = torch.promote_types(B.dtype, (matrix.roots if isinstance(matrix, Cut) else matrix).dtype)
     B = B.to(dtype)
     if isinstance(matrix, Cut):
@@ -81,18 +83,45 @@ def times(matrix: Symmetric, B: torch.Tensor) -> torch.Tensor:
 
 
 def sandwich(matrix: Symmetric, B: torch.Tensor) -> torch.Tensor:
-    """B^T matrix B, (..., r, r), in the wider of the two dtypes and differentiable in `B`."""
+    """B^T matrix B, (..., r, r), in the wider of the two dtypes."""
     product = times(matrix, B)
     return B.to(product.dtype).mT @ product
 
 
 def price(G: Symmetric, A: Symmetric, delta: LowRank) -> torch.Tensor:
-    """<D, F D> summed over the leading dimensions, differentiable in the update.
+    """<D, F D> summed over the leading dimensions, differentiable in the update (once).
 
     tr(G D A D^T) = tr((left^T G left) (right A right^T)): thin products and r^2 numbers. With `mean_diagonal(G)` in
     the place of G only the inputs' second moments count.
     """
-    return (sandwich(G, delta.left) * sandwich(A, delta.right.mT)).sum()
+    return _Price.apply(delta.left, delta.right, G, A)
+
+
+class _Price(torch.autograd.Function):
+    """With P = left^T G left and Q = right A right^T the gradients are 2 G left Q and 2 P right A: what the forward
+    pass has formed anyway, so that G and A are multiplied with once a step."""
+
+    @staticmethod
+    def forward(ctx: Any, left: torch.Tensor, right: torch.Tensor, G: Symmetric, A: Symmetric) -> torch.Tensor:
+        g, a = times(G, left), times(A, right.mT)
+        P, Q = left.to(g.dtype).mT @ g, right.to(a.dtype) @ a
+        ctx.save_for_backward(g, a, P, Q)
+        ctx.dtypes = left.dtype, right.dtype
+        return (P * Q).sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        g, a, P, Q = ctx.saved_tensors
+        of_left, of_right = g @ (Q.to(g.dtype) * (2 * grad)), (P.to(a.dtype) * (2 * grad)) @ a.mT
+        return of_left.to(ctx.dtypes[0]), of_right.to(ctx.dtypes[1]), None, None
+
+
+def stacked(matrices: Sequence[Symmetric]) -> Symmetric:
+    """Matrices of one side, all whole or all cut to one rank, along a new leading dimension."""
+    if isinstance(matrices[0], Cut):
+        return Cut(*(torch.stack(parts) for parts in zip(*matrices, strict=True)))
+    return torch.stack(list(matrices))
 
 
 def cut(matrix: Symmetric, rank: int) -> Symmetric:
@@ -122,22 +151,72 @@ def add(a: Symmetric | None, b: Symmetric, rank: int) -> Symmetric:
     return cut(_dense(a) + _dense(b), rank)
 
 
-def add_outer(a: Symmetric | None, rows: torch.Tensor, rank: int, limit: int) -> Symmetric:
-    """a + rows^T @ rows, the running sum of the outer products of `rows` (..., T, n).
+class Sketch(NamedTuple):
+    """A symmetric matrix known by its product with fixed random columns, (..., n, s), and by its diagonal, (..., n).
 
-    Up to n = `limit` the sum is dense and is not cut; beyond, it starts as a `Cut` of rank `rank` and takes a few rows
-    at a time, so that no (n, n) matrix is formed. Its diagonal is exact either way, the rest up to that rank.
+    Both are linear in the matrix, so that the sketches of two processes add up to that of the sum.
+    """
+
+    product: torch.Tensor
+    diagonal: torch.Tensor
+
+
+def summed_whole(n: int, rank: int) -> bool:
+    """Whether a sum of outer products of side n, of which `rank` directions are wanted, is summed up whole: where its
+    eigenpairs are computed exactly, or a [`Sketch`] would not cost less."""
+    return n <= max(EXACT, 2 * sketch_size(rank))
+
+
+def sketch_size(rank: int) -> int:
+    """Columns of a [`Sketch`] of which `rank` directions are wanted."""
+    return 2 * rank
+
+
+def random_columns(n: int, rank: int, device: torch.device | str = "cpu") -> torch.Tensor:
+    """The columns of a [`Sketch`], (n, s) float32; the same on every machine and in every process."""
+    generator = torch.Generator().manual_seed(n)
+    return torch.randn(n, sketch_size(rank), generator=generator).to(device)
+
+
+def add_outer(
+    total: torch.Tensor | Sketch | None,
+    rows: torch.Tensor,
+    columns: torch.Tensor | None = None,
+    weights: torch.Tensor | None = None,
+    squares: torch.Tensor | None = None,
+) -> torch.Tensor | Sketch:
+    """total + rows^T diag(weights) rows, the running sum of outer products of `rows` (..., T, n).
+
+    With `columns` (n, s) the sum is a [`Sketch`], and 4 n s operations a row instead of 2 n^2. `weights` (..., T) are
+    at least 0, and 1 by default. `total` is `None` at the start.
     """
     rows = rows.detach().to(torch.promote_types(rows.dtype, torch.float32))
-    if isinstance(a, torch.Tensor) or (a is None and rows.shape[-1] <= limit):
-        outer = rows.mT @ rows
-        return outer if a is None else a + outer
-    if a is None:
-        a = Cut(rows.mT[..., :0], rows.new_zeros(rows.shape[:-2] + rows.shape[-1:]))
-    # The cost per row is that of a Gram matrix of rank + piece columns, shared by the rows of the piece.
-    for piece in rows.split(4 * rank, dim=-2):
-        a = _cut_roots(torch.cat([a.roots, piece.mT], dim=-1), a.diagonal, rank)
-    return a
+    if columns is None:
+        left = rows if weights is None else rows * weights[..., None]
+        outer = left.mT @ rows
+        return outer if total is None else total + outer
+    low = rows @ columns.to(rows.dtype)
+    if weights is None:
+        weights = rows.new_ones(rows.shape[:-1])
+    else:
+        low = low * weights[..., None]
+    squares = rows.square() if squares is None else squares
+    sketch = Sketch(rows.mT @ low, (weights[..., None, :] @ squares)[..., 0, :])
+    return sketch if total is None else Sketch(*(a + b for a, b in zip(total, sketch, strict=True)))
+
+
+def from_sketch(sketch: Sketch, columns: torch.Tensor) -> Cut:
+    """The matrix of a [`Sketch`], with as many roots as it has columns.
+
+    By Nystrom's formula Y (X^T Y)^-1 Y^T for Y = M X (fixed-rank approximation of a streamed positive semidefinite
+    matrix, Tropp et al. 2017, arXiv 1706.05736), which is never above M and exact up to the number of columns. The
+    diagonal is that of M.
+    """
+    noise = torch.finfo(sketch.product.dtype).eps
+    product = sketch.product.double()
+    roots = _nystrom(product, columns.double().mT @ product, noise)
+    rest = sketch.diagonal.double() - roots.square().sum(-1)
+    return Cut(roots.to(sketch.product.dtype), rest.clamp(min=0).to(sketch.diagonal.dtype))
 
 
 def _dense(matrix: Symmetric) -> torch.Tensor:
@@ -178,12 +257,16 @@ def _leading_iterated(matrix: torch.Tensor, rank: int) -> torch.Tensor:
         basis = torch.linalg.qr(fast @ basis).Q
     basis = basis.double()
     product = torch.cat([block.double() @ basis for block in matrix.split(BLOCK, dim=-2)], dim=-2)
-    inner = basis.mT @ product
+    return _leading_columns(_nystrom(product, basis.mT @ product, torch.finfo(fast.dtype).eps), rank)
+
+
+def _nystrom(product: torch.Tensor, inner: torch.Tensor, eps: float) -> torch.Tensor:
+    """Roots of product inner^-1 product^T, (..., n, s), for product = M X and inner = X^T M X, rounded by `eps`."""
     values, vectors = torch.linalg.eigh((inner + inner.mT) / 2)
     # Eigenvalues within the rounding of the matrix are noise, which the inverse would magnify.
-    noise = values[..., -1:] * max(10 * torch.finfo(fast.dtype).eps, FLOOR)
+    noise = values[..., -1:] * max(10 * eps, FLOOR)
     inverse = torch.where(values > noise.clamp(min=0), values, torch.inf).rsqrt()
-    return _leading_columns(product @ (vectors * inverse[..., None, :]), rank)
+    return product @ (vectors * inverse[..., None, :])
 
 
 def subspace(

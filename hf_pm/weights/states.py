@@ -89,7 +89,11 @@ class StoredState:
                 sizes = {"": shape, "_rows": (*experts, rows), "_cols": (*experts, columns)}
                 sizes |= {"_left": (*experts, rows, ...), "_right": (*experts, ..., columns)}
                 side = rows if form == "rows" else columns
-                sizes |= {"_whole": (side, side), "_roots": (side, ...), "_diagonal": (side,)}
+                sizes |= {
+                    "_whole": (*experts, side, side),
+                    "_roots": (*experts, side, ...),
+                    "_diagonal": (*experts, side),
+                }
                 ways = [endings for _, endings in FORMS[form]]
                 there = [endings for endings in ways if f"{key}{endings[0]}/{name}" in self._tensors]
                 for ending in (there or ways)[0]:

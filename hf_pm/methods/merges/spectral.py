@@ -34,8 +34,8 @@ class Spectral(KroneckerState, Merge):
             old = self.old(ended.before, name, ended.number)
             if old is None:
                 return vector
-            delta, new = ended.measured.delta(name), self.new(ended.measured, name)
+            delta, new = ended.measured.delta(name), self.new(ended, name)
             kept = kronecker.spectral(delta, old, new, mu=self["spectral_mu"], damping=self["kronecker_damping"])
             return vector - delta.dense() + kept
 
-        return Merged(None, dense=dense, record={"price": self.price(ended.measured)})
+        return Merged(None, dense=dense, record={"price": float(self.prices(ended)[-1])})

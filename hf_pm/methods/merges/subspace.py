@@ -43,13 +43,13 @@ class Subspace(KroneckerState, Merge):
                 mixing[name] = kronecker.subspace(
                     ended.measured.delta(name),
                     old,
-                    self.new(ended.measured, name),
+                    self.new(ended, name),
                     mu=self["subspace_mu"],
                     damping=self["kronecker_damping"],
                     R=ended.before.get("R", name),
                 )
-        norms = [float(torch.linalg.matrix_norm(M, 2)) for M in mixing.values()]
-        record = {"price": self.price(ended.measured), "largest_norm": max(norms, default=1.0)}
+        norms = [float(torch.linalg.matrix_norm(M, 2).max()) for M in mixing.values()]
+        record = {"price": float(self.prices(ended)[-1]), "largest_norm": max(norms, default=1.0)}
         return Merged(1.0, record=record, mixing=mixing or None)
 
     @torch.no_grad()
@@ -57,5 +57,5 @@ class Subspace(KroneckerState, Merge):
         delta, mixing = ended.measured.delta(name), ended.merged.mixing
         kept = delta if mixing is None else LowRank(delta.left @ mixing[name], delta.right)
         old = self.old(ended.before, name, ended.number)
-        slope = kronecker.remaining(ended.before.get("R", name), kept, delta, old, self.new(ended.measured, name))
+        slope = kronecker.remaining(ended.before.get("R", name), kept, delta, old, self.new(ended, name))
         return super().end_matrix(ended, name) | {"R": slope}

@@ -1,9 +1,12 @@
 """A quadratic penalty with Kronecker-factored curvature: training steers clear of what the old tasks need."""
 
+from typing import Any
+
 import torch
 
 from ...weights import kronecker
 from ...weights.kronecker import Cut, Factors
+from ...weights.merging import LowRank
 from ..contract import Penalty, Setting, Step, Task
 from ..kronecker_state import KroneckerState
 
@@ -22,26 +25,32 @@ class Kronecker(KroneckerState, Penalty):
     }
 
     def begin(self, task: Task) -> None:
-        found = {name: self.old(task.before, name, task.number) for name in task.matrices}
-        device = task.model.device
-        self.factors = {
-            name: tuple(_moved(matrix, device) for matrix in self.weighing(pair))
-            for name, pair in found.items()
-            if pair is not None
-        }
+        # Matrices of one shape are one product a step: a model has a few shapes in many layers.
+        groups: dict[Any, list[tuple[str, Factors]]] = {}
+        for name in task.matrices:
+            pair = self.old(task.before, name, task.number)
+            if pair is not None:
+                G, A = (_moved(matrix, task.model.device) for matrix in self.weighing(pair))
+                groups.setdefault((_shape(G), _shape(A)), []).append((name, (G, A)))
+        self.groups: list[tuple[list[str], Factors]] = []
+        for group in groups.values():
+            names, pairs = zip(*group, strict=True)
+            G, A = (kronecker.stacked(matrices) for matrices in zip(*pairs, strict=True))
+            self.groups.append((list(names), (G, A)))
 
     def weighing(self, factors: Factors) -> Factors:
         """The factors that enter the penalty."""
         return factors
 
     def loss(self, step: Step) -> torch.Tensor | None:
-        if not self.factors:
+        if not self.groups:
             return None
-        return (
-            0.5
-            * self["kronecker_strength"]
-            * sum(kronecker.price(*self.factors[name], delta) for name, delta in step.factors())
-        )
+        updates = dict(step.factors())
+        costs = []
+        for names, (G, A) in self.groups:
+            left, right = (torch.stack(parts) for parts in zip(*(updates[name] for name in names), strict=True))
+            costs.append(kronecker.price(G, A, LowRank(left, right)))
+        return 0.5 * self["kronecker_strength"] * sum(costs)
 
 
 class Gram(Kronecker):
@@ -55,3 +64,7 @@ class Gram(Kronecker):
 
 def _moved(matrix: kronecker.Symmetric, device: torch.device) -> kronecker.Symmetric:
     return Cut(*(part.to(device) for part in matrix)) if isinstance(matrix, Cut) else matrix.to(device)
+
+
+def _shape(matrix: kronecker.Symmetric) -> tuple[torch.Size, ...]:
+    return tuple(part.shape for part in matrix) if isinstance(matrix, Cut) else (matrix.shape,)

