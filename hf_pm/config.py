@@ -91,13 +91,14 @@ class PMConfig(TrainingArguments):
             Row of the table in `methods/table.py`, which `hf-pm methods` prints. The next five keys override parts of
             it; a combination that makes no sense is refused with the reason.
         start (`str`, *optional*):
-            Overrides where a task begins: `merged` (the merged model so far) or `base`.
+            Overrides where a task begins: on the model so far (`merged`), on the base (`base`), or on the weights that
+            the task before ended its training with (`trained`).
         penalty (`str` or `list[str]`, *optional*):
             Overrides what is added to the loss: `ewc`, `lwf`, several of them, or `[]` for nothing.
         replay (`str`, *optional*):
             Overrides which rows of earlier tasks are kept and trained on again: `buffer` or `none`.
         merge (`str`, *optional*):
-            Overrides the method's merge: `pm`, `last`, `average`, `fixed`, `ties` or `experts`.
+            Overrides the method's merge, such as `pm`, `last`, `average`, `fixed`, `ties` or `opcm`.
         perturbation (`str`, *optional*):
             Overrides the method's perturbation: `task_vector`, `gaussian` or `none`.
 
@@ -108,7 +109,7 @@ class PMConfig(TrainingArguments):
             Settings of the parts in use, such as `{ewc_strength: 1000, replay_fraction: 0.02}`; `hf-pm methods` lists
             them with their defaults.
         merge_coefficient (`float`, *optional*, defaults to `0.5`):
-            alpha of `merge: fixed` from the second task on, in [0, 1].
+            alpha of `merge: fixed` from the second task on, and the new task's weight in `merge: cofima`; in [0, 1].
         perturbation_epsilon (`float`, *optional*, defaults to `0.5`):
             Size of the perturbation, in [0, 1): a step sees the update scaled by 1, 1 + epsilon or 1 - epsilon.
         perturbation_probability (`float`, *optional*, defaults to `1/3`):

@@ -237,21 +237,21 @@ class PMTrainerMixin(TaskTraining):
     def _task_seed(self, number: int) -> int:
         return (self.args.seed * 1009 + number) % 2**32
 
-    def rebuild(self, number: int) -> None:
-        """Make the merged weights after `number` tasks live."""
-        if self.live != number:
-            self.run.folder.into_model(self.model, number)
+    def rebuild(self, number: int, trained: bool = False) -> None:
+        """Make the merged weights after `number` tasks live; with `trained` those right after training the last."""
+        if self.live != number or trained:
+            self.run.folder.into_model(self.model, number, trained=trained)
             self.parts.serve.live(self.model, self.run.folder, number)
-            self.live = number
+            self.live = None if trained else number
         self.scorer.state_key = self.run.state_key(number)
 
     def starts_from(self, number: int) -> int:
-        """Number of tasks whose merged weights task `number` begins on."""
+        """Number of tasks whose weights task `number` begins on."""
         return 0 if self.parts.start.on_base else number - 1
 
     def _begin(self, number: int) -> None:
         """Weights live, adapter started, no optimizer, no schedule, and the parts know what they kept."""
-        self.rebuild(self.starts_from(number))
+        self.rebuild(self.starts_from(number), self.parts.start.weights == "trained")
         stage = self.stages[number - 1]
         task = Task(
             number,
@@ -321,11 +321,18 @@ class PMTrainerMixin(TaskTraining):
     def _merge(self, number: int, measured: Measured | None) -> None:
         """Decide what of the update is kept, and commit the task."""
         started = time.monotonic()
-        args, folder, on_base = self.args, self.run.folder, self.parts.start.on_base
+        args, folder, start = self.args, self.run.folder, self.parts.start.weights
         updates = measured.updates if measured is not None else adapters.updates(self.model)
 
         def task_vector(name: str, i: int) -> torch.Tensor:
-            return folder.task_vector(name, i, updates[name] if i == number else None, on_base)
+            if i < number:
+                return folder.task_vector(name, i)
+            left, right = updates[name].factors()  # as the ledger will: the same bits
+            own = left @ right
+            if start == "base" or number == 1:
+                return own
+            before = folder.task_vector if start == "trained" else folder.update
+            return before(name, number - 1) + own
 
         ended = Ended(
             number,
@@ -337,6 +344,7 @@ class PMTrainerMixin(TaskTraining):
             task_vector,
             self._own_rows,
             self._task_seed(number),
+            learned=lambda name: folder.update(name, number - 1),
         )
         merged = self.parts.solve(ended)
         record = self._seconds
@@ -347,6 +355,9 @@ class PMTrainerMixin(TaskTraining):
                 merged = Merged(found.best, None, merged.record)
         if merged.mixing is not None:
             adapters.mix(self.model, merged.mixing)
+        if merged.adapter is not None:
+            factors = {name: (update.A, update.B) for name, update in merged.adapter.items()}
+            adapters.load_factors(self.model, factors)
         self.parity.expect(number, merged)
         if self.is_world_process_zero():
             record |= {"merge_seconds": time.monotonic() - started, "peak_memory_bytes": _peak_memory()}

@@ -25,6 +25,7 @@ from hf_pm.cli import main
 from hf_pm.evaluation import panel
 from hf_pm.evaluation.answers import predict, sample_texts
 from hf_pm.methods.curvature import measure_curvature
+from hf_pm.methods.kronecker_state import PRICES
 from hf_pm.methods.perturbation import scaled_update
 from hf_pm.methods.protection import Protection
 from hf_pm.report.page import render_report
@@ -195,7 +196,7 @@ def dense(matrix):
 def test_the_base_counts_as_one_task_in_the_sums(model, stream, tokenizer, lora, config):
     """State after the first task = task 0 + task 1, and the mean of A is over both."""
     args = config(method="kronecker", protect="self", method_kwargs={"kronecker_rank": 32}, release="none")
-    measured, second = [], {}
+    measured = []
 
     class Watches(PMTrainer):
         def _measure(self, stage):
@@ -205,16 +206,16 @@ def test_the_base_counts_as_one_task_in_the_sums(model, stream, tokenizer, lora,
         def _begin(self, number):
             super()._begin(number)
             if number == 2:
-                part, before = self.parts.penalties[0], self._state_before()
-                second.update({name: part.old(before, name, 2) for name in self.parts.layers})
+                penalty, before = self.parts.penalties[0], self.run.read_state()
+                measured.append({name: penalty.old(before, name, 2) for name in self.parts.layers})
+                measured.append(before.beside(PRICES)["tasks"])
 
     trainer, _ = trained(model, stream, tokenizer, lora, args, cls=Watches)
-    run = Path(args.output_dir)
-    cost = StoredState(run / "curvature" / "state-01.safetensors").beside("kronecker_prices")["tasks"].item()
-    for name, (G, A) in measured[0].kronecker.items():
+    first, factors, (cost,) = measured[:3]
+    for name, (G, A) in first.kronecker.items():
         G0, A0 = (trainer._before_first.get(key, name) for key in "GA")
-        assert torch.allclose(second[name][0], G0 + G / cost, rtol=1e-4, atol=1e-6)
-        assert torch.allclose(second[name][1], (A0 + A) / 2, rtol=1e-4, atol=1e-6)
+        assert torch.allclose(factors[name][0], G0 + G / cost, rtol=1e-4, atol=1e-6)
+        assert torch.allclose(factors[name][1], (A0 + A) / 2, rtol=1e-4, atol=1e-6)
 
 
 def test_stopped_and_started_again_gives_the_same_bits(model, stream, tokenizer, lora, config):

@@ -402,13 +402,16 @@ class Releases:
         shutil.copyfile(own / "adapter_config.json", folder / "adapter_config.json")
         first = number == 1 or entry.start == "base"
         on = facts.base, facts.base_revision
-        if not first and kind != "adapter":
+        trained = entry.start == "trained" and not first
+        if not first and not trained and kind != "adapter":
             on = repo_id, self.facts.tag(number - 1)
         name_base(folder, *on)
         named = f"{facts.base} (revision {facts.base_revision})" if facts.base_revision else facts.base
         state = (
             "it" if first else f"its state after the tasks before (`{repo_id}`, tag `{self.facts.tag(number - 1)}`)"
         )
+        if trained:
+            state = f"it plus the updates of the {number - 1} tasks before, each whole"
         kept = "It went into a dense update of the merged model."
         if entry.expert is not None:
             kept = "It is one of the routed experts of the model."

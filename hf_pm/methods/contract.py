@@ -49,6 +49,7 @@ class Measured(NamedTuple):
     a diagonal loses. `calibration` is what the factored curvature was multiplied with to agree with it
     (`curvature_estimator: directional`), else 1. `kronecker` has the Kronecker factors (rows x rows, columns x
     columns) of a matrix, in the orientation of the live weight; layers that read the same input share one object.
+    `factors` has the diagonal curvature of the entries of A and B, under `name.A` (r, in) and `name.B` (out, r).
     """
 
     curvature: dict[str, Curvature]
@@ -57,6 +58,7 @@ class Measured(NamedTuple):
     exact: float
     calibration: float
     kronecker: dict[str, Factors] = {}
+    factors: dict[str, torch.Tensor] = {}
 
     def delta(self, name: str) -> LowRank:
         return LowRank(*self.updates[name].factors())
@@ -69,7 +71,8 @@ class Merged(NamedTuple):
     matrix where they differ. `record`: numbers that explain the result, for the ledger and the report. `dense`: gives
     the update of a matrix, float32 in the shape of the live weight, if the payload is dense. `mixing`: by matrix, the
     (r, r) matrix M of an update that is kept as left @ M @ right, before alpha; the live adapter is changed to it.
-    `expert`: how the mixture is routed (see `Entry`), if the payload is an expert.
+    `adapter`: by matrix, the factors of another adapter that is kept in place of the trained one, before alpha, with
+    its ranks and scales. `expert`: how the mixture is routed (see `Entry`), if the payload is an expert.
     """
 
     alpha: float | None
@@ -77,6 +80,7 @@ class Merged(NamedTuple):
     record: dict[str, Any] | None = None
     dense: Callable[[str], torch.Tensor] | None = None
     mixing: dict[str, torch.Tensor] | None = None
+    adapter: dict[str, adapters.Update] | None = None
     expert: dict[str, int] | None = None
 
     @property
@@ -111,7 +115,8 @@ class Ended(NamedTuple):
     `measured`: `None` if no part wants anything measured. `updates`: the trained update by matrix name. `merged`: what
     `Merge.solve` returned (`None` before it was called). `entries`: the ledger before this task. `task_vector(name,
     i)`: weights after training task i, before its merge, minus the base; float32 in the shape of the live weight, for
-    i from 1 to `number`. `train_rows`: the task's own encoded training rows.
+    i from 1 to `number`. `learned(name)`: the weights that the tasks before left minus the base, likewise.
+    `train_rows`: the task's own encoded training rows.
     """
 
     number: int
@@ -124,6 +129,7 @@ class Ended(NamedTuple):
     train_rows: Dataset
     seed: int
     merged: Merged | None = None
+    learned: Callable[[str], torch.Tensor] | None = None
 
 
 class Step(NamedTuple):
@@ -227,9 +233,19 @@ class Part:
 
 
 class Start(Part):
-    """On which weights does a task begin, and with which adapter?"""
+    """On which weights does a task begin, and with which adapter?
+
+    `on_base`: whether on those of the untouched base. `on_trained`: whether on those that the task before ended its
+    training with, without what its merge did to them. Otherwise on the merged ones.
+    """
 
     on_base: ClassVar[bool] = False
+    on_trained: ClassVar[bool] = False
+
+    @property
+    def weights(self) -> str:
+        """`base`, `trained` or `merged`, as the ledger has it."""
+        return "base" if self.on_base else "trained" if self.on_trained else "merged"
 
     def adapter(self, task: Task) -> None:
         """Start the adapter: fresh, with B = 0."""
@@ -279,12 +295,16 @@ class Merge(Part):
     """What of the trained update is kept?
 
     `dense`: whether its payload is a dense update, which takes the place of all entries before. `mixes`: whether it
-    changes the directions of the adapter, and not only its scale. `expert`: whether its payload is an expert, which
-    joins those of the entries before.
+    changes the directions of the adapter, and not only its scale. `adds`: whether its payload is added to those of the
+    entries before although the task began on the base. `vectors`: whether it merges the tasks' weights wherever they
+    began, so that `Start.on_trained` makes sense. `expert`: whether its payload is an expert, which joins those of the
+    entries before.
     """
 
     dense: ClassVar[bool] = False
     mixes: ClassVar[bool] = False
+    adds: ClassVar[bool] = False
+    vectors: ClassVar[bool] = False
     expert: ClassVar[bool] = False
 
     def solve(self, ended: Ended) -> Merged:

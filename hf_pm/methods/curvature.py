@@ -35,7 +35,7 @@ from ..errors import UserError
 from ..evaluation.answers import evaluating, predict
 from ..tasks.encoding import IGNORE_INDEX
 from ..weights import kronecker
-from ..weights.adapters import ADAPTER, base_weight, is_experts, live_delta, lora_layers
+from ..weights.adapters import ADAPTER, base_weight, is_experts, live_delta, live_update, lora_layers
 from ..weights.merging import Curvature, Factored
 
 
@@ -128,7 +128,8 @@ class Measurement(NamedTuple):
 
     `curvature`: matrix name -> F (empty for `directional`). `slopes`: matrix name -> sum of w_n <G_n, delta>^2 of that
     matrix alone; `slope`: the same for all matrices together, cross terms included. `rows`: their number. `gradient`:
-    matrix name -> gradient of the training loss, where it was asked for.
+    matrix name -> gradient of the training loss, `factors`: `name.A` and `name.B` -> diagonal curvature of the
+    adapter's factors, where they were asked for.
     """
 
     curvature: dict[str, Curvature]
@@ -136,6 +137,7 @@ class Measurement(NamedTuple):
     slope: float
     rows: int
     gradient: dict[str, torch.Tensor]
+    factors: dict[str, torch.Tensor] = {}
 
 
 def row_losses(
@@ -175,6 +177,7 @@ def measure_curvature(
     generator: torch.Generator | None = None,
     gradient: bool = False,
     moments: Moments | None = None,
+    factors: bool = False,
     autocast: Callable[[], Any] = nullcontext,
     task_name: str | None = "",
 ) -> Measurement:
@@ -190,6 +193,8 @@ def measure_curvature(
         gradient (`bool`, *optional*, defaults to `False`): Sum up the gradient of the training loss in the same pass,
             as [`mean_gradient`] does in one of its own. It is that of the labels in use.
         moments (`Moments`, *optional*): Filled in the same pass.
+        factors (`bool`, *optional*, defaults to `False`): The diagonal curvature of A and B, too. Expert parameters
+            have none.
         autocast (`Callable`, *optional*): Context manager factory for the forward pass.
         task_name (`str`, *optional*): For messages; `None` for the protected text.
 
@@ -209,6 +214,12 @@ def measure_curvature(
     sums: dict[str, torch.Tensor] = {}
     collectors = [(collect, curvature, power)] if collect is not None else []
     collectors += [(_add_gradients, sums, 1)] if gradient else []
+    squares_of_factors: dict[str, torch.Tensor] = {}
+    if factors:
+        live = {name: live_update(layer, float(layer.scaling[ADAPTER])) for name, layer in lora_layers(model).items()}
+        for name, update in live.items():
+            squares_of_factors |= {f"{name}.A": torch.zeros_like(update.A), f"{name}.B": torch.zeros_like(update.B)}
+        collectors.append((partial(_add_factor_squares, live), squares_of_factors, power))
     for gradients in _row_gradients(model, batches, collectors, generator, autocast, task_name, power, moments):
         weights = gradients.weights.double().cpu()
         values = {name: value.double().cpu() for name, value in gradients.slopes.items()}
@@ -222,14 +233,14 @@ def measure_curvature(
         for name, layer in lora_layers(model).items():
             if name not in curvature:
                 curvature[name] = _nothing(base_weight(layer), estimator)
-    for name, square in curvature.items():
+    for name, square in (*curvature.items(), *squares_of_factors.items()):
         if not all(bool(torch.isfinite(part).all()) for part in _parts(square)):
             raise UserError(
                 f"The squared gradients of {name!r} in the curvature pass of {source_of(task_name)} overflow float32. "
                 f"{remedy(task_name)}."
             )
     by_matrix = {name: float(value) for name, value in slopes.items()}
-    return Measurement(curvature, by_matrix, float(together), rows, sums)
+    return Measurement(curvature, by_matrix, float(together), rows, sums, squares_of_factors)
 
 
 def check_layers(model: PeftModel, batch: Mapping[str, Any], inputs: bool = False) -> None:
@@ -507,6 +518,15 @@ def _add_gradients(totals, name, x, d, weights, transposed) -> None:  # noqa: AN
         weighted = (d * weights[:, None, None]).flatten(0, 1)
         gradient = x.flatten(0, 1).T @ weighted if transposed else weighted.T @ x.flatten(0, 1)
     totals[name] = totals[name] + gradient if name in totals else gradient
+
+
+@torch.no_grad()
+def _add_factor_squares(live, totals, name, x, d, weights, transposed) -> None:  # noqa: ANN001
+    """The same of the adapter's factors, whose gradients in row n are s B^T D' X (r, in) and s D' (X A^T) (out, r)."""
+    A, B, scale, _ = live[name]
+    d = d * (scale * weights.sqrt())[:, None, None]
+    for key, gradient in ((f"{name}.A", (d @ B).mT @ x), (f"{name}.B", d.mT @ (x @ A.T))):
+        totals[key] += gradient.square().sum(0)
 
 
 def _parts(fisher: Curvature) -> tuple[torch.Tensor, ...]:

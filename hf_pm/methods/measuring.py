@@ -15,9 +15,10 @@ from .contract import Measured
 from .curvature import Moments, expert_name, mean_gradient, measure_curvature, remedy, source_of
 
 
-# What a part may ask for (`Part.measures`), by matrix: the curvature F as `curvature_estimator` keeps it, and the
-# mean gradient of the task's loss on the data's own labels, and the Kronecker factors of F.
-MEASURES = ("curvature", "gradient", "kronecker")
+# What a part may ask for (`Part.measures`), by matrix: the curvature F as `curvature_estimator` keeps it, the mean
+# gradient of the task's loss on the data's own labels, the Kronecker factors of F, and the diagonal curvature of the
+# adapter's A and B.
+MEASURES = ("curvature", "gradient", "kronecker", "factors")
 
 
 def measure(
@@ -61,6 +62,7 @@ def measure(
         generator=generator,
         gradient="gradient" in wanted and not sampled,
         moments=moments,
+        factors="factors" in wanted,
         **settings,
     )
     gradients = found.gradient
@@ -88,6 +90,7 @@ def measure(
     measured = Measured(curvature, gradient, updates, exact, 1.0)
     if moments is not None:
         measured = measured._replace(kronecker=means(moments, updates, count, accelerator, task_name))
+    measured = measured._replace(factors={key: total(square).div_(count) for key, square in found.factors.items()})
     if curvature and args.curvature_estimator == "directional":
         along = math.fsum(quadratic(fisher, measured.delta(name).dense()) for name, fisher in curvature.items())
         measured = measured._replace(calibration=exact / along if along > 0 else 1.0)

@@ -176,9 +176,10 @@ class Parity:
 
     def expect(self, number: int, merged: Merged) -> None:
         """Keep what the fold has to reproduce: the logits of the live adapter model at the coefficient. A dense update
-        and a mixture of experts are no adapter models, and there is nothing to keep."""
+        and a mixture of experts are no adapter models, and there is nothing to keep. Nor is there where an update that
+        was trained on the base is added to others: `certify` puts it there."""
         self._adapter = None
-        if merged.scaled:
+        if merged.scaled and not self.trainer.parts.merge.adds:
             self._adapter = self._spared(number, lambda: self._logits_at(number, merged.alpha, merged.per_matrix))
 
     def certify(self, number: int) -> dict[str, Any]:
@@ -186,8 +187,8 @@ class Parity:
         trainer = self.trainer
         expected, self._adapter = self._adapter, None
         entry = trainer.run.ledger.entries[number - 1]
-        if expected is None and entry.scaled:  # an earlier process trained it
-            trainer.rebuild(trainer.starts_from(number))
+        if expected is None and entry.scaled:  # an earlier process trained it, or on other weights
+            trainer.rebuild(0 if entry.stands_alone else number - 1)
             restore(trainer.model, StoredAdapter(trainer.run.path / entry.adapter))
             trainer.live = None
             alphas = entry.coefficient, entry.coefficients

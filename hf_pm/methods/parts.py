@@ -13,10 +13,18 @@ from ..errors import UserError, choose
 from ..weights import adapters
 from ..weights.states import Value
 from .contract import Ended, Measured, Merged, Optimizer, Part, Penalty, Perturbation, Replay, Serve, Start, Step, Task
-from .merges.coefficients import Average, ClosedForm, Fixed, Last
+from .merges.coefficients import Average, Became, ClosedForm, Fixed, Last
+from .merges.dare import Dare
 from .merges.experts import Experts
+from .merges.factors import FactorClosedForm, Pair, Pic
+from .merges.fisher import Cofima, Fisher
+from .merges.isotropic import IsoC
+from .merges.magmax import MagMax
+from .merges.opcm import Opcm
+from .merges.regmean import RegMean
 from .merges.spectral import Spectral
 from .merges.subspace import Subspace
+from .merges.task_arithmetic import TaskArithmetic
 from .merges.ties import Ties
 from .penalties.ewc import Ewc
 from .penalties.kronecker import Gram, Kronecker
@@ -34,8 +42,14 @@ class OnBase(Start):
     on_base = True
 
 
+class OnTrained(Start):
+    """Every task begins on the weights that the task before ended its training with, before its merge."""
+
+    on_trained = True
+
+
 PARTS: dict[str, dict[str, type[Part]]] = {
-    "start": {"merged": Start, "base": OnBase},
+    "start": {"merged": Start, "base": OnBase, "trained": OnTrained, "pair": Pair},
     "perturbation": {"none": Perturbation, "task_vector": TaskVector, "gaussian": Gaussian},
     "penalty": {
         "ewc": Ewc,
@@ -50,7 +64,18 @@ PARTS: dict[str, dict[str, type[Part]]] = {
         "last": Last,
         "average": Average,
         "fixed": Fixed,
+        "pm_factors": FactorClosedForm,
+        "became": Became,
+        "task_arithmetic": TaskArithmetic,
+        "pic": Pic,
+        "dare": Dare,
         "ties": Ties,
+        "magmax": MagMax,
+        "opcm": Opcm,
+        "cofima": Cofima,
+        "fisher": Fisher,
+        "regmean": RegMean,
+        "iso_c": IsoC,
         "spectral": Spectral,
         "subspace": Subspace,
         "experts": Experts,
@@ -122,7 +147,12 @@ class Parts:
                 f"`release: {args.release}` writes the merged model as one adapter, but `merge: {method.merge}` gives "
                 "a dense update, which is none. Use `release: merged`."
             )
-        if (self.merge.dense or self.merge.mixes) and args.coefficient_search != "off":
+        if self.start.on_trained and not self.merge.vectors:
+            raise UserError(
+                f"`start: {method.start}` goes on from weights that no merge has changed, but `merge: {method.merge}` "
+                "keeps of the update since the merged weights. Use `start: merged`, or `merge: magmax`."
+            )
+        if (self.merge.dense or self.merge.mixes or self.merge.adds) and args.coefficient_search != "off":
             raise UserError(
                 f"`coefficient_search: {args.coefficient_search}` looks for alpha, but `merge: {method.merge}` has "
                 "none. Switch it off."

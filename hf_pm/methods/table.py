@@ -36,10 +36,23 @@ METHODS: dict[str, Method] = {
     # Its ablations: the closed form without perturbation, and isotropic noise of the same norm.
     "merge-only": Method("LoRA-M in arXiv 2505.22389", "none", "pm"),
     "gaussian": Method("LoRA-M with Gaussian noise in arXiv 2505.22389", "gaussian", "pm"),
+    # Its curvature in the entries of A and B, with one pair of them for all tasks (and without perturbation).
+    "pm-factors": Method("LoRA-M with the curvature of A and B, arXiv 2505.22389", merge="pm_factors", start="pair"),
     # Every update is kept whole: what people do today.
     "sequential": Method("IncLoRA in arXiv 2310.14152", merge="last"),
     "average": Method("running model averaging, alpha_t = 1/t", merge="average"),
     "fixed": Method("CoMA, Marouf et al., ECCV 2024", merge="fixed"),
+    "cofima": Method("CoFiMA, Marouf et al., ECCV 2024", merge="cofima"),
+    "became": Method("the coefficient of BECAME, arXiv 2504.02666", merge="became"),
+    # Task vectors: what each task made of the base, or of the task before (`trained`), merged afterwards.
+    "task-arithmetic": Method("task arithmetic, arXiv 2212.04089", merge="task_arithmetic", start="base"),
+    "pic": Method("PIC, arXiv 2502.10966", merge="pic", start="base"),
+    "dare": Method("DARE, arXiv 2311.03099", merge="dare", start="base"),
+    "magmax": Method("MagMax, arXiv 2407.06322", merge="magmax", start="trained"),
+    "opcm": Method("OPCM, arXiv 2501.09522", merge="opcm", start="base"),
+    "fisher": Method("Fisher merging, arXiv 2111.09832", merge="fisher", start="base"),
+    "regmean": Method("RegMean, arXiv 2212.09849", merge="regmean", start="base"),
+    "iso-c": Method("Iso-C, arXiv 2502.04959", merge="iso_c", start="base"),
     "ties": Method("TIES-Merging, arXiv 2306.01708", merge="ties", start="base"),
     "smile": Method("SMILE, arXiv 2408.10174", merge="experts", start="base", serve="routed"),
     "ewc": Method("EWC, arXiv 1612.00796; online form of arXiv 1805.06370", penalties=("ewc",)),

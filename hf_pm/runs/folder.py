@@ -265,14 +265,15 @@ class RunFolder:
                 adapter=str((task_dir / "adapter").relative_to(self.path)),
                 adapter_sha256=sha256_file(task_dir / "adapter" / adapters.WEIGHTS),
                 settings_sha256=sha256_settings(task_dir / "adapter" / SETTINGS),
-                start=parts.method.start,
+                start=parts.start.weights,
                 terms=merged.record,
                 state=str(state_file.relative_to(self.path)) if state_file else None,
                 state_sha256=sha256_file(state_file) if state_file else None,
                 dense=str(dense_file.relative_to(self.path)) if dense_file else None,
                 dense_sha256=sha256_file(dense_file) if dense_file else None,
                 # An expert joins those before it, though it starts from the base as they did.
-                replaces=merged.expert is None and (parts.start.on_base or merged.dense is not None),
+                replaces=merged.dense is not None
+                or (merged.expert is None and parts.start.on_base and not parts.merge.adds),
                 expert=merged.expert,
                 provenance={
                     "seed": self.args.seed,

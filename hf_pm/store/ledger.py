@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -96,7 +96,8 @@ class Entry:
             payload is a dense update.
         adapter (`str`): Folder of the adapter, relative to the run folder.
         adapter_sha256 (`str`): Of its `adapter_model.safetensors`.
-        start (`str`): `"merged"` if the task began from the entries before it, `"base"` if from the untouched base.
+        start (`str`): `"merged"` if the task began from the entries before it, `"base"` if from the untouched base,
+            `"trained"` if from the weights that the task before ended its training with (see `Ledger.trained`).
         terms (`dict`, *optional*): q, p, l, the trace of the curvature and the uniform coefficient 1/t.
         state (`str`, *optional*): File with S and R after this task, relative to the run folder.
         state_sha256 (`str`, *optional*): Of that file.
@@ -259,6 +260,19 @@ class Ledger:
             if entries[position].stands_alone:
                 return entries[position:]
         return entries
+
+    def trained(self, task_number: int) -> list[Entry]:
+        """Entries whose sum is the weights right after training task `task_number`, before its merge: those that the
+        task began with, and its own adapter whole."""
+        if task_number == 0:
+            return []
+        entry = self.entries[task_number - 1]
+        before = []
+        if entry.start == "trained":
+            before = self.trained(task_number - 1)
+        elif entry.start != "base":
+            before = self.active(task_number - 1)
+        return [*before, replace(entry, coefficient=1.0, coefficients=None, dense=None, expert=None)]
 
     def verify(self, weights_only: bool = False) -> None:
         """Check that every file an entry points to is there and unchanged.

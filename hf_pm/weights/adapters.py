@@ -406,14 +406,29 @@ def load_head(model: PeftModel, tensors: dict[str, torch.Tensor]) -> None:
 
 def restore(model: PeftModel, stored: StoredAdapter) -> None:
     """Put the factors of a stored adapter into the live one, its head too."""
-    with torch.no_grad():
-        for name, layer in lora_layers(model).items():
-            update = stored.read(name)
-            layer.lora_A[ADAPTER].weight.copy_(update.A.flatten(0, -2))
-            layer.lora_B[ADAPTER].weight.copy_(_of_all_experts(update.B))
+    updates = {name: stored.read(name) for name in lora_layers(model)}
+    load_factors(model, {name: (update.A, update.B) for name, update in updates.items()})
     head = stored.head()
     if head:
         load_head(model, head)
+
+
+@torch.no_grad()
+def load_factors(model: PeftModel, factors: Mapping[str, tuple[torch.Tensor | None, torch.Tensor | None]]) -> None:
+    """Put factors into the live adapter.
+
+    Args:
+        model (`PeftModel`): With the adapter.
+        factors (`Mapping`): Matrix name -> A (..., r, in) and B (..., out, r) as in [`Update`]; `None` leaves a factor
+            as it is.
+    """
+    for name, layer in lora_layers(model).items():
+        A, B = factors[name]
+        # Experts: (experts, r, in) and (experts, out, r) back to PEFT's (experts * r, in) and (out, r * experts).
+        if A is not None:
+            layer.lora_A[ADAPTER].weight.copy_(A.flatten(0, -2))
+        if B is not None:
+            layer.lora_B[ADAPTER].weight.copy_(_of_all_experts(B))
 
 
 @torch.no_grad()

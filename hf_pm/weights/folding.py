@@ -34,7 +34,7 @@ from ..store.tensorfiles import (
     read_tensor,
     write_at,
 )
-from .adapters import StoredAdapter, Update, base_weight, lora_layers, save_stacked, silence
+from .adapters import StoredAdapter, base_weight, lora_layers, save_stacked, silence
 from .bases import BaseCheckpoint, Names, Piece
 
 
@@ -120,7 +120,7 @@ class Folder:
         self.ledger = ledger
         self.names = dict(names)
         self._pieces = {name: self._pieces_of(given) for name, given in self.names.items()}
-        self._checked: dict[tuple[str, str], StoredAdapter] = {}
+        self._checked: dict[tuple[str, str, str | None], StoredAdapter] = {}
 
     def _pieces_of(self, given: str | Sequence[Piece]) -> list[Piece]:
         if not isinstance(given, str):
@@ -130,10 +130,14 @@ class Folder:
         return [Piece(given, index, index, (0, rows), (0, columns), False) for index in indices]
 
     def _adapters(self, task_number: int | None) -> list[tuple[StoredAdapter, Entry]]:
-        """The active entries and their adapters, whose hashes are checked once."""
+        """The active entries and their adapters."""
+        return self._opened(self.ledger.active(task_number))
+
+    def _opened(self, entries: Sequence[Entry]) -> list[tuple[StoredAdapter, Entry]]:
+        """Entries with their adapters, whose hashes are checked once."""
         adapters = []
-        for entry in self.ledger.active(task_number):
-            key = entry.adapter, entry.adapter_sha256
+        for entry in entries:
+            key = entry.adapter, entry.adapter_sha256, entry.dense
             if key not in self._checked:
                 path = self.ledger.run_dir / entry.adapter
                 problem = entry.weights_problem(self.ledger.run_dir)
@@ -197,28 +201,20 @@ class Folder:
         """Adapted matrix -> shape of its live weight before quantization."""
         return {name: self._shape(name) for name in self.names}
 
-    def task_vector(self, name: str, number: int, live: Update | None = None, on_base: bool = False) -> torch.Tensor:
-        """Weights of the matrix `name` after training task `number`, before its merge, minus the base; float32.
+    def task_vector(self, name: str, number: int) -> torch.Tensor:
+        """Weights of the matrix `name` right after training the committed task `number`, before its merge, minus the
+        base; float32, in the shape of the live weight."""
+        return self._total(name, self.ledger.trained(number))
 
-        Args:
-            name (`str`): The matrix.
-            number (`int`): The task, counted from 1.
-            live (`Update`, *optional*): Its update, if the task is not committed yet.
-            on_base (`bool`, *optional*, defaults to `False`): Whether such a task began on the base.
+    def update(self, name: str, task_number: int) -> torch.Tensor:
+        """What the first `task_number` tasks add to the matrix `name` of the base; float32, in the shape of the live
+        weight."""
+        return self._total(name, self.ledger.active(task_number))
 
-        Returns:
-            `torch.Tensor`: In the shape of the live weight.
-        """
-        entries = self.ledger.entries
-        if live is None:
-            own = StoredAdapter(self.ledger.run_dir / entries[number - 1].adapter).read(name)
-            on_base = entries[number - 1].start == "base"
-        else:
-            own = live
-        before = [] if on_base or number == 1 else self._adapters(number - 1)
-        payloads = [*(self._payload(name, adapter, entry) for adapter, entry in before), (1.0, *own.factors())]
-        total = torch.zeros(own.shape())
-        for payload in payloads:
+    def _total(self, name: str, entries: Sequence[Entry]) -> torch.Tensor:
+        total = torch.zeros(self._shape(name))
+        summed = [(adapter, entry) for adapter, entry in self._opened(entries) if entry.expert is None]
+        for payload in (self._payload(name, adapter, entry) for adapter, entry in summed):
             if isinstance(payload, torch.Tensor):
                 total += payload
             else:
@@ -247,7 +243,9 @@ class Folder:
         with single_threaded_workers(1) as pool:
             return pool.submit(self._fill, self._empty(name), name, self._adapters(task_number)).result()
 
-    def into_model(self, model: PeftModel, task_number: int | None = None, workers: int | None = None) -> None:
+    def into_model(
+        self, model: PeftModel, task_number: int | None = None, workers: int | None = None, trained: bool = False
+    ) -> None:
         """Write the merged weights into the live model and silence its adapter.
 
         Only the adapted matrices are read from the base. A 4-bit or 8-bit layer is quantized afresh from the values of
@@ -257,8 +255,10 @@ class Folder:
             model (`PeftModel`): With the adapter that `names` was made for.
             task_number (`int`, *optional*): Of the last task to take; all by default.
             workers (`int`, *optional*): Matrices folded at a time; torch's number of threads by default.
+            trained (`bool`, *optional*, defaults to `False`): Write the weights right after training the last of these
+                tasks, without what its merge did to them.
         """
-        adapters = self._adapters(task_number)
+        adapters = self._opened(self.ledger.trained(task_number)) if trained else self._adapters(task_number)
 
         @torch.no_grad()
         def fold(name: str, layer: nn.Module) -> None:

@@ -53,10 +53,11 @@ Update = torch.Tensor | LowRank
 
 
 class State(NamedTuple):
-    """S and R of one weight matrix, float32: two dense tensors, or `Factored` and `LowRank`."""
+    """S and R of one weight matrix, float32: two dense tensors, or `Factored` and `LowRank`. R is `None` where the old
+    tasks' slope is taken as 0."""
 
     S: Curvature
-    R: Update
+    R: Update | None
 
 
 class Terms(NamedTuple):
@@ -110,6 +111,15 @@ def scaled(curvature: Curvature, factor: float) -> Curvature:
     return curvature * factor
 
 
+def add_curvature(old: Curvature | None, new: Curvature) -> Curvature:
+    """old + new; `None` counts as zero."""
+    if old is None:
+        return new
+    if isinstance(new, Factored):
+        return Factored(old.rows + new.rows, old.cols + new.cols)
+    return old + new
+
+
 def matrix_terms(
     curvature: Curvature, delta: Update, state: State | None, gradient: torch.Tensor | None = None
 ) -> Terms:
@@ -125,7 +135,7 @@ def matrix_terms(
     return Terms(
         q=quadratic(curvature, delta),
         p=0.0 if state is None else quadratic(state.S, delta),
-        l=0.0 if state is None else inner(state.R, delta),
+        l=0.0 if state is None or state.R is None else inner(state.R, delta),
         g=0.0 if gradient is None else inner(gradient, delta),
     )
 

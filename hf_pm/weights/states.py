@@ -26,13 +26,15 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 WHOLE, CUT = (torch.Tensor, ("_whole",)), (Cut, ("_roots", "_diagonal"))
 # Form -> the ways to keep a value: its class and the endings of the keys of its parts. Only a dense value is too large
 # to hold for all matrices at once. `rows` and `columns` are symmetric matrices of as many rows as the weight has rows
-# or columns, whole or cut (`kronecker.cut`).
+# or columns, whole or cut (`kronecker.cut`); `inputs` of as many as the layer has inputs: columns, or rows of a weight
+# that is stored transposed.
 FORMS: dict[str, tuple[tuple[type, tuple[str, ...]], ...]] = {
     "dense": ((torch.Tensor, ("",)),),
     "factored": ((Factored, ("_rows", "_cols")),),
     "low_rank": ((LowRank, ("_left", "_right")),),
     "rows": (WHOLE, CUT),
     "columns": (WHOLE, CUT),
+    "inputs": (WHOLE, CUT),
 }
 KINDS = dict.fromkeys(way for ways in FORMS.values() for way in ways)
 # In the header of a file: tensor -> the tensor that it equals to the bit, and is stored as.
@@ -71,6 +73,11 @@ class StoredState:
         with safe_open(self.path, "pt") as tensors:
             return tensors.get_tensor(self._same.get(name, name))
 
+    def _side(self, key: str, name: str) -> int | None:
+        """Rows of the symmetric matrix `key` of the matrix `name`, whole or cut."""
+        tensors = (self._tensors.get(f"{key}{ending}/{name}") for ending in ("_whole", "_diagonal"))
+        return next((tensor.shape[0] for tensor in tensors if tensor is not None), None)
+
     def check(self, keeps: Mapping[str, str], shapes: Mapping[str, Sequence[int]]) -> None:
         """Find out whether the file holds what a method keeps.
 
@@ -89,6 +96,8 @@ class StoredState:
                 sizes = {"": shape, "_rows": (*experts, rows), "_cols": (*experts, columns)}
                 sizes |= {"_left": (*experts, rows, ...), "_right": (*experts, ..., columns)}
                 side = rows if form == "rows" else columns
+                if form == "inputs" and self._side(key, name) == rows:
+                    side = rows
                 sizes |= {
                     "_whole": (*experts, side, side),
                     "_roots": (*experts, side, ...),
@@ -210,5 +219,6 @@ def state_bytes(
         *experts, rows, columns = shape
         each = {"dense": rows * columns, "factored": rows + columns, "low_rank": (rows + columns) * rank}
         each |= {"rows": rows * min(rows, cut + 1), "columns": columns * min(columns, cut + 1)}
+        each["inputs"] = each["columns"]
         numbers += math.prod(experts) * sum(each[form] for form in keeps.values())
     return numbers * DTYPES[dtype].itemsize

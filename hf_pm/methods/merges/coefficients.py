@@ -8,6 +8,7 @@ from ...weights.merging import (
     COEFFICIENTS,
     State,
     Terms,
+    add_curvature,
     matrix_terms,
     pm_coefficient,
     sum_terms,
@@ -86,6 +87,25 @@ class ClosedForm(Coefficient):
             measured.gradient.get(name),
         )
         return {"S": state.S, "R": state.R}
+
+
+class Became(ClosedForm):
+    """alpha of BECAME (Li et al. 2025, arXiv 2504.02666): <F_t, D^2> / <F_1 + .. + F_t, D^2>, D the update.
+
+    It is P&M's with R = 0: the old tasks' gradient is taken as 0 where the task begins. In the paper that is because a
+    first stage, which is no part of this row, trains with gradients projected off the old tasks' inputs. Keeps S, the
+    sum of the tasks' curvatures.
+    """
+
+    rule = "became"
+    measures = frozenset({"curvature"})
+    growth = "constant: S of every matrix"
+
+    def keeps(self) -> dict[str, str]:
+        return {"S": super().keeps()["S"]}
+
+    def end_matrix(self, ended: Ended, name: str) -> dict[str, Value]:
+        return {"S": add_curvature(ended.before.get("S", name), ended.measured.curvature[name])}
 
 
 def state_of(stored: StoredState, name: str) -> State | None:

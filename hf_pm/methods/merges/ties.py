@@ -1,14 +1,14 @@
 """TIES: trim, elect a sign, and take the mean of those that agree with it."""
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
 
 import torch
 
-from ..contract import Ended, Merge, Merged, Setting
+from ..contract import Ended, Merged, Setting
+from .vectors import VectorMerge
 
 
-class Ties(Merge):
+class Ties(VectorMerge):
     """TIES-Merging (Yadav et al. 2023, arXiv 2306.01708) of the task vectors so far.
 
     tau_i is the task vector: the weights after training task i minus the base. Of each the `ties_density` largest
@@ -23,13 +23,6 @@ class Ties(Merge):
         "ties_density": Setting(0.2, "must lie in (0, 1]", lambda value: 0 < value <= 1),
         "ties_scaling": Setting(1.0, "must be more than 0", lambda value: value > 0),
     }
-    dense = True
-    growth = "a dense update of every matrix a task, 4 bytes a weight"
-
-    def check(self, method: Any, task_type: str) -> str | None:
-        if method.stream != "sequence":
-            return f"`merge: ties` merges the tasks of a sequence, but `stream: {method.stream}` has one model a task."
-        return None
 
     def solve(self, ended: Ended) -> Merged:
         names, density = list(ended.updates), self["ties_density"]
