@@ -12,7 +12,7 @@ from ..errors import UserError
 from ..weights import adapters, kronecker
 from ..weights.merging import Curvature, Factored, mean_entry, quadratic, scaled
 from .contract import Measured
-from .curvature import Moments, expert_name, mean_gradient, measure_curvature
+from .curvature import Moments, expert_name, mean_gradient, measure_curvature, remedy, source_of
 
 
 # What a part may ask for (`Part.measures`), by matrix: the curvature F as `curvature_estimator` keeps it, the mean
@@ -105,7 +105,11 @@ def measure(
 
 
 def means(
-    moments: Moments, updates: Mapping[str, adapters.Update], rows: float, accelerator: Accelerator, task_name: str
+    moments: Moments,
+    updates: Mapping[str, adapters.Update],
+    rows: float,
+    accelerator: Accelerator,
+    task_name: str | None,
 ) -> dict[str, kronecker.Factors]:
     """Matrix name -> its Kronecker factors over all ranks, in the orientation of the live weight, on the CPU.
 
@@ -135,9 +139,9 @@ def means(
         for matrix in pair:
             if not bool(torch.isfinite(kronecker.trace(matrix)).all()):
                 raise UserError(
-                    f"The Kronecker factors of {name!r} in the curvature pass of task {task_name!r} are not finite: "
-                    "they hold squares of its inputs and gradients. Nothing was committed; lower `learning_rate`, or "
-                    "leave that layer out of the LoRA targets."
+                    f"The Kronecker factors of {name!r} in the curvature pass of {source_of(task_name)} are not "
+                    f"finite: they hold squares of its inputs and gradients. {remedy(task_name)}, or leave that layer "
+                    "out of the LoRA targets."
                 )
         found[name] = pair[::-1] if update.transposed else pair
     return found
