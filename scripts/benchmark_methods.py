@@ -4,8 +4,8 @@
         --output_dir runs/bench --jobs 2 -- --data_dir DATA_FOLDER --model_name_or_path MODEL_FOLDER
 
 `--methods all` takes every row of the table of methods, `--streams local/order1 local/order2` each order in a folder
-of its own. Each run is a process of its own with one torch thread. Runs that are complete are not repeated; interrupted
-ones go on. What follows `--` is passed to every run.
+of its own. Each run is a process of its own with one torch thread. Runs that are complete are not repeated, and
+interrupted ones go on. What follows `--` is passed to every run.
 """
 
 import argparse
