@@ -227,6 +227,7 @@ def test_one_token_of_one_row_is_exact():
 
 def test_wide_layers_are_sketched(monkeypatch):
     monkeypatch.setattr(kronecker, "EXACT", 8)
+    monkeypatch.setattr(kronecker, "OVERSAMPLING", 3)
     sketched, whole = Moments(3), Moments(32)
     for moments in (sketched, whole):
         measure_curvature(adapted("llama"), batches("llama", 2), moments=moments)
@@ -548,7 +549,7 @@ from hf_pm.weights import kronecker
 from hf_pm.weights.adapters import lora_layers
 
 torch.set_num_threads(1)
-kronecker.EXACT = 8
+kronecker.EXACT, kronecker.OVERSAMPLING = 8, 2
 args = PMConfig(
     output_dir=sys.argv[1], use_cpu=True, disable_tqdm=True, method="kronecker", curvature_labels="empirical",
     curvature_batch_size=2, method_kwargs={"kronecker_rank": 4},

@@ -172,10 +172,14 @@ def test_regmean_reduces_what_is_off_the_diagonal():
     assert torch.allclose(reduced(matrix, 0.0), torch.diag(matrix.diagonal()), rtol=1e-5, atol=1e-4)
     cut = Cut(draw(4, 2).double(), torch.rand(4, generator=GENERATOR).double())
     assert torch.allclose(reduced(cut, 0.9), reduced(cut.dense(), 0.9))
-    both = torch.stack([matrix, cut.dense()])  # experts
-    assert torch.allclose(reduced(both, 0.9), torch.stack([reduced(matrix, 0.9), reduced(cut.dense(), 0.9)]))
     # Linear, so that the sum over tasks may be reduced once.
     assert torch.allclose(reduced(matrix + cut.dense(), 0.9), reduced(matrix, 0.9) + reduced(cut, 0.9))
+    several = torch.stack([matrix, cut.dense()])
+    assert torch.allclose(reduced(several, 0.9)[1], reduced(cut, 0.9))
+    layers = draw(2, 2, 3, 4)
+    merged = combine(layers[0], layers[1], reduced(several, 0.9), reduced(several.flip(0), 0.9))
+    alone = combine(layers[0, 1], layers[1, 1], reduced(several[1], 0.9), reduced(several[0], 0.9))
+    assert torch.allclose(merged[1], alone, atol=1e-5)
     a, b = draw(2, 3, 4)
     nothing = reduced(torch.zeros(4, 4), 0.9)
     assert torch.allclose(combine(a, b, nothing, nothing), (a + b) / 2, atol=1e-5)

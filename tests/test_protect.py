@@ -380,7 +380,7 @@ REFUSED = {
     "a seq2seq model from nothing": (values_of(task_type="SEQ_2_SEQ_LM", protect="self"), "answers to an input"),
     "no tolerance": (
         values_of(protect="self", method_kwargs={"protect_tolerance": 0}),
-        "`protect_tolerance` in `method_kwargs` must be more than 0, but got 0.0. Its default is",
+        "`protect_tolerance` in `method_kwargs` must be more than 0, but got 0.0. Its default is 1.",
     ),
 }
 

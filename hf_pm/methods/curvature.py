@@ -16,7 +16,8 @@ those of the adapter's own factors are not computed either.
 <G_n, delta> comes from the adapter itself: delta enters the layer as scale * B (A x), and by the product rule the sum
 over tokens of (A x) * d loss / d(A x) is <G_n, delta>. Squaring the gradient of a batch mean instead would depend on
 the batch size: it is not done. Expert weights (`target_parameters`) have no input and output of their own; their
-gradient is taken where the adapted weight enters the layer, with one row at a time.
+gradient is taken where the adapted weight enters the layer, with one row at a time, and their moments where an expert
+multiplies its tokens with it.
 """
 
 import math
@@ -236,8 +237,8 @@ def measure_curvature(
     for name, square in (*curvature.items(), *squares_of_factors.items()):
         if not all(bool(torch.isfinite(part).all()) for part in _parts(square)):
             raise UserError(
-                f"The squared gradients of {name!r} in the curvature pass of {_source(task_name)} overflow float32. "
-                f"{_remedy(task_name)}."
+                f"The squared gradients of {name!r} in the curvature pass of {source_of(task_name)} overflow float32. "
+                f"{remedy(task_name)}."
             )
     by_matrix = {name: float(value) for name, value in slopes.items()}
     return Measurement(curvature, by_matrix, float(together), rows, sums, squares_of_factors)
@@ -609,11 +610,13 @@ def _parts(fisher: Curvature) -> tuple[torch.Tensor, ...]:
     return (fisher,) if isinstance(fisher, torch.Tensor) else tuple(fisher)
 
 
-def _source(task_name: str | None) -> str:
+def source_of(task_name: str | None) -> str:
+    """What a pass reads, for messages: the rows of a task, or the protected text (`None`)."""
     return "the protected text" if task_name is None else f"task {task_name!r}"
 
 
-def _remedy(task_name: str | None) -> str:
+def remedy(task_name: str | None) -> str:
+    """What to do where that gives no finite number, without the full stop."""
     if task_name is None:
         return "Nothing was written; protect another text, or load the base in a wider `dtype`"
     return "Nothing was committed; lower `learning_rate`"
@@ -623,8 +626,8 @@ def _require_finite(values: torch.Tensor, what: str, seen: int, task_name: str |
     finite = torch.isfinite(values)
     if not bool(finite.all()):
         raise UserError(
-            f"The {what} of row {seen + int((~finite).nonzero()[0])} in the curvature pass of {_source(task_name)} is "
-            f"not finite. {_remedy(task_name)} or look at that row."
+            f"The {what} of row {seen + int((~finite).nonzero()[0])} in the curvature pass of {source_of(task_name)} "
+            f"is not finite. {remedy(task_name)} or look at that row."
         )
 
 
@@ -634,7 +637,7 @@ def _refuse_packed(batch: Mapping[str, Any], task_name: str | None) -> None:
     restarts = positions is not None and positions.ndim == 2 and bool((positions[:, 1:] < positions[:, :-1]).any())
     if restarts or any(batch.get(key) is not None for key in PACKED_KEYS):
         raise UserError(
-            f"A row in the curvature pass of {_source(task_name)} holds several examples (packing), whose gradients "
+            f"A row in the curvature pass of {source_of(task_name)} holds several examples (packing), whose gradients "
             "cannot be told apart. Switch `packing` and `padding_free` off."
         )
 

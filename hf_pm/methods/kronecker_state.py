@@ -30,16 +30,17 @@ class KroneckerState(Part):
     `kronecker_rank` leading eigenpairs and the diagonal of the rest; smaller matrices stay whole. Online structured
     Laplace: Ritter, Botev and Barber 2018, arXiv 1805.07810.
 
-    With `protect` the base is task 0: i runs from 0 and the mean is over t + 1. 1/2 <D, F_0 D> is the Kullback-Leibler
-    divergence, in nats per token of the protected text, that an update D makes between the base and the changed model
-    (to second order), and c_0 = `protect_tolerance`: a drift of that many nats per token costs as much as undoing one
-    task.
+    With `protect` the base is task 0: i runs from 0, and the mean of A is over t + 1. F_0 has labels drawn from the
+    model and counts every token once, so that 1/2 <D, F_0 D> estimates, to second order, the Kullback-Leibler
+    divergence in nats per token of the protected text that an update D makes between the base and the changed model.
+    There is no update to undo: c_0 = `protect_tolerance`, the divergence that costs as much as undoing one task.
+    Factors leave out what matrices do together, so the true divergence can be several times the estimate.
     """
 
     settings = {
         "kronecker_rank": Setting(32, "must be a whole number of at least 1", lambda v: v >= 1 and v == int(v)),
         "kronecker_normalize": Setting(1, "must be 0 or 1", lambda value: value in (0, 1)),
-        "protect_tolerance": Setting(0.1, "must be more than 0", lambda value: value > 0),
+        "protect_tolerance": Setting(1.0, "must be more than 0", lambda value: value > 0),
     }
     measures = frozenset({"kronecker"})
     growth = "constant: two cut square matrices for every matrix"

@@ -12,7 +12,7 @@ from ..errors import UserError
 from ..weights import adapters, kronecker
 from ..weights.merging import Curvature, Factored, mean_entry, quadratic, scaled
 from .contract import Measured
-from .curvature import Moments, expert_name, mean_gradient, measure_curvature, see_inputs
+from .curvature import Moments, expert_name, mean_gradient, measure_curvature, remedy, see_inputs, source_of
 
 
 # What a part may ask for (`Part.measures`), by matrix: the curvature F as `curvature_estimator` keeps it, the mean
@@ -195,9 +195,9 @@ def _experts(update: adapters.Update) -> int | None:
 def _require_finite(matrix: kronecker.Symmetric, name: str, task_name: str | None) -> None:
     if not bool(torch.isfinite(kronecker.trace(matrix)).all()):
         raise UserError(
-            f"The Kronecker factors of {name!r} in the curvature pass of task {task_name!r} are not finite: they hold "
-            "squares of its inputs and gradients. Nothing was committed; lower `learning_rate`, or leave that layer "
-            "out of the LoRA targets."
+            f"The Kronecker factors of {name!r} in the curvature pass of {source_of(task_name)} are not finite: they "
+            f"hold squares of its inputs and gradients. {remedy(task_name)}, or leave that layer out of the LoRA "
+            "targets."
         )
 
 

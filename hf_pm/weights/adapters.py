@@ -424,7 +424,6 @@ def load_factors(model: PeftModel, factors: Mapping[str, tuple[torch.Tensor | No
     """
     for name, layer in lora_layers(model).items():
         A, B = factors[name]
-        # Experts: (experts, r, in) and (experts, out, r) back to PEFT's (experts * r, in) and (out, r * experts).
         if A is not None:
             layer.lora_A[ADAPTER].weight.copy_(A.flatten(0, -2))
         if B is not None:

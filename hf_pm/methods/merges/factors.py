@@ -73,6 +73,14 @@ class FactorClosedForm(Merge):
     measures = frozenset({"factors"})
     growth = "constant: S and R of A and B, two adapters"
 
+    def attach(self, model: PeftModel) -> None:
+        experts = [name for name, layer in adapters.lora_layers(model).items() if adapters.is_experts(layer)]
+        if experts:
+            raise UserError(
+                f"`merge: pm_factors` needs the inputs and gradients of a layer, but {experts[0]!r} is a bare "
+                "parameter (`lora_target_parameters`). Adapt linear layers only, or use `merge: pm`."
+            )
+
     def check(self, method: Any, task_type: str) -> str | None:
         if method.start != "continued" or method.stream != "sequence":
             return (
@@ -85,14 +93,6 @@ class FactorClosedForm(Merge):
                 "have two units. Use `sequence` or `token`."
             )
         return None
-
-    def attach(self, model: PeftModel) -> None:
-        for name, layer in adapters.lora_layers(model).items():
-            if adapters.is_experts(layer):
-                raise UserError(
-                    f"`merge: pm_factors` measures the factors of linear layers, but {name!r} is a bare parameter "
-                    "(`lora_target_parameters`). Adapt linear layers only, or use `merge: pm`."
-                )
 
     def begin(self, task: Task) -> None:
         self.initial = flat(adapters.updates(task.model))

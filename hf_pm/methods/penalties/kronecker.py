@@ -21,7 +21,7 @@ class Kronecker(KroneckerState, Penalty):
 
     name = "kronecker"
     settings = KroneckerState.settings | {
-        "kronecker_strength": Setting(10.0, "must be at least 0", lambda value: value >= 0),
+        "kronecker_strength": Setting(100.0, "must be at least 0", lambda value: value >= 0),
     }
 
     def begin(self, task: Task) -> None:

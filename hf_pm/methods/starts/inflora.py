@@ -23,14 +23,14 @@ class InfLora(Start):
     The authors' code decomposes (I - M M^T) C instead and counts squared eigenvalues, so that their 0.98 keeps fewer
     directions; there, the threshold may also rise from task to task.
     Keeps M of every layer, (in, k) with k at most in: it grows until the old inputs are covered. Costs two forward
-    passes over `curvature_num_samples` rows and two eigendecompositions a layer and task. C is whole up to a side of
-    2048, and the leading 1024 directions beyond.
+    passes over `curvature_num_samples` rows and two eigendecompositions a layer and task. C is summed up whole up to
+    a side of 2048; of wider layers the leading 1024 directions count.
     """
 
     settings = {"inflora_threshold": Setting(0.95, "must lie in (0, 1]", lambda value: 0 < value <= 1)}
     measures = frozenset({"inputs"})
     growth = "the directions of the old inputs of every layer, at most a square matrix"
-    cut_rank = 512
+    cut_rank = 1024
 
     def keeps(self) -> dict[str, str]:
         return {"memory": "basis"}
