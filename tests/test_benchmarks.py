@@ -331,9 +331,9 @@ def test_definitions_are_told_from_rows(tmp_path):
         Task("t", tmp_path / "none.json", "x.json").load("train")
 
 
-def test_every_registered_stream_is_in_the_readmes_table():
-    readme = (ROOT / "README.md").read_text()
-    table = readme.split("## Published streams")[1].split("\n## ")[0]
+def test_every_registered_stream_is_in_the_table_of_the_documents():
+    page = (ROOT / "docs" / "data.md").read_text()
+    table = page.split("## Published streams")[1].split("\n## ")[0]
     named = {f"{source}/{name}" for source, name in re.findall(r"`(\w+)/(\w+\d)`", table)}
     spans = re.findall(r"`(\w+)/([a-z]+)(\d)`(?: to|,) `(\d)`", table)
     named |= {f"{source}/{stem}{i}" for source, stem, first, last in spans for i in range(int(first), int(last) + 1)}

@@ -542,7 +542,9 @@ def test_a_bank_of_adapters_has_nothing_to_leave_out(run, tmp_path):
         counterfactual(run, "mood", tmp_path / "without", None)
 
 
-@pytest.mark.parametrize("start", ["base", "merged", "trained"])
+@pytest.mark.parametrize(
+    "start", ["merged", *(pytest.param(start, marks=pytest.mark.slow) for start in ("base", "trained"))]
+)
 def test_a_run_with_dense_updates_is_pushed_restored_and_goes_on(start, base, tokenizer, server, tmp_path):
     """TIES: the payload of an entry is a dense update, which the repository holds for each task."""
     overrides = {"method": "ties", "start": start}

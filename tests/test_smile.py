@@ -196,6 +196,7 @@ def test_a_stream_ends_in_a_mixture_that_loads_without_hf_pm(model, stream, toke
         assert torch.allclose(alone(**BATCH).logits, logits_elsewhere(first, BATCH, tmp_path), atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["t5", "gpt2"])
 def test_other_architectures(kind, stream, tokenizer, seq2seq_tokenizer, lora, config, tmp_path):
     """An encoder-decoder, and a model whose layers store their weights transposed; built in Python, without files."""

@@ -138,9 +138,9 @@ def test_mappings_become_tasks_and_find_their_rows_in_data_dir(tmp_path):
         TaskStream.from_dicts([{"name": "mood"}], str(tmp_path))
 
 
-def test_the_readmes_own_stream():
-    readme = (Path(__file__).parent.parent / "README.md").read_text()
-    (block,) = [block for block in re.findall(r"```yaml\n(.*?)```", readme, re.DOTALL) if "tasks:" in block]
+def test_the_own_stream_of_the_documents():
+    page = (Path(__file__).parent.parent / "docs" / "data.md").read_text()
+    (block,) = [block for block in re.findall(r"```yaml\n(.*?)```", page, re.DOTALL) if "tasks:" in block]
     stream = TaskStream.from_dicts(yaml.safe_load(block)["tasks"])
     assert stream.names == ["tickets", "claims", "replies"]
     claims = Dataset.from_list([{"claim": "a", "source": "b", "verdict": 1}])

@@ -283,8 +283,8 @@ def test_results_report_and_releases(model, stream, tokenizer, lora, config):
 
 def test_a_wrong_fold_is_reported(model, stream, tokenizer, lora, config, caplog):
     class Wrong(PMTrainer):
-        def rebuild(self, number):
-            super().rebuild(number)
+        def rebuild(self, number, trained=False):
+            super().rebuild(number, trained)
             if number == 2:
                 with torch.no_grad():
                     self.parts.perturbation.layers[3].get_base_layer().weight.mul_(1.5)
@@ -458,7 +458,7 @@ class StopAt(TrainerCallback):
             raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize(("call", "step"), [(1, 5), (2, 2), (2, 8)])
+@pytest.mark.parametrize(("call", "step"), [pytest.param(1, 5, marks=pytest.mark.slow), (2, 2), (2, 8)])
 def test_interrupted_and_started_again_gives_the_same_bits(call, step, model, stream, tokenizer, lora, config):
     settings = {"save_strategy": "steps", "save_steps": 3}
     whole = config(output_dir=config().output_dir + "-whole", **settings)
