@@ -47,17 +47,17 @@ def test_a_model_that_is_there_is_not_overwritten(fetch, tmp_path):
 
 @pytest.mark.slow
 def test_two_formats_on_a_real_language_model(bench_dir, tmp_path):
+    """The first two tasks of the recipe as it is; about eight minutes on one core."""
     folder = os.environ.get("HF_PM_SMOLLM2_DIR")
     if not folder or not (Path(folder) / "model.safetensors").is_file():
         pytest.skip("HF_PM_SMOLLM2_DIR does not name what scripts/fetch_smollm2.py makes")
     recipe = RECIPE.read_text().replace("../../../../shared/bench/data", str(bench_dir / "data"))
     (tmp_path / "recipe.yaml").write_text(recipe.split("  - name: json")[0])
     words = ["--model_name_or_path", folder, "--output_dir", str(tmp_path / "run"), "--disable_tqdm", "true"]
-    sizes = ["--max_train_samples", "96", "--max_eval_samples", "40", "--curvature_num_samples", "16"]
-    assert main(["run", str(tmp_path / "recipe.yaml"), *words, *sizes]) == 0
+    assert main(["run", str(tmp_path / "recipe.yaml"), *words]) == 0
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     # Nobody tells the model which letter a topic has, nor in which word to judge: only training does.
     assert max(results["base_row"]) < 0.1
     (first,), (kept, second) = results["matrix"]
-    assert first > 0.4 and second > 0.2
-    assert kept > first - 0.15
+    assert first > 0.25 and second > 0.4  # 0.35 and 0.49 when it was written
+    assert kept > first - 0.15  # without the penalty it is 0
