@@ -298,6 +298,21 @@ def test_runs_of_one_method_with_other_settings_are_told_apart(tmp_path):
     assert [row["label"] for row in compare(shapes).rows] == ["pm (lora_r 8)", "pm (lora_r 16)"]
 
 
+def test_the_rows_of_a_step_count_and_not_how_they_are_dealt_out(tmp_path):
+    def run(name: str, seed: int, recipe: dict[str, Any], batch: int | None) -> Path:
+        described = {"recipe": {"output_dir": name, **recipe}} | ({"global_batch_size": batch} if batch else {})
+        return write_run(tmp_path / name, aa(0.5, seed=seed), described)
+
+    one = run("one", 0, {"per_device_train_batch_size": 8}, 8)
+    two = run("two", 1, {"per_device_train_batch_size": 4}, 8)  # on two processes
+    doubled = run("doubled", 2, {"per_device_train_batch_size": 8}, 16)  # the first one's recipe on two processes
+    earlier = run("earlier", 3, {"gradient_accumulation_steps": 2}, None)  # 8 rows a device by default
+    assert [(row["label"], row["n"]) for row in compare([one, two, doubled, earlier]).rows] == [
+        ("pm (global_batch_size 8)", 2),
+        ("pm (global_batch_size 16)", 2),
+    ]
+
+
 def test_what_changes_no_result_makes_no_label():
     assert RUN_INVARIANT_FIELDS <= PER_RUN_SETTINGS
 

@@ -24,6 +24,17 @@ def test_every_own_field_is_documented(cls, parent):
         assert item.metadata["help"], item.name
 
 
+def test_the_micro_batches_of_a_step_follow_from_its_rows(tmp_path):
+    step = {"output_dir": str(tmp_path), "use_cpu": True, "report_to": "none", "per_device_train_batch_size": 4}
+    args = PMConfig(**step, global_batch_size=12)
+    assert (args.gradient_accumulation_steps, args.effective_batch_size) == (3, 12)
+    assert PMConfig(**step, gradient_accumulation_steps=2).effective_batch_size == 8
+    with pytest.raises(UserError, match=r"global_batch_size` must be a multiple of the 4 rows .* but got 10"):
+        PMConfig(**step, global_batch_size=10)
+    with pytest.raises(UserError, match="gradient_accumulation_steps` follows from `global_batch_size`, but got 2"):
+        PMConfig(**step, global_batch_size=8, gradient_accumulation_steps=2)
+
+
 def test_few_knobs():
     new = {item.name for item in dataclasses.fields(PMConfig)} - {
         item.name for item in dataclasses.fields(TrainingArguments)

@@ -238,7 +238,7 @@ class Parity:
         ends the run would end every restart of it too."""
         try:
             return logits()
-        except Exception as error:
+        except (MemoryError, RuntimeError) as error:
             if not memory_is_used_up(error):
                 raise
             name = self.trainer.stages[number - 1].name

@@ -16,7 +16,7 @@ class Kronecker(KroneckerState, Penalty):
 
     F_old = G_old (x) A_old, so that <D, F_old D> = tr((B' G_old B)(A_l A_old A_l')) s^2: two thin products for each
     matrix and r^2 numbers, no product with the tokens. The old tasks' gradient is taken as 0 at the merged weights.
-    With `kronecker_normalize` the strength is the price, in nats, of undoing one task.
+    With `kronecker_normalize` the strength is the price, in nats, of undoing an average task.
     """
 
     name = "kronecker"
