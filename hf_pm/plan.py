@@ -11,7 +11,7 @@ from accelerate import init_empty_weights
 
 from .config import PMConfig, Recipe
 from .loading import ARCHITECTURES, LOADING_ERRORS, cannot_load, recipe_lora, recipe_stream
-from .methods.curvature import moment_bytes
+from .methods.moments import moment_bytes
 from .methods.parts import Parts
 from .methods.protection import Protection
 from .tasks.encoding import Encoder

@@ -24,9 +24,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArgumen
 
 from hf_pm import PMConfig, PMTrainer
 from hf_pm.methods.contract import Ended, Measured, Merged, Task
-from hf_pm.methods.curvature import Moments, measure_curvature
+from hf_pm.methods.curvature import measure_curvature
 from hf_pm.methods.measuring import means
 from hf_pm.methods.merges.subspace import Subspace
+from hf_pm.methods.moments import Moments
 from hf_pm.plan import method_bytes
 from hf_pm.weights import adapters, kronecker
 from hf_pm.weights.adapters import Update, base_weight, lora_layers

@@ -23,7 +23,8 @@ from transformers import TrainerCallback
 
 from hf_pm import UserError
 from hf_pm.methods.contract import Ended, Measured, Task
-from hf_pm.methods.curvature import Moments, measure_curvature, see_inputs
+from hf_pm.methods.curvature import measure_curvature, see_inputs
+from hf_pm.methods.moments import Moments
 from hf_pm.methods.parts import Parts
 from hf_pm.methods.penalties.ella import Ella
 from hf_pm.methods.penalties.l1 import L1

@@ -12,7 +12,8 @@ from ..errors import UserError
 from ..weights import adapters, kronecker
 from ..weights.merging import Curvature, Factored, mean_entry, quadratic, scaled
 from .contract import Measured
-from .curvature import Moments, expert_name, mean_gradient, measure_curvature, remedy, see_inputs, source_of
+from .curvature import mean_gradient, measure_curvature, remedy, see_inputs, source_of
+from .moments import Moments, expert_name
 
 
 # What a part may ask for (`Part.measures`), by matrix: the curvature F as `curvature_estimator` keeps it, the mean
