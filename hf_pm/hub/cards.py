@@ -3,13 +3,14 @@
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from importlib.resources import files
 from typing import Any
 
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.utils import validate_repo_id
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, StrictUndefined, Template
 
 from ..errors import UserError
 from ..metrics.continual import FORMULAS
@@ -227,12 +228,7 @@ class Card:
         if self.recipe:
             recipe = yaml.safe_dump(public(self.recipe), sort_keys=False, allow_unicode=True, width=100).rstrip()
         longest_fence = max((len(run) for run in re.findall("`+", recipe or "")), default=0)
-        environment = Environment(
-            trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, undefined=StrictUndefined
-        )
-        environment.filters |= {"md": _markdown, "score": _score, "number": _number}
-        template = (files(__package__) / "templates" / "model_card.md.jinja").read_text(encoding="utf-8")
-        return environment.from_string(template).render(
+        return _template().render(
             card=self,
             front_matter=self.metadata().to_yaml(),
             title=f"{self.repo_id.split('/')[-1] if self.repo_id else self._base}, after task {number}: {seen[-1]}",
@@ -402,6 +398,15 @@ def _number(value: float | str | None) -> str:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return "n/a" if value is None else str(value)
     return f"{value:.3g}"
+
+
+@cache
+def _template() -> Template:
+    environment = Environment(
+        trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, undefined=StrictUndefined
+    )
+    environment.filters |= {"md": _markdown, "score": _score, "number": _number}
+    return environment.from_string((files(__package__) / "templates" / "model_card.md.jinja").read_text("utf-8"))
 
 
 def _markdown(value: object) -> str:

@@ -4,10 +4,11 @@ Everything is computed from `results.json` and `run.json`; no model is loaded. T
 JavaScript, and its pictures are inline SVG.
 """
 
+import json
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -410,13 +411,19 @@ def scores_csv(results: Mapping[str, Any]) -> str:
 
 def _figures(results: Mapping[str, Any]) -> dict[str, bytes]:
     """The pictures by file name; none of a run that has no scores yet."""
-    tasks, matrix, base_row = results["tasks"], matrix_of(results), base_row_of(results)
+    matrix = matrix_of(results)
+    alphas = [as_number(entry_of(results, "coefficients", j)) for j in range(len(matrix))]
+    return _drawn(json.dumps([list(results["tasks"]), matrix, base_row_of(results), alphas]))
+
+
+@lru_cache(maxsize=1)  # a task's report is written again when its release was compared: with the same pictures
+def _drawn(scores: str) -> dict[str, bytes]:
+    tasks, matrix, base_row, alphas = json.loads(scores)
     pictures = {}
     if matrix or any(score is not None for score in base_row):
         pictures["matrix.png"] = figures.matrix_png(tasks, matrix, base_row)
     if matrix:
         averages = [average_accuracy([row]) for row in matrix]
-        alphas = [as_number(entry_of(results, "coefficients", j)) for j in range(len(matrix))]
         pictures["curves.png"] = figures.curves_png(tasks, matrix, base_row, averages)
         pictures["coefficients.png"] = figures.coefficients_png(tasks, alphas)
     return pictures
