@@ -44,6 +44,7 @@ from .replay import Buffer, Memory
 from .serves.routed import Routed
 from .starts.continued import Continued
 from .starts.inflora import InfLora
+from .starts.sd_lora import SdLora, TrainedMagnitudes
 from .starts.slao import Orthonormal, TimeAware
 from .table import METHODS, Method
 
@@ -68,6 +69,7 @@ PARTS: dict[str, dict[str, type[Part]]] = {
         "continued": Continued,
         "slao": Orthonormal,
         "inflora": InfLora,
+        "sd-lora": SdLora,
     },
     "perturbation": {"none": Perturbation, "task_vector": TaskVector, "gaussian": Gaussian},
     "penalty": {
@@ -106,6 +108,7 @@ PARTS: dict[str, dict[str, type[Part]]] = {
         "experts": Experts,
         "slao": TimeAware,
         "selective": Selective,
+        "magnitudes": TrainedMagnitudes,
     },
     "serve": {"folded": Serve, "routed": Routed},
 }
@@ -180,13 +183,15 @@ class Parts:
                 f"`start: {method.start}` goes on from weights that no merge has changed, but `merge: {method.merge}` "
                 "keeps of the update since the merged weights. Use `start: merged`, or `merge: magmax`."
             )
-        if (self.merge.dense or self.merge.mixes or self.merge.adds) and args.coefficient_search != "off":
+        no_alpha = self.merge.dense or self.merge.mixes or self.merge.adds or self.merge.reweights
+        if no_alpha and args.coefficient_search != "off":
             raise UserError(
                 f"`coefficient_search: {args.coefficient_search}` looks for alpha, but `merge: {method.merge}` has "
                 "none. Switch it off."
             )
         summing = next((part for part in self if part.sums_updates), None)
-        if summing is not None and (self.merge.dense or self.merge.expert or self.merge.adds):
+        other = self.merge.dense or self.merge.expert or self.merge.adds or self.merge.reweights
+        if summing is not None and other:
             what = f"penalty: {summing.name}" if isinstance(summing, Penalty) else f"replay: {method.replay}"
             raise UserError(
                 f"`{what}` needs what was kept of the task's adapter, but `merge: {method.merge}` keeps something "

@@ -68,6 +68,7 @@ METHODS: dict[str, Method] = {
     "n-lora": Method("N-LoRA, arXiv 2410.10179", penalties=("l1",)),
     "ella": Method("ELLA, arXiv 2601.02232", penalties=("ella",)),
     "inflora": Method("InfLoRA, arXiv 2404.00228", start="inflora"),
+    "sd-lora": Method("SD-LoRA, arXiv 2501.13198", merge="magnitudes", start="sd-lora"),
     "slao": Method("SLAO, arXiv 2512.23017", merge="slao", start="slao"),
     "replay": Method("experience replay, arXiv 1902.10486", replay="buffer"),
     "rehearsal": Method("self-synthesized rehearsal, after arXiv 2403.01244", replay="rehearsal"),
