@@ -22,6 +22,7 @@ from .merges.isotropic import IsoC
 from .merges.magmax import MagMax
 from .merges.opcm import Opcm
 from .merges.regmean import RegMean
+from .merges.reptile import Reptile
 from .merges.selective import Selective
 from .merges.spectral import Spectral
 from .merges.subspace import Subspace
@@ -34,6 +35,7 @@ from .penalties.ewc import Ewc
 from .penalties.kronecker import Gram, Kronecker
 from .penalties.l1 import L1
 from .penalties.lwf import Lwf
+from .penalties.mmkdda import Mmkdda
 from .penalties.olora import OLora
 from .penalties.sril import Sril
 from .penalties.td_vcl import TdVcl
@@ -83,6 +85,7 @@ PARTS: dict[str, dict[str, type[Part]]] = {
         "der": Der,
         "td-vcl": TdVcl,
         "sril": Sril,
+        "mmkdda": Mmkdda,
     },
     "replay": {"none": Replay, "buffer": Buffer, "memory": Memory, "rehearsal": Rehearsal},
     "optimizer": {"optim": Optimizer, "badam": Badam},
@@ -109,6 +112,7 @@ PARTS: dict[str, dict[str, type[Part]]] = {
         "slao": TimeAware,
         "selective": Selective,
         "magnitudes": TrainedMagnitudes,
+        "reptile": Reptile,
     },
     "serve": {"folded": Serve, "routed": Routed},
 }

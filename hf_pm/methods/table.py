@@ -74,6 +74,7 @@ METHODS: dict[str, Method] = {
     "rehearsal": Method("self-synthesized rehearsal, after arXiv 2403.01244", replay="rehearsal"),
     "der": Method("DER++, arXiv 2004.07211", penalties=("der",), replay="memory"),
     "sril": Method("SRIL, arXiv 2305.05175", penalties=("sril",), replay="memory", merge="selective"),
+    "mmkdda": Method("MMKDDA, after arXiv 2209.06107", penalties=("mmkdda",), replay="memory", merge="reptile"),
     "td-vcl": Method("TD-VCL, arXiv 2410.07812, with Laplace posteriors", penalties=("td-vcl",), replay="memory"),
     # A posterior over the weights of one adapter, which all tasks share.
     "badam": Method("BAdam, arXiv 2309.08546", start="continued", optimizer="badam"),
