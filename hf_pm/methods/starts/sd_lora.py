@@ -79,7 +79,7 @@ class TrainedMagnitudes(Merge):
 
     reweights = True
     settings = SETTINGS
-    growth = "4 bytes a task"
+    growth = "4 bytes a task beside the adapters, all of which take part in every training step"
 
     def check(self, method: Any, task_type: str) -> str | None:
         if method.start != "sd-lora":
