@@ -33,6 +33,7 @@ from hf_pm.weights.states import StoredState
 
 SETTINGS = {"der": {"replay_fraction": 0.3}, "badam": {"badam_sigma": 0.05}, "td-vcl": {"replay_fraction": 0.3}}
 SETTINGS["sril"] = {"replay_fraction": 0.3, "selective_margin": -1.0}
+SETTINGS["mmkdda"] = {"replay_fraction": 0.3, "mmkdda_mixup": 0.5}
 SETTINGS["rehearsal"] = {"rehearsal_fraction": 0.3}
 NEW = tuple(SETTINGS)
 
@@ -101,6 +102,7 @@ def test_stopped_in_a_task_and_started_again_gives_the_same_bits(name, model, st
         ("der", {"der_alpha": 0.0, "der_beta": 0.0}),
         ("td-vcl", {"td_vcl_strength": 0.0, "td_vcl_steps": 1}),
         ("sril", {"sril_strength": 0.0, "selective_beta": 0.0}),
+        ("mmkdda", {"mmkdda_strength": 0.0, "mmkdda_replay": 0.0, "reptile_power": 0.0}),
     ],
 )
 def test_a_strength_of_zero_is_sequential_to_the_bit(name, zero, model, stream, tokenizer, lora, config):
@@ -131,6 +133,8 @@ REFUSED = [
     ({"method": "joint", "start": "continued"}, "`start: continued` goes on .*`stream: joint`"),
     ({"method": "ewc", "start": "continued"}, "`penalty: ewc` .*`start: continued`"),
     ({"method": "sril", "replay": "none"}, "distills features on rows.*but `replay: none` keeps none"),
+    ({"method": "mmkdda", "replay": "none"}, "mixes rows of earlier tasks.*but `replay: none` keeps none"),
+    ({"method": "mmkdda", "method_kwargs": {"mmkdda_scales": 0}}, "must be a whole number from 1 to 8, but got 0"),
     ({"method": "replay", "merge": "selective", "start": "base"}, "goes back towards the merged weights before the"),
     ({"method": "td-vcl", "replay": "none"}, "weighs the losses of the last .* `td_vcl_steps: 1` needs no rows"),
     ({"method": "td-vcl", "merge": "ties"}, "needs what was kept of the task's adapter, but `merge: ties` keeps"),

@@ -76,7 +76,8 @@ class Merged(NamedTuple):
     the update of a matrix, float32 in the shape of the live weight, if the payload is dense. `mixing`: by matrix, the
     (r, r) matrix M of an update that is kept as left @ M @ right, before alpha; the live adapter is changed to it.
     `adapter`: by matrix, the factors of another adapter that is kept in place of the trained one, before alpha, with
-    its ranks and scales. `expert`: how the mixture is routed (see `Entry`), if the payload is an expert.
+    its ranks and scales. `expert`: how the mixture is routed (see `Entry`), if the payload is an expert. `earlier`:
+    name of an earlier task -> alpha of each of its matrices from now on, if the task changed it.
     """
 
     alpha: float | None
@@ -86,6 +87,7 @@ class Merged(NamedTuple):
     mixing: dict[str, torch.Tensor] | None = None
     adapter: dict[str, adapters.Update] | None = None
     expert: dict[str, int] | None = None
+    earlier: dict[str, dict[str, float]] | None = None
 
     @property
     def scaled(self) -> bool:
@@ -341,7 +343,7 @@ class Merge(Part):
     changes the directions of the adapter, and not only its scale. `adds`: whether its payload is added to those of the
     entries before although the task began on the base. `vectors`: whether it merges the tasks' weights wherever they
     began, so that `Start.on_trained` makes sense. `expert`: whether its payload is an expert, which joins those of the
-    entries before.
+    entries before. `reweights`: whether it also changes what is kept of the entries before (`Merged.earlier`).
     """
 
     dense: ClassVar[bool] = False
@@ -349,6 +351,7 @@ class Merge(Part):
     adds: ClassVar[bool] = False
     vectors: ClassVar[bool] = False
     expert: ClassVar[bool] = False
+    reweights: ClassVar[bool] = False
 
     def solve(self, ended: Ended) -> Merged:
         raise NotImplementedError

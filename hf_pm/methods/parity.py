@@ -177,9 +177,10 @@ class Parity:
     def expect(self, number: int, merged: Merged) -> None:
         """Keep what the fold has to reproduce: the logits of the live adapter model at the coefficient. A dense update
         and a mixture of experts are no adapter models, and there is nothing to keep. Nor is there where an update that
-        was trained on the base is added to others: `certify` puts it there."""
+        was trained on the base is added to others, or where these are weighed anew: `certify` puts it there."""
         self._adapter = None
-        if merged.scaled and not self.trainer.parts.merge.adds:
+        merge = self.trainer.parts.merge
+        if merged.scaled and not (merge.adds or merge.reweights):
             self._adapter = self._spared(number, lambda: self._logits_at(number, merged.alpha, merged.per_matrix))
 
     def certify(self, number: int) -> dict[str, Any]:
@@ -188,7 +189,10 @@ class Parity:
         expected, self._adapter = self._adapter, None
         entry = trainer.run.ledger.entries[number - 1]
         if expected is None and entry.scaled:  # an earlier process trained it, or on other weights
-            trainer.rebuild(0 if entry.stands_alone else number - 1)
+            if entry.earlier is not None:
+                trainer.run.folder.into_model(trainer.model, number, without_last=True)
+            else:
+                trainer.rebuild(0 if entry.stands_alone else number - 1)
             restore(trainer.model, StoredAdapter(trainer.run.path / entry.adapter))
             trainer.live = None
             alphas = entry.coefficient, entry.coefficients

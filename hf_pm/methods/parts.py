@@ -22,6 +22,7 @@ from .merges.isotropic import IsoC
 from .merges.magmax import MagMax
 from .merges.opcm import Opcm
 from .merges.regmean import RegMean
+from .merges.reptile import Reptile
 from .merges.selective import Selective
 from .merges.spectral import Spectral
 from .merges.subspace import Subspace
@@ -34,6 +35,7 @@ from .penalties.ewc import Ewc
 from .penalties.kronecker import Gram, Kronecker
 from .penalties.l1 import L1
 from .penalties.lwf import Lwf
+from .penalties.mmkdda import Mmkdda
 from .penalties.olora import OLora
 from .penalties.sril import Sril
 from .penalties.td_vcl import TdVcl
@@ -44,6 +46,7 @@ from .replay import Buffer, Memory
 from .serves.routed import Routed
 from .starts.continued import Continued
 from .starts.inflora import InfLora
+from .starts.sd_lora import SdLora, TrainedMagnitudes
 from .starts.slao import Orthonormal, TimeAware
 from .table import METHODS, Method
 
@@ -68,6 +71,7 @@ PARTS: dict[str, dict[str, type[Part]]] = {
         "continued": Continued,
         "slao": Orthonormal,
         "inflora": InfLora,
+        "sd-lora": SdLora,
     },
     "perturbation": {"none": Perturbation, "task_vector": TaskVector, "gaussian": Gaussian},
     "penalty": {
@@ -81,6 +85,7 @@ PARTS: dict[str, dict[str, type[Part]]] = {
         "der": Der,
         "td-vcl": TdVcl,
         "sril": Sril,
+        "mmkdda": Mmkdda,
     },
     "replay": {"none": Replay, "buffer": Buffer, "memory": Memory, "rehearsal": Rehearsal},
     "optimizer": {"optim": Optimizer, "badam": Badam},
@@ -106,6 +111,8 @@ PARTS: dict[str, dict[str, type[Part]]] = {
         "experts": Experts,
         "slao": TimeAware,
         "selective": Selective,
+        "magnitudes": TrainedMagnitudes,
+        "reptile": Reptile,
     },
     "serve": {"folded": Serve, "routed": Routed},
 }
@@ -180,13 +187,15 @@ class Parts:
                 f"`start: {method.start}` goes on from weights that no merge has changed, but `merge: {method.merge}` "
                 "keeps of the update since the merged weights. Use `start: merged`, or `merge: magmax`."
             )
-        if (self.merge.dense or self.merge.mixes or self.merge.adds) and args.coefficient_search != "off":
+        no_alpha = self.merge.dense or self.merge.mixes or self.merge.adds or self.merge.reweights
+        if no_alpha and args.coefficient_search != "off":
             raise UserError(
                 f"`coefficient_search: {args.coefficient_search}` looks for alpha, but `merge: {method.merge}` has "
                 "none. Switch it off."
             )
         summing = next((part for part in self if part.sums_updates), None)
-        if summing is not None and (self.merge.dense or self.merge.expert or self.merge.adds):
+        other = self.merge.dense or self.merge.expert or self.merge.adds or self.merge.reweights
+        if summing is not None and other:
             what = f"penalty: {summing.name}" if isinstance(summing, Penalty) else f"replay: {method.replay}"
             raise UserError(
                 f"`{what}` needs what was kept of the task's adapter, but `merge: {method.merge}` keeps something "

@@ -1,12 +1,12 @@
 """State of parts that look at kept rows of earlier tasks by draws of their own."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from hashlib import blake2b
 from typing import Any, ClassVar
 
 import torch
 from datasets import Dataset, concatenate_datasets
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, pad
 
 from ..evaluation.answers import evaluating
 from ..tasks.encoding import IGNORE_INDEX
@@ -74,3 +74,42 @@ def answer_lengths(rows: Dataset) -> list[int]:
 def chunks(rows: Dataset, size: int) -> Sequence[Dataset]:
     """`rows` in batches of `size`, in order."""
     return [rows.select(range(i, min(i + size, len(rows)))) for i in range(0, len(rows), size)]
+
+
+def split(
+    ids: torch.Tensor, labels: torch.Tensor, separate: bool, real: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Prompt and answer of one encoded row, token ids.
+
+    Args:
+        ids (`torch.Tensor`): (tokens,).
+        labels (`torch.Tensor`): (tokens,), or with `separate` (answer tokens,).
+        separate (`bool`): Whether the labels are those of a decoder beside an encoder.
+        real (`torch.Tensor`, *optional*): Which of `ids` are no padding, bool; all by default.
+    """
+    real = torch.ones_like(ids, dtype=torch.bool) if real is None else real
+    answered = labels != IGNORE_INDEX
+    if separate:
+        return ids[real], labels[answered]
+    return ids[real & (answered.cumsum(0) == 0)], ids[answered]
+
+
+def mix(
+    embed: Callable[[torch.Tensor], torch.Tensor],
+    new: Sequence[torch.Tensor],
+    old: Sequence[torch.Tensor],
+    share: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Embeddings of pairs of prompts, (pairs, longest, features), and where they are, (pairs, longest).
+
+    Both prompts of a pair end at the last position. Where both have a token it is share * new + (1 - share) * old,
+    elsewhere that of the one that has one; a prompt whose share is 0 does not count.
+    """
+    longest = max(map(len, [*new, *old]))
+    ids = [torch.stack([pad(prompt, (longest - len(prompt), 0)) for prompt in prompts]) for prompts in (new, old)]
+    real = [torch.stack([pad(torch.ones_like(p), (longest - len(p), 0)) for p in prompts]) for prompts in (new, old)]
+    a, b = share * real[0], (1 - share) * real[1]
+    total = (a + b).clamp(min=1e-9)
+    first, second = (embed(part) for part in ids)
+    mixed = (a / total)[..., None].to(first) * first + (b / total)[..., None].to(first) * second
+    return mixed, a + b > 0

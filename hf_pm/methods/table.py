@@ -68,11 +68,13 @@ METHODS: dict[str, Method] = {
     "n-lora": Method("N-LoRA, arXiv 2410.10179", penalties=("l1",)),
     "ella": Method("ELLA, arXiv 2601.02232", penalties=("ella",)),
     "inflora": Method("InfLoRA, arXiv 2404.00228", start="inflora"),
+    "sd-lora": Method("SD-LoRA, arXiv 2501.13198", merge="magnitudes", start="sd-lora"),
     "slao": Method("SLAO, arXiv 2512.23017", merge="slao", start="slao"),
     "replay": Method("experience replay, arXiv 1902.10486", replay="buffer"),
     "rehearsal": Method("self-synthesized rehearsal, after arXiv 2403.01244", replay="rehearsal"),
     "der": Method("DER++, arXiv 2004.07211", penalties=("der",), replay="memory"),
     "sril": Method("SRIL, arXiv 2305.05175", penalties=("sril",), replay="memory", merge="selective"),
+    "mmkdda": Method("MMKDDA, after arXiv 2209.06107", penalties=("mmkdda",), replay="memory", merge="reptile"),
     "td-vcl": Method("TD-VCL, arXiv 2410.07812, with Laplace posteriors", penalties=("td-vcl",), replay="memory"),
     # A posterior over the weights of one adapter, which all tasks share.
     "badam": Method("BAdam, arXiv 2309.08546", start="continued", optimizer="badam"),

@@ -281,6 +281,7 @@ class RunFolder:
                 replaces=merged.dense is not None
                 or (merged.expert is None and parts.start.on_base and not parts.merge.adds),
                 expert=merged.expert,
+                earlier=merged.earlier,
                 provenance={
                     "seed": self.args.seed,
                     "data_fingerprint": self.results["data_fingerprint"],

@@ -6,6 +6,7 @@ A task is committed at the instant `ledger.json` is renamed into place, and not 
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, replace
@@ -113,6 +114,8 @@ class Entry:
         expert (`dict[str, int]`, *optional*): How the mixture after this task is routed, `top_k` and `router_rank`, if
             the payload is an expert: the adapter itself, which leaves the weights as they are and is added for the
             tokens that the router gives it.
+        earlier (`dict[str, dict[str, float]]`, *optional*): Name of an earlier task -> alpha of each matrix of it from
+            this task on, in the place of what its own entry says.
     """
 
     name: str
@@ -130,6 +133,7 @@ class Entry:
     dense_sha256: str | None = None
     replaces: bool | None = None
     expert: dict[str, int] | None = None
+    earlier: dict[str, dict[str, float]] | None = None
 
     @property
     def stands_alone(self) -> bool:
@@ -161,7 +165,11 @@ class Entry:
         alphas = self.coefficients if self.coefficients is not None else {}
         if not all(isinstance(text, str) for text in texts) or not isinstance(alphas, dict):
             return "has values of other types"
+        earlier = self.earlier if self.earlier is not None else {}
+        if not isinstance(earlier, dict) or not all(isinstance(found, dict) for found in earlier.values()):
+            return "weighs earlier tasks by values of other types"
         alphas = [*alphas.values(), *([self.coefficient] if self.dense is None else [])]
+        alphas += [alpha for found in earlier.values() for alpha in found.values()]
         if not all(isinstance(alpha, int | float) for alpha in alphas):
             return "has a coefficient that is no number"
         if self.expert is not None and not _routing(self.expert):
@@ -170,6 +178,17 @@ class Entry:
             if place is not None and (not isinstance(place, str) or not _inside(place)):
                 return f"names {place!r}, which is outside of the run folder"
         return None
+
+
+def _weighed(entries: list[Entry], alphas: dict[str, dict[str, float]]) -> list[Entry]:
+    """Entries with the coefficients `alphas`, by task and matrix, in the place of their own."""
+    found = []
+    for entry in entries:
+        own = alphas.get(entry.name)
+        if own:
+            entry = replace(entry, coefficient=math.fsum(own.values()) / len(own), coefficients=own)
+        found.append(entry)
+    return found
 
 
 def _routing(values: Any) -> bool:
@@ -253,9 +272,12 @@ class Ledger:
     def active(self, task_number: int | None = None) -> list[Entry]:
         """The entries whose updates make up the model after `task_number` tasks (all by default).
 
-        What comes before an entry that stands alone is no part of the model.
+        What comes before an entry that stands alone is no part of the model. The last entry says what of those before
+        is kept, if it says so.
         """
         entries = self.entries[: len(self.entries) if task_number is None else task_number]
+        if entries and entries[-1].earlier is not None:
+            entries = _weighed(entries, entries[-1].earlier)
         for position in range(len(entries) - 1, -1, -1):
             if entries[position].stands_alone:
                 return entries[position:]
@@ -267,6 +289,8 @@ class Ledger:
         if task_number == 0:
             return []
         entry = self.entries[task_number - 1]
+        if entry.earlier is not None:  # its coefficients were trained, not merged
+            return self.active(task_number)
         before = []
         if entry.start == "trained":
             before = self.trained(task_number - 1)

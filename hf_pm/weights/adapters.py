@@ -4,7 +4,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +15,7 @@ from peft.tuners.lora.layer import ParamWrapper
 from peft.utils.other import ModulesToSaveWrapper, get_pattern_key
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel, set_seed
 
 from ..errors import UserError, cause_of
@@ -28,6 +29,8 @@ ADAPTER = "default"
 PREFIX = "base_model.model."
 # Names that PEFT looks for to find the head of a classifier.
 HEADS = ("classifier", "score")
+# Of the tuner, beside the adapted layers; PEFT's checkpoints hold what the tuner has.
+MAGNITUDES = "lora_magnitudes"
 # In the header of the weights: parameter name -> module path of its factors, number of experts, transposed.
 PARAMETERS = "hf_pm.parameters"
 
@@ -327,8 +330,11 @@ def save(model: PeftModel, folder: Path, base_model: str, revision: str | None) 
     layouts = {name: (path, *_layout(layer)) for name, (path, layer) in _wrapped(model).items()}
     layouts = {name: layout for name, layout in layouts.items() if layout != (name, *usual)}
     with whole(folder) as part:
+        kept = None
+        if hasattr(model.base_model, MAGNITUDES):
+            kept = {key: value for key, value in model.state_dict().items() if f".{MAGNITUDES}." not in key}
         # "auto" would ask the Hub whether the vocabulary was resized.
-        model.save_pretrained(part, save_embedding_layers=False)
+        model.save_pretrained(part, save_embedding_layers=False, state_dict=kept)
         (part / "README.md").unlink(missing_ok=True)
         if layouts:
             noted = {"format": "pt", PARAMETERS: json.dumps(layouts, sort_keys=True)}
@@ -389,6 +395,7 @@ def _heads(model: nn.Module) -> Iterator[tuple[str, ModulesToSaveWrapper]]:
 
 def reset(model: PeftModel, seed: int) -> None:
     """Start a fresh adapter in place: A random, B zero, heads as in the base. Depends on `seed` only."""
+    drop_magnitudes(model)
     set_seed(seed)
     for layer in lora_layers(model).values():
         layer.reset_lora_parameters(ADAPTER, model.peft_config[ADAPTER].init_lora_weights)
@@ -449,8 +456,83 @@ def quantized(model: nn.Module) -> bool:
     return any(not base_weight(layer).is_floating_point() for layer in lora_layers(model).values())
 
 
+class Magnitudes(nn.ParameterDict):
+    """The trainable magnitudes of [`join_directions`], and the hooks that apply them."""
+
+    def __init__(self, values: torch.Tensor) -> None:
+        super().__init__({ADAPTER: nn.Parameter(values)})
+        self.hooks: list[RemovableHandle] = []
+
+
+def join_directions(
+    model: PeftModel,
+    directions: Mapping[str, Sequence[Update]],
+    gains: Mapping[str, torch.Tensor],
+    offsets: Mapping[str, torch.Tensor],
+    begin: torch.Tensor,
+) -> None:
+    """Let frozen updates of earlier tasks take part in the live adapter, each with a magnitude that is trained.
+
+    With the magnitudes alpha_1 .. alpha_t, which all matrices share, the output of the matrix m for an input x has
+
+        sum_{i < t} (alpha_i gain_mi - offset_mi) s_i B_i A_i x + alpha_t s B A x
+
+    beside the base's. HF's optimizer finds the magnitudes, and checkpoints hold them, as the adapter's own factors;
+    [`save`] leaves them out. [`reset`] and [`silence`] take all of it away.
+
+    Args:
+        model (`PeftModel`): With the adapter; linear layers only.
+        directions (`Mapping`): Matrix name -> updates 1 to t - 1, all of one rank.
+        gains (`Mapping`): Matrix name -> (t - 1,).
+        offsets (`Mapping`): Matrix name -> (t - 1,).
+        begin (`torch.Tensor`): The magnitudes that training begins with, (t,).
+    """
+    drop_magnitudes(model)
+    layers = lora_layers(model)
+    joined = Magnitudes(begin.float().to(next(iter(layers.values())).lora_A[ADAPTER].weight.device))
+    model.base_model.add_module(MAGNITUDES, joined)
+    alpha = joined[ADAPTER]
+    for name, layer in layers.items():
+        own = layer.lora_B[ADAPTER]
+        joined.hooks.append(own.register_forward_hook(lambda module, inputs, output: output * alpha[-1]))
+        if directions[name]:
+            weight = layer.lora_A[ADAPTER].weight
+            stacked = torch.cat([update.A for update in directions[name]])
+            outputs = torch.cat([update.B * update.scale for update in directions[name]], dim=1)
+            fixed = (part.to(weight) for part in (stacked, outputs, gains[name], offsets[name]))
+            joined.hooks.append(layer.register_forward_hook(_adding(alpha, *fixed)))
+
+
+def _adding(
+    alpha: nn.Parameter, A: torch.Tensor, B: torch.Tensor, gain: torch.Tensor, offset: torch.Tensor
+) -> Callable[..., torch.Tensor]:
+    """Hook of a layer that adds what its frozen directions give."""
+
+    def add(module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
+        shares = (alpha[:-1] * gain - offset).repeat_interleave(len(A) // len(gain))
+        read = nn.functional.linear(inputs[0].to(A.dtype), A) * shares
+        return output + nn.functional.linear(read, B).to(output.dtype)
+
+    return add
+
+
+def magnitudes(model: PeftModel) -> nn.Parameter:
+    """alpha of [`join_directions`]."""
+    return getattr(model.base_model, MAGNITUDES)[ADAPTER]
+
+
+def drop_magnitudes(model: PeftModel) -> None:
+    """Take away what [`join_directions`] added, if anything."""
+    joined = getattr(model.base_model, MAGNITUDES, None)
+    if joined is not None:
+        for hook in joined.hooks:
+            hook.remove()
+        delattr(model.base_model, MAGNITUDES)
+
+
 def silence(model: PeftModel) -> None:
     """Make the adapter contribute exactly nothing: B is zero."""
+    drop_magnitudes(model)
     with torch.no_grad():
         for layer in lora_layers(model).values():
             layer.lora_B[ADAPTER].weight.zero_()

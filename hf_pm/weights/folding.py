@@ -244,7 +244,12 @@ class Folder:
             return pool.submit(self._fill, self._empty(name), name, self._adapters(task_number)).result()
 
     def into_model(
-        self, model: PeftModel, task_number: int | None = None, workers: int | None = None, trained: bool = False
+        self,
+        model: PeftModel,
+        task_number: int | None = None,
+        workers: int | None = None,
+        trained: bool = False,
+        without_last: bool = False,
     ) -> None:
         """Write the merged weights into the live model and silence its adapter.
 
@@ -257,8 +262,11 @@ class Folder:
             workers (`int`, *optional*): Matrices folded at a time; torch's number of threads by default.
             trained (`bool`, *optional*, defaults to `False`): Write the weights right after training the last of these
                 tasks, without what its merge did to them.
+            without_last (`bool`, *optional*, defaults to `False`): Leave out the update of the last of these tasks,
+                but not what it made of those before.
         """
         adapters = self._opened(self.ledger.trained(task_number)) if trained else self._adapters(task_number)
+        adapters = adapters[:-1] if without_last else adapters
 
         @torch.no_grad()
         def fold(name: str, layer: nn.Module) -> None:

@@ -1,0 +1,172 @@
+"""MMKDDA: mixed prompts, distances of features at several scales, and the loss as a loop over rows."""
+
+import pytest
+import torch
+from conftest import build
+from peft import LoraConfig
+from test_parts import arguments, step_of
+from test_regularizers import Keeps, no_pictures  # noqa: F401 - the second is a fixture
+from test_trainer import trained
+from torch.nn.functional import cross_entropy
+
+from hf_pm import PMSeq2SeqConfig, PMSeq2SeqTrainer, UserError
+from hf_pm.methods.contract import Ended
+from hf_pm.methods.merges.reptile import Reptile
+from hf_pm.methods.penalties.mmkdda import Mmkdda, distance
+from hf_pm.methods.rows_state import mix, split
+from hf_pm.weights.adapters import ADAPTER, attach, lora_layers
+from hf_pm.weights.merging import COEFFICIENTS
+from hf_pm.weights.states import StoredState
+
+
+def test_windows_of_one_token_are_pointwise_and_wider_ones_see_means():
+    generator = torch.Generator().manual_seed(0)
+    new, old = (torch.randn(3, 7, 5, generator=generator).double() for _ in range(2))
+    mask = torch.tensor([[1] * 7, [0, 0, 0, 0, 1, 1, 1], [1, 1, 0, 0, 0, 0, 0]]).bool()
+    pointwise = (new - old)[mask].square().sum(-1) / old[mask].square().sum(-1)
+    assert torch.allclose(distance(new, old, mask, 1), pointwise.mean())
+    for width in (2, 4, 16):
+        found = []
+        for row in range(3):
+            for start in range(0, 7, width):
+                inside = [t for t in range(start, min(start + width, 7)) if mask[row, t]]
+                if inside:
+                    before, after = old[row, inside].mean(0), new[row, inside].mean(0)
+                    found.append((after - before).square().sum() / before.square().sum())
+        assert torch.allclose(distance(new, old, mask, width), torch.stack(found).mean())
+    assert distance(old, old, mask, 4) == 0
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_prompts_are_mixed_from_their_ends(share):
+    embed = torch.nn.Embedding(20, 4)
+    new, old = [torch.tensor([3, 4, 5]), torch.tensor([6])], [torch.tensor([7]), torch.tensor([8, 9])]
+    mixed, mask = mix(embed, new, old, share)
+    for i, (first, second) in enumerate(zip(new, old, strict=True)):
+        for back in range(1, 4):  # from the end
+            parts = [(share, first[-back])] if back <= len(first) and share else []
+            parts += [(1 - share, second[-back])] if back <= len(second) and share < 1 else []
+            assert bool(mask[i, -back]) == bool(parts)
+            if parts:
+                expected = sum(w * embed(token) for w, token in parts) / sum(w for w, _ in parts)
+                torch.testing.assert_close(mixed[i, -back], expected)
+    assert not mask[1, 0] and mask[0, 2]
+
+
+def test_a_row_is_split_into_prompt_and_answer():
+    ids, labels = torch.tensor([5, 6, 7, 2, 0]), torch.tensor([-100, -100, 7, 2, -100])
+    prompt, answer = split(ids, labels, False, ids != 0)
+    assert prompt.tolist() == [5, 6] and answer.tolist() == [7, 2]
+    prompt, answer = split(ids, torch.tensor([9, 2, -100]), True, ids != 0)
+    assert prompt.tolist() == [5, 6, 7, 2] and answer.tolist() == [9, 2]
+
+
+def looped(model, new, kept, share, scales):
+    """The loss of pairs of rows (prompt, answer), each by itself and unpadded: (replay term, distillation term)."""
+    base, blocks, longest = model.get_base_model(), [], max(len(prompt) for prompt, _ in [*new, *kept])
+    embed, read = base.get_input_embeddings(), []
+    for block in base.model.layers:
+        blocks.append(block.register_forward_hook(lambda module, inputs, output: read.append(output[0])))
+    losses, drifts = {"kept": [], "new": []}, {4**k: [] for k in range(scales)}
+    for pair in zip(new, kept, strict=True):
+        (first, _), (second, _) = pair
+        count = max(len(first) * bool(share), len(second))
+        prompt = []
+        for back in range(count, 0, -1):
+            a = share if back <= len(first) else 0.0
+            b = 1 - share if back <= len(second) else 0.0
+            one = embed(first[-back]) if a else 0.0
+            two = embed(second[-back]) if b else 0.0
+            prompt.append((a * one + b * two) / (a + b))
+        for kind, (_, answer) in zip(("new", "kept"), pair, strict=True):
+            if kind == "new" and not share:
+                continue
+            inputs = torch.cat([torch.stack(prompt), embed(answer)])[None]
+            read.clear()
+            logits = model(inputs_embeds=inputs).logits[0, count - 1 : -1]
+            losses[kind] += list(cross_entropy(logits, answer, reduction="none"))
+            features = list(read)
+            read.clear()
+            with torch.no_grad(), model.disable_adapter():
+                model(inputs_embeds=inputs.detach())
+            for f, g in zip(features, list(read), strict=True):
+                columns = torch.arange(len(f)) + longest - count
+                for width in drifts:
+                    for window in (columns // width).unique():
+                        inside = columns // width == window
+                        before = g[inside].mean(0)
+                        drifts[width].append((f[inside].mean(0) - before).square().sum() / before.square().sum())
+    for hook in blocks:
+        hook.remove()
+    means = {kind: torch.stack(each).mean() if each else 0.0 for kind, each in losses.items()}
+    drift = sum(torch.stack(each).mean() for each in drifts.values())
+    return share * means["new"] + (1 - share) * means["kept"], drift
+
+
+@pytest.mark.parametrize("mixup", [pytest.param(0.0, marks=pytest.mark.slow), 0.7])
+def test_the_loss_is_a_loop_over_rows(mixup, model, stream, tokenizer, lora, config):
+    found = []
+
+    class Watches(Keeps):
+        def at_end(self, number):
+            if number == 2:
+                found.append(self.check())
+
+        def check(self):
+            (penalty,) = self.parts.penalties
+            self.model.eval()
+            rows = self._own_rows.select(range(7))
+            batch = self._prepare_input(dict(self.stream_collator(rows.to_list())))
+            step = step_of(self.model, None, batch)
+            loss, share = penalty.loss(step), penalty.share(step)
+            drawn = penalty.rows.select(penalty.draw(step, "mmkdda", len(penalty.rows)))
+            pairs = [
+                [split(torch.tensor(row["input_ids"]), torch.tensor(row["labels"]), False) for row in each]
+                for each in (rows, drawn)
+            ]
+            count = min(map(len, pairs))
+            replay, drift = looped(self.model, *(each[:count] for each in pairs), share, 2)
+            expected = 0.6 * replay + 0.4 * drift
+            Bs = [layer.lora_B[ADAPTER].weight for layer in lora_layers(self.model).values()]
+            for one, two in zip(*(torch.autograd.grad(each, Bs) for each in (loss, expected)), strict=True):
+                torch.testing.assert_close(one, two, rtol=2e-3, atol=1e-5)
+            return loss.item(), expected.item(), share, float(drift), count
+
+    kwargs = {"mmkdda_replay": 0.6, "mmkdda_strength": 0.4, "mmkdda_scales": 2, "mmkdda_mixup": mixup}
+    kwargs |= {"replay_fraction": 0.1, "reptile_power": 0.5}
+    args = config(method="mmkdda", method_kwargs=kwargs, release="none", num_train_epochs=1)
+    _, results = trained(model, stream, tokenizer, lora, args, cls=Watches)
+    ((loss, expected, share, drift, count),) = found
+    assert loss == pytest.approx(expected, rel=1e-4) and drift > 1e-3 and count == 5
+    assert (0.0 < share < 1.0) if mixup else share == 0.0
+    assert results["keeps_rows"] is True and results["coefficients"] == [1.0, pytest.approx(0.5**0.5)]
+
+
+@pytest.mark.slow
+def test_an_encoder_reads_the_mixed_prompt_and_a_decoder_the_answers(stream, seq2seq_tokenizer, config, tmp_path):
+    """A T5, whose blocks of both kinds are compared where they have tokens."""
+    build("t5").save_pretrained(tmp_path / "base")
+    model = type(build("t5")).from_pretrained(tmp_path / "base")
+    args = config(PMSeq2SeqConfig, method="mmkdda", release="none", method_kwargs={"replay_fraction": 0.3})
+    lora = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear")
+    trainer, results = trained(model, stream, seq2seq_tokenizer, lora, args, cls=PMSeq2SeqTrainer)
+    (penalty,) = trainer.parts.penalties
+    assert sum(penalty.in_decoder) == 2 == len(penalty.in_decoder) - 2
+    logged = [log["penalty/mmkdda"] for log in trainer.state.log_history if "penalty/mmkdda" in log]
+    assert logged and all(value > 0 for value in logged) and len(results["matrix"]) == 2
+
+
+def test_a_model_without_blocks_is_refused():
+    model = attach(build("llama"), LoraConfig(r=2, target_modules="all-linear"), "CAUSAL_LM")
+    model.get_base_model()._no_split_modules = None
+    with pytest.raises(UserError, match="LlamaForCausalLM names none.*Use `penalty: sril`"):
+        Mmkdda(None).attach(model)
+
+
+def test_the_rate_is_averaging_at_power_one_and_whole_at_zero():
+    for power, rule in ((0.0, "last"), (1.0, "average")):
+        part = Reptile(arguments(method_kwargs={"reptile_power": power}))
+        for number in range(1, 6):
+            ended = Ended(number, "a", None, {}, StoredState(None), (), None, None, 0)
+            assert part.solve(ended).alpha == COEFFICIENTS[rule](None, number, None)
+    assert Reptile(arguments(method_kwargs={"reptile_power": 2.0})).solve(ended).alpha == pytest.approx(1 / 25)
