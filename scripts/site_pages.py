@@ -1,0 +1,54 @@
+"""Hooks of the documentation site (`mkdocs.yml`): files beside docs/ become pages of it, and links to them follow.
+
+`CHANGELOG.md` and its neighbors stay where people look for them in a repository, and are read from there.
+"""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from mkdocs.structure.files import File, Files
+from mkdocs.utils import get_relative_url
+
+
+ROOT = Path(__file__).parent.parent
+# File of the repository -> page of the site.
+OUTSIDE = {
+    "CHANGELOG.md": "changelog.md",
+    "CONTRIBUTING.md": "contributing.md",
+    "recipes/README.md": "recipes.md",
+    "CITATION.cff": "cite.md",
+    "model_cards/demo-lm.md": "model-card.md",
+}
+CITE = """# How to cite
+
+Cite the software, and the paper of the method that you use: `hf-pm methods` and [the table](methods.md) name it. This is
+`CITATION.cff`, which reference managers and code hosts read:
+
+```yaml
+{}
+```
+"""
+
+
+def on_files(files: Files, config: Any) -> Files:
+    """Add the pages that are written elsewhere."""
+    for source, page in OUTSIDE.items():
+        text = (ROOT / source).read_text()
+        content = CITE.format(text.rstrip()) if source.endswith(".cff") else text
+        files.append(File.generated(config, page, content=content))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
+    """Lead links out of docs/ to the pages that stand for those files."""
+    uri = page.file.src_uri
+    origin = next((source for source, name in OUTSIDE.items() if name == uri), f"docs/{uri}")
+
+    def replace(match: re.Match[str]) -> str:
+        target = ((ROOT / origin).parent / match[1]).resolve()
+        name = target.relative_to(ROOT).as_posix() if target.is_relative_to(ROOT) else ""
+        inside = OUTSIDE.get(name) or (name.removeprefix("docs/") if name.startswith("docs/") else None)
+        return match[0] if inside is None else f"]({get_relative_url(inside, uri)}{match[2]})"
+
+    return re.sub(r"\]\((?![a-z]+:)([^)#\s]+)((?:#[^)\s]*)?)\)", replace, markdown)
