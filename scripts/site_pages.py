@@ -1,12 +1,15 @@
 """Hooks of the documentation site (`mkdocs.yml`): files beside docs/ become pages of it, and links to them follow.
 
-`CHANGELOG.md` and its neighbors stay where people look for them in a repository, and are read from there.
+`CHANGELOG.md` and its neighbors stay where people look for them in a repository, and are read from there. A page that
+would fetch something from elsewhere stops the build, and so does one whose text HTML would take for a tag.
 """
 
 import re
 from pathlib import Path
 from typing import Any
 
+import griffe
+from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 from mkdocs.utils import get_relative_url
 
@@ -22,8 +25,8 @@ OUTSIDE = {
 }
 CITE = """# How to cite
 
-Cite the software, and the paper of the method that you use: `hf-pm methods` and [the table](methods.md) name it. This is
-`CITATION.cff`, which reference managers and code hosts read:
+Cite the software, and the paper of the method that you use: `hf-pm methods` and [the table](methods.md) name it.
+Reference managers and code hosts read `CITATION.cff`:
 
 ```yaml
 {}
@@ -51,4 +54,27 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
         inside = OUTSIDE.get(name) or (name.removeprefix("docs/") if name.startswith("docs/") else None)
         return match[0] if inside is None else f"]({get_relative_url(inside, uri)}{match[2]})"
 
+    prose = re.sub(r"```.*?```|(`+).+?\1", "", markdown, flags=re.DOTALL)
+    if found := re.search(r"<(?!!--)[A-Za-z/][^>]*>", prose):
+        raise PluginError(
+            f"{origin} has {found[0]!r} outside of code, which HTML takes for a tag. Put it in backticks."
+        )
     return re.sub(r"\]\((?![a-z]+:)([^)#\s]+)((?:#[^)\s]*)?)\)", replace, markdown)
+
+
+def on_post_page(output: str, page: Any, **_: Any) -> str:
+    """Refuse a page that would fetch a script, a picture or a font from elsewhere."""
+    fetched = r"""<(?:script|img|iframe|link rel="(?:stylesheet|preconnect)")[^>]+(?:src|href)="(?:https?:)?//[^"]+"""
+    found = re.search(fetched, output)
+    if found:
+        raise PluginError(f"{page.file.src_uri} would fetch something from elsewhere: {found[0]}")
+    return output
+
+
+class InnerProducts(griffe.Extension):
+    """Print the inner products of docstrings, written `<F, delta^2>`, with mathematical brackets: HTML has its own use
+    for the others."""
+
+    def on_instance(self, *, obj: griffe.Object, **_: Any) -> None:
+        if obj.docstring is not None:
+            obj.docstring.value = re.sub(r"<([A-Za-z][^<>\n]*, [^<>\n]*)>", r"⟨\1⟩", obj.docstring.value)

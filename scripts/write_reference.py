@@ -1,4 +1,4 @@
-"""Write docs/reference/recipe.md and docs/reference/command-line.md from the code: `python scripts/write_reference.py`.
+"""Write docs/reference/recipe.md and command-line.md from the code: `python scripts/write_reference.py`.
 
 tests/test_guides.py compares the files with what this script would write.
 """
@@ -22,13 +22,13 @@ FOLDER = Path(__file__).parent.parent / "docs" / "reference"
 
 RECIPE = """# Recipe keys
 
-A recipe is a flat YAML file. Its keys are the fields of `hf_pm.config.Recipe`; an unknown key stops the run and names the
-nearest ones. On the command line every key is an option of `hf-pm run`, `plan` and `demo`, which goes before the file:
-`--learning_rate 1e-3`. The same fields are the arguments of `PMConfig` in Python, except those of the first section, which
-`PMTrainer` takes as objects. This page is written by `scripts/write_reference.py`.
+A recipe is a flat YAML file. Its keys are the fields of `hf_pm.config.Recipe`; an unknown key stops the run and names
+the nearest ones. On the command line every key is an option of `hf-pm run`, `plan` and `demo`, which overrides the
+file: `--learning_rate 1e-3`. The same fields are the arguments of `PMConfig` in Python, except those of the first
+section, which `PMTrainer` takes as objects. This page is written by `scripts/write_reference.py`.
 
-The column "may change" says what a run that has begun allows: `always`, `later` (between two tasks, for those to come) or
-nothing: another value then needs another `output_dir`.
+The column "may change" says what a run that has begun allows: `always`, `later` (between two tasks, for those to come)
+or nothing: another value then needs another `output_dir`.
 """
 INHERITED = """
 ## Keys of `TrainingArguments`
@@ -41,8 +41,9 @@ COMMANDS = """# Command line
 
 {}
 
-Exit code: 0 done, 2 the input is wrong (one line says how to repair it), 130 interrupted, 1 anything else. This page is
-written by `scripts/write_reference.py`.
+{}
+
+This page is written by `scripts/write_reference.py`.
 """
 
 
@@ -103,8 +104,8 @@ def table(fields: list[dataclasses.Field], hints: dict[str, typing.Any], said: d
     columns = ["key", "type", "default", "may change", *(["meaning"] if said is not None else [])]
     lines = [" | ".join(columns), "|".join(["---"] * len(columns))]
     for item in fields:
-        default = default_of(item)
-        cells = [f"`{item.name}`", type_name(hints[item.name]), f"`{default}`" if default else "", change_of(item.name)]
+        default = f"`{default_of(item)}`" if default_of(item) else ""
+        cells = [f"`{item.name}`", type_name(hints[item.name]), default, change_of(item.name)]
         lines.append(" | ".join(cells + ([said[item.name].replace("|", "\\|")] if said is not None else [])))
     return "\n".join(f"| {line} |" if not line.startswith("---") else f"|{line}|" for line in lines)
 
@@ -132,7 +133,7 @@ def cell(text: str | None) -> str:
 def command_page() -> str:
     parser = cli._parser()
     commands = next(action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
-    page = [COMMANDS.format(parser.description)]
+    page = [COMMANDS.format(parser.description, parser.epilog)]
     for name, command in commands.choices.items():
         words, rows = ["hf-pm", name], []
         for action in command._actions:
