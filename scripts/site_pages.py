@@ -71,10 +71,19 @@ def on_post_page(output: str, page: Any, **_: Any) -> str:
     return output
 
 
-class InnerProducts(griffe.Extension):
-    """Print the inner products of docstrings, written `<F, delta^2>`, with mathematical brackets: HTML has its own use
-    for the others."""
+class Docstrings(griffe.Extension):
+    """Two habits of the sources that the page of classes has no use for.
+
+    Inner products, written `<F, delta^2>`, get mathematical brackets: HTML has its own use for the others. Arguments,
+    in transformers' form (`int`, *optional*, defaults to `8`), keep the type: the default comes from the signature.
+    """
 
     def on_instance(self, *, obj: griffe.Object, **_: Any) -> None:
         if obj.docstring is not None:
-            obj.docstring.value = re.sub(r"<([A-Za-z][^<>\n]*, [^<>\n]*)>", r"⟨\1⟩", obj.docstring.value)
+            text = re.sub(r"<([A-Za-z][^<>\n]*, [^<>\n]*)>", r"⟨\1⟩", obj.docstring.value)
+            obj.docstring.value = re.sub(r"^( {4}\w+) \((`.*?)\):", _plain_type, text, flags=re.MULTILINE)
+
+
+def _plain_type(argument: re.Match[str]) -> str:
+    kinds = argument[2].split(", *optional*")[0].replace("`, `", "` or `").replace("`", "")
+    return f"{argument[1]} ({kinds}):"

@@ -103,8 +103,8 @@ def messages() -> list[str]:
 
 
 def quoted() -> list[str]:
-    """The beginnings of messages that the page explains: code in bold."""
-    found = re.findall(r"\*\*(`+) ?(.+?) ?\1\*\*", (DOCS / "troubleshooting.md").read_text())
+    """The beginnings of messages that the page explains: lines of nothing but code."""
+    found = re.findall(r"^(`+) ?(.+?) ?\1$", (DOCS / "troubleshooting.md").read_text(), re.MULTILINE)
     return [text for _, text in found]
 
 
