@@ -101,12 +101,13 @@ def texts(cls: type) -> list[tuple[str, dict[str, str]]]:
 
 
 def table(fields: list[dataclasses.Field], hints: dict[str, typing.Any], said: dict[str, str] | None) -> str:
-    columns = ["key", "type", "default", "may change", *(["meaning"] if said is not None else [])]
+    columns = ["key", *(["meaning"] if said is not None else []), "type", "default", "may change"]
     lines = [" | ".join(columns), "|".join(["---"] * len(columns))]
     for item in fields:
         default = f"`{default_of(item)}`" if default_of(item) else ""
-        cells = [f"`{item.name}`", type_name(hints[item.name]), default, change_of(item.name)]
-        lines.append(" | ".join(cells + ([said[item.name].replace("|", "\\|")] if said is not None else [])))
+        meaning = [cell(said[item.name])] if said is not None else []
+        cells = [f"`{item.name}`", *meaning, type_name(hints[item.name]), default, change_of(item.name)]
+        lines.append(" | ".join(cells))
     return "\n".join(f"| {line} |" if not line.startswith("---") else f"|{line}|" for line in lines)
 
 
