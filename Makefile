@@ -1,7 +1,7 @@
 # `make install` first: the other targets use its environment. `make BIN= test` uses the active one.
 BIN ?= .venv/bin/
 
-.PHONY: install style quality test test-slow demo ci
+.PHONY: install style quality test test-slow demo docs ci
 
 install:
 	python3.11 -m venv .venv
@@ -23,6 +23,11 @@ test-slow:
 
 demo:
 	$(BIN)hf-pm demo --output_dir runs/demo
+
+# The site, into site/. Its tools read the sources and need no torch: `pip install -c constraints.txt mkdocs-material
+# "mkdocstrings[python]"`.
+docs:
+	NO_MKDOCS_2_WARNING=1 $(BIN)mkdocs build --strict
 
 # What a fresh clone does, with the commands of the README.
 ci:

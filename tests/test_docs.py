@@ -22,8 +22,10 @@ PAGES = [
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",
     ROOT / "recipes" / "README.md",
-    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted((ROOT / "docs").rglob("*.md")),
 ]
+
+GUIDES = [ROOT / "docs" / "quickstart.md", *sorted((ROOT / "docs" / "guides").glob("*.md"))]
 
 PACKAGE = ROOT / "hf_pm"
 # Lowest first: a wing (a folder, or a module at the top) may import those before it, never those after it.
@@ -97,7 +99,7 @@ def test_only_adapters_knows_pefts_internals():
 
 def blocks(page: Path) -> list[tuple[str, str, str]]:
     """(reason why it is not run, language, code) of every marked code block of a page."""
-    found = re.findall(r"(?:<!-- not run: (.*?) -->\n)?```(\w+)\n(.*?)```", page.read_text(), re.DOTALL)
+    found = re.findall(r"(?:<!-- not run: (.*?) -->\n)?```(\w+)(?: title=.+?)?\n(.*?)```", page.read_text(), re.DOTALL)
     assert page.read_text().count("```") % 2 == 0
     return found
 
@@ -106,8 +108,9 @@ PROGRAMS = [
     (str(page.relative_to(ROOT)), code)
     for page in PAGES
     for reason, language, code in blocks(page)
-    # `docs/hub.md` runs in tests/test_publish_stream.py, with a Hub to talk to; CONTRIBUTING shows pieces of the code.
-    if language == "python" and not reason and page.name not in ("hub.md", "CONTRIBUTING.md")
+    # `docs/hub.md` runs in tests/test_publish_stream.py, with a Hub to talk to; CONTRIBUTING shows pieces of the code;
+    # the blocks of a guide run one after another in tests/test_guides.py.
+    if language == "python" and not reason and page.name not in ("hub.md", "CONTRIBUTING.md") and page not in GUIDES
 ]
 
 
@@ -143,7 +146,7 @@ COMMANDS = [
     (str(page.relative_to(ROOT)), line)
     for page in PAGES
     for reason, language, code in blocks(page)
-    if language == "bash" and not reason
+    if language == "bash"
     for line in code.replace("\\\n", " ").splitlines()
     if re.match(r"\s*(hf-pm|python scripts/|accelerate launch)", line)
 ]
