@@ -3,6 +3,7 @@
 import argparse
 import logging
 import os
+import shutil
 import sys
 import tempfile
 from contextlib import nullcontext
@@ -173,7 +174,7 @@ def demo_command(options: argparse.Namespace, overrides: list[str]) -> None:
             runs.append((method, output, run_recipe(parse_recipe(demo / "recipe.yaml", words))))
     page = write_comparison([output for _, output, _ in runs], Path(options.output_dir) / "compare.html")
     for method, _, results in runs:
-        print(f"\n{method}\n{format_table(results)}")
+        print(f"\n{method}\n{format_table(results, shutil.get_terminal_size().columns)}")
     print(f"\nSide by side: {page}")
 
 

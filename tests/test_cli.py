@@ -2,10 +2,12 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +17,8 @@ from conftest import COLOUR, MOOD, build, rows
 from hf_pm.cli import main
 from hf_pm.config import parse_recipe
 from hf_pm.loading import build_trainer
+from hf_pm.progress import step_line, task_label, task_lines
+from hf_pm.report.page import format_table
 from hf_pm.weights.adapters import lora_layers
 
 
@@ -85,6 +89,35 @@ def test_help_does_not_import_torch():
     )
     done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True)
     assert done.stdout.strip().endswith("False")
+
+
+def test_a_line_of_progress_fits_80_columns():
+    state = SimpleNamespace(global_step=40, max_steps=120)
+    logs = {"loss": 0.8826, "grad_norm": 1.0, "learning_rate": 0.0015, "epoch": 1.0}
+    label = task_label(2, 4, "amazon")
+    assert step_line(label, state, logs) == "task 2/4 amazon  step 40/120  loss 0.883  lr 1.5e-03"
+    logs |= {"penalty/ewc": 0.25, "penalty/lwf": 123.456}
+    long = task_label(14, 15, "task511_reddit_tifu_long_text_summarization")
+    # There is room for one of the penalties.
+    assert step_line(label, state, logs, "12m04s").endswith("lr 1.5e-03  left 12m04s  ewc 0.25")
+    assert len(step_line(long, state, logs, "12m04s")) <= 80
+    names = [f"task{number}_reddit_tifu_long_text_summarization" for number in range(15)]
+    lines = task_lines(long, {"tasks": names, "matrix": [[0.5] * 15]}, 3700).splitlines()
+    assert lines[0].startswith("task 14/15 ") and "done in 1h01m:" in lines[0] and lines[-1].endswith("mean 0.500")
+    assert len(lines) > 3 and all(len(line) <= 80 for line in lines)
+    assert sum(line.count(" 0.500") for line in lines) == 16
+
+
+def test_a_wide_table_is_cut_at_the_width_of_the_terminal():
+    names = [f"task-{number:02d}" for number in range(15)]
+    results = {"schema": 1, "tasks": names, "matrix": [[0.5] * (t + 1) for t in range(15)], "base_row": [0.25] * 15}
+    whole, cut = format_table(results), format_table(results, 80)
+    assert max(map(len, whole.splitlines())) > 80 >= max(map(len, cut.splitlines()))
+    blocks = [block.splitlines() for block in cut.split("\n\n")]
+    label = len("after 15: task-14")
+    joined = [line[0] + "".join(rest[label:] for rest in line[1:]) for line in zip(*blocks, strict=True)]
+    assert len(blocks) == 3 and [line.split() for line in joined] == [line.split() for line in whole.splitlines()]
+    assert format_table(results, 10).count("base") == 16  # never less than one column
 
 
 def test_three_doors_give_the_same_results(recipe, tmp_path):
@@ -257,7 +290,20 @@ def test_a_mistake_in_a_real_process_has_no_traceback(recipe):
 def test_report_and_compare_of_real_runs(recipe, tmp_path, capsys):
     path, _ = recipe
     for method in ("pm", "sequential"):
-        assert main(["run", str(path), "--method", method, "--output_dir", str(tmp_path / method)]) == 0
+        # Not a terminal: no bar is drawn, whatever the recipe says.
+        words = ["--method", method, "--logging_steps", "2", "--disable_tqdm", "false"]
+        assert main(["run", str(path), *words, "--output_dir", str(tmp_path / method)]) == 0
+        said = capsys.readouterr()
+        assert "\r" not in said.out + said.err and "{" not in said.out
+        lines = said.out.splitlines()
+        assert all(len(line) <= 80 for line in lines[:-1])
+        steps = [
+            line for line in lines if re.fullmatch(r"task 2/2 mood  step [246]/6  loss \S+  lr \S+  left \S+", line)
+        ]
+        assert len(steps) == 3
+        matrix = json.loads((tmp_path / method / "results.json").read_text())["matrix"]
+        (done,) = [line for line in lines if line.startswith("task 2/2 mood  done in ")]
+        assert done.endswith(f"  colour {matrix[1][0]:.3f}  mood {matrix[1][1]:.3f}  mean {sum(matrix[1]) / 2:.3f}")
     (tmp_path / "pm" / "report.html").unlink()
     assert main(["report", str(tmp_path / "pm")]) == 0
     assert "colour" in (tmp_path / "pm" / "report.html").read_text()
