@@ -6,6 +6,7 @@ import os
 import shutil
 import sys
 import tempfile
+import textwrap
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,19 @@ def _parser() -> argparse.ArgumentParser:
         command.set_defaults(handler=handler)
         return command
 
+    text = "Look at files, folders or Hub datasets, propose a task for each, and write a recipe."
+    init = add("init", init_command, text, "hf-pm init FILE_OR_FOLDER_OR_ID... [options] [--key value ...]")
+    init.add_argument(
+        "sources", nargs="+", metavar="FILE_OR_FOLDER_OR_ID", help="rows: .csv, .tsv, .json, .jsonl, .parquet"
+    )
+    init.add_argument("--model_name_or_path", metavar="MODEL", help="folder or Hub id of the base model")
+    init.add_argument("--output", default="recipe.yaml", metavar="FILE", help="the recipe (recipe.yaml)")
+    init.add_argument("--overwrite", action="store_true", help="replace files that exist")
+    init.add_argument("--yes", action="store_true", help="ask nothing, take the proposals")
+    init.add_argument("--text", metavar="COLUMN", help='column of the input, or a format: "{title}: {body}"')
+    init.add_argument("--label", metavar="COLUMN", help="column of the answer")
+    init.add_argument("--task_column", metavar="COLUMN", help="one task for each value of this column")
+    init.add_argument("--config", metavar="NAME", help="configuration of Hub datasets")
     add("run", run_command, "Learn the stream of a recipe, or continue it.", "hf-pm run RECIPE [--key value ...]")
     text = "Learn the embedded stream sequentially and with P&M, offline; one run folder per method."
     demo = add("demo", demo_command, text, "hf-pm demo [--output_dir DIR] [--key value ...]")
@@ -95,6 +109,52 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument("run_or_repo", help="a run folder, or the Hub id of a pushed run")
     doctor.add_argument("--base", help=base)
     return parser
+
+
+def init_command(options: argparse.Namespace, words: list[str]) -> None:
+    if not options.yes and not sys.stdin.isatty():
+        raise UserError(
+            "Questions need a terminal, and the standard input is none. Add `--yes` to take the proposals."
+        )
+    from .loading import quiet
+    from .newrecipe import new_recipe
+
+    quiet()
+    made = new_recipe(
+        options.sources,
+        options.output,
+        options.model_name_or_path,
+        None if options.yes else _ask,
+        text=options.text,
+        label=options.label,
+        task_column=options.task_column,
+        config=options.config,
+        overwrite=options.overwrite,
+        overrides=words,
+    )
+    for line in made.summary.split("\n"):
+        _print_wrapped(line, " " * 15)
+    if not options.yes and not _ask(f"\nWrite {made.path}? (yes, no)", "yes").lower().startswith("y"):
+        print("Nothing was written.")
+        return
+    made.write()
+    files = f" and {len(made.files)} files of rows beside it" if made.files else ""
+    print(f"\nWrote {made.path}{files}. Next:\n  hf-pm plan {made.path}\n  hf-pm run {made.path}")
+
+
+def _ask(question: str, default: str) -> str:
+    """What a person types, or the default."""
+    try:
+        return input(f"{question}{f' [{default}]' if default else ''}: ").strip() or default
+    except EOFError as error:
+        raise UserError("The input ended before the last question. Add `--yes` to take the proposals.") from error
+
+
+def _print_wrapped(line: str, indent: str) -> None:
+    """Print a line, broken at the width of the terminal (80 columns where there is none)."""
+    width = max(shutil.get_terminal_size().columns, 40)
+    options = {"break_long_words": False, "break_on_hyphens": False}
+    print("\n".join(textwrap.wrap(line, width, subsequent_indent=indent, **options)))
 
 
 def run_command(options: argparse.Namespace, words: list[str]) -> None:
