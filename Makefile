@@ -1,7 +1,7 @@
 # `make install` first: the other targets use its environment. `make BIN= test` uses the active one.
 BIN ?= .venv/bin/
 
-.PHONY: install style quality test test-slow demo ci
+.PHONY: install style quality test test-slow demo package ci
 
 install:
 	python3.11 -m venv .venv
@@ -14,6 +14,7 @@ style:
 quality:
 	$(BIN)ruff check .
 	$(BIN)ruff format --check .
+	$(BIN)mypy
 
 test:
 	$(BIN)python -m pytest -n 2 --dist worksteal
@@ -23,6 +24,11 @@ test-slow:
 
 demo:
 	$(BIN)hf-pm demo --output_dir runs/demo
+
+# Wheel and source archive, checked and tried in an environment of their own.
+package:
+	$(BIN)python -m pip install -c constraints.txt -e ".[release]"
+	$(BIN)python scripts/check_package.py
 
 # What a fresh clone does, with the commands of the README.
 ci:

@@ -187,8 +187,8 @@ def _ask(question: str, default: str) -> str:
 def _print_wrapped(line: str, indent: str) -> None:
     """Print a line, broken at the width of the terminal (80 columns where there is none)."""
     width = max(shutil.get_terminal_size().columns, 40)
-    options = {"break_long_words": False, "break_on_hyphens": False}
-    print("\n".join(textwrap.wrap(line, width, subsequent_indent=indent, **options)))
+    wrapper = textwrap.TextWrapper(width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+    print("\n".join(wrapper.wrap(line)))
 
 
 def run_command(options: argparse.Namespace, words: list[str]) -> None:

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import typing
+from collections.abc import Iterable
 from enum import Enum
 from typing import Any
 
@@ -59,7 +60,13 @@ def _add_keys(command: argparse.ArgumentParser) -> None:
 
 def _choices(key: str, hint: Any) -> list[str] | None:
     """The values of a key, where they are few."""
-    named = {"method": METHODS, "stream": STREAMS, "task_type": TASK_TYPES, "dtype": DTYPES, **CHOICES}
+    named: dict[str, Iterable[str]] = {
+        "method": METHODS,
+        "stream": STREAMS,
+        "task_type": TASK_TYPES,
+        "dtype": DTYPES,
+        **CHOICES,
+    }
     if key in named:
         return list(named[key])
     options = typing.get_args(hint) or (hint,)

@@ -127,12 +127,12 @@ def find_sources(places: Sequence[str], config: str | None = None) -> list[Sourc
     groups: dict[tuple[Path, str], dict[str, Path]] = {}
     for path in dict.fromkeys(files):
         name, split = _name_and_split(path)
-        known = groups.setdefault((path.parent, name), {})
-        if split in known:
+        group = groups.setdefault((path.parent, name), {})
+        if split in group:
             raise UserError(
-                f"{str(known[split])!r} and {str(path)!r} both hold the {split} rows of {name!r}. Name one of them."
+                f"{str(group[split])!r} and {str(path)!r} both hold the {split} rows of {name!r}. Name one of them."
             )
-        known[split] = path
+        group[split] = path
     return [*(_file_source(name, found) for (_, name), found in groups.items()), *sources]
 
 
@@ -164,8 +164,8 @@ def _file_source(name: str, files: dict[str, Path]) -> Source:
     if "all" in files and len(files) > 1:
         raise UserError(f"{str(files['all'])!r} and {str(files['train'])!r} have one name. Name one of them.")
     if "train" not in files and "all" not in files:
-        path = str(next(iter(files.values())))
-        raise UserError(f"There are no training rows beside {path!r}. Name the file of the training rows too.")
+        other = str(next(iter(files.values())))
+        raise UserError(f"There are no training rows beside {other!r}. Name the file of the training rows too.")
     if "train" in files and "test" not in files and "validation" not in files:
         files = {"all": files["train"]}
     splits = {}
