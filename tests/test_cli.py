@@ -16,7 +16,7 @@ from conftest import COLOUR, MOOD, build, rows
 
 from hf_pm.cli import _demo_model, main
 from hf_pm.config import parse_recipe
-from hf_pm.loading import build_trainer
+from hf_pm.loading import build_trainer, recipe_stream
 from hf_pm.methods.table import METHODS
 from hf_pm.progress import step_line, task_label, task_lines
 from hf_pm.report.page import format_table
@@ -407,6 +407,12 @@ def test_the_demo_finds_its_real_model(tmp_path, monkeypatch):
     (tmp_path / "models" / "smollm2-135m-instruct" / "config.json").touch()
     assert _demo_model("smollm2")[0] == "models/smollm2-135m-instruct" and "minutes" in _demo_model("smollm2")[1]
     assert _demo_model("owner/other")[0] == "owner/other"
+    recipe = parse_recipe(ROOT / "hf_pm" / "demo" / "smollm2.yaml", [])
+    answers = {
+        task.name: set(task.load("train")["label"]) | set(task.load("test")["label"]) for task in recipe_stream(recipe)
+    }
+    assert answers["capitals"] == {"BOOK", "FILM", "HOTEL", "MEAL", "PHONE", "CAR"}
+    assert answers["stars"] == set("12345") and all(json.loads(answer)["topic"] for answer in answers["json"])
 
 
 @pytest.mark.slow
