@@ -1,7 +1,7 @@
 # `make install` first: the other targets use its environment. `make BIN= test` uses the active one.
 BIN ?= .venv/bin/
 
-.PHONY: install style quality test test-slow demo docs ci
+.PHONY: install style quality test test-slow demo docs package ci
 
 install:
 	python3.11 -m venv .venv
@@ -14,6 +14,7 @@ style:
 quality:
 	$(BIN)ruff check .
 	$(BIN)ruff format --check .
+	$(BIN)mypy
 
 test:
 	$(BIN)python -m pytest -n 2 --dist worksteal
@@ -28,6 +29,11 @@ demo:
 # "mkdocstrings[python]"`.
 docs:
 	NO_MKDOCS_2_WARNING=1 $(BIN)mkdocs build --strict
+
+# Wheel and source archive, checked and tried in an environment of their own.
+package:
+	$(BIN)python -m pip install -c constraints.txt -e ".[release]"
+	$(BIN)python scripts/check_package.py
 
 # What a fresh clone does, with the commands of the README.
 ci:

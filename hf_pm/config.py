@@ -343,7 +343,7 @@ class PMConfig(TrainingArguments):
             f"must be a multiple of the {together} rows that {self.world_size} process(es) take at once",
             "Change it or `per_device_train_batch_size`.",
         )
-        self.gradient_accumulation_steps = asked // together
+        self.gradient_accumulation_steps: int = asked // together
 
     @property
     def effective_batch_size(self) -> int:
@@ -450,13 +450,13 @@ class Recipe(PMConfig):
             ("lora_rank_pattern", int, "must map names to whole numbers from 1 on"),
             ("lora_alpha_pattern", (int, float), "must map names to positive numbers"),
         ):
-            given = getattr(self, name)
-            right = given is None or (
-                isinstance(given, dict)
-                and all(isinstance(key, str) and type(value) is not bool for key, value in given.items())
-                and all(isinstance(value, kinds) and value > 0 for value in given.values())
+            pattern = getattr(self, name)
+            right = pattern is None or (
+                isinstance(pattern, dict)
+                and all(isinstance(key, str) and type(value) is not bool for key, value in pattern.items())
+                and all(isinstance(value, kinds) and value > 0 for value in pattern.values())
             )
-            _require(right, name, given, rule, "For example `{q_proj: 16}`.")
+            _require(right, name, pattern, rule, "For example `{q_proj: 16}`.")
         parameters = self.lora_target_parameters
         _require(
             parameters is None or (isinstance(parameters, list) and all(isinstance(item, str) for item in parameters)),

@@ -1,46 +1,150 @@
-"""Progress bar of a whole stream."""
+"""Progress of a whole stream: a bar per task on a terminal, lines of at most 80 columns everywhere else."""
 
+import sys
+import textwrap
 import time
+from collections.abc import Mapping
+from typing import Any
 
-from transformers import ProgressCallback
+from tqdm.auto import tqdm
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback
+from transformers.utils import is_in_notebook
+
+from .metrics.continual import average_accuracy
+from .report.tables import cut_text, fixed_text
 
 
-class StreamProgress(ProgressCallback):
-    """One bar per task: which task of how many, the loss, and the time left for the whole stream."""
+WIDTH = 80
+# Key of the logs of `Trainer` -> name in a line. The time left and the penalties follow as long as there is room.
+SHOWN = {"loss": "loss", "eval_loss": "eval_loss", "learning_rate": "lr"}
+
+
+def shows_bars(disabled: bool | None) -> bool:
+    """Whether progress bars are drawn: not into a file or a pipe, where every refresh would be a line of its own."""
+    return not disabled and (sys.stderr.isatty() or is_in_notebook())
+
+
+class StreamProgress(TrainerCallback):
+    """What both kinds of progress know: which task of how many, and the time left for the whole stream."""
 
     def __init__(self) -> None:
         super().__init__()
         self.label = "training"
         self.finished = 0.0  # fraction of the stream's rows before this task
         self.share = 1.0  # fraction of the stream's rows in this task
-        self.loss = "?"
         self._begun: tuple[float, float] | None = None  # when this process began, and what was learned by then
+
+    def begin_task(self, number: int, rows: list[int], name: str) -> None:
+        """Announce the training run that is next.
+
+        Args:
+            number (`int`): Of the run, counted from 1.
+            rows (`list[int]`): Training rows of every run of the stream.
+            name (`str`): Of the task.
+        """
+        self.label = task_label(number, len(rows), name)
+        self.finished = sum(rows[: number - 1]) / sum(rows)
+        self.share = rows[number - 1] / sum(rows)
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:  # noqa: ANN001, ANN003
         super().on_train_begin(args, state, control, **kwargs)
         if self._begun is None:
-            self._begun = time.monotonic(), self.finished + self.share * state.global_step / max(state.max_steps, 1)
+            self._begun = time.monotonic(), self._done(state)
+
+    def _done(self, state: Any) -> float:
+        """Fraction of the stream that is learned."""
+        return self.finished + self.share * state.global_step / max(state.max_steps, 1)
+
+    def _left(self, done: float) -> str:
+        """Time left for the whole stream, its measuring and scoring included, at the pace of this process so far."""
+        started, before = self._begun
+        return "?" if done <= before else _clock((time.monotonic() - started) * (1 - done) / (done - before))
+
+
+class StreamBar(StreamProgress, ProgressCallback):
+    """One bar per task, with the loss and the time left."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.loss = "?"
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:  # noqa: ANN001, ANN003
+        super().on_train_begin(args, state, control, **kwargs)
         if self.training_bar is not None:
             self.training_bar.set_description(self.label)
 
     def on_step_end(self, args, state, control, **kwargs) -> None:  # noqa: ANN001, ANN003
         super().on_step_end(args, state, control, **kwargs)
-        done = self.finished + self.share * state.global_step / max(state.max_steps, 1)
         if self.training_bar is not None:
-            self.training_bar.set_postfix(loss=self.loss, stream_left=self._left(done), refresh=False)
+            self.training_bar.set_postfix(loss=self.loss, stream_left=self._left(self._done(state)), refresh=False)
 
     def on_log(self, args, state, control, logs=None, **kwargs) -> None:  # noqa: ANN001, ANN003
         if logs and "loss" in logs:
             self.loss = f"{logs['loss']:.3g}"
 
-    def _left(self, done: float) -> str:
-        """Time left for the whole stream, its measuring and scoring included, at the pace of this process so far."""
-        started, before = self._begun
-        if done <= before:
-            return "?"
-        seconds = int((time.monotonic() - started) * (1 - done) / (done - before))
-        return (
-            f"{seconds // 3600}h{seconds % 3600 // 60:02d}m"
-            if seconds >= 3600
-            else f"{seconds // 60}m{seconds % 60:02d}s"
-        )
+
+class StreamLines(StreamProgress):
+    """One line per log step, on the standard output."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs) -> None:  # noqa: ANN001, ANN003
+        if state.is_world_process_zero and logs and ("loss" in logs or "eval_loss" in logs):
+            say(step_line(self.label, state, logs, self._left(self._done(state))))
+
+
+def say(text: str) -> None:
+    """Write lines to the standard output at once, also into a pipe, and above the bars of a terminal."""
+    tqdm.write(text)
+    sys.stdout.flush()
+
+
+def task_label(number: int, count: int, name: str) -> str:
+    """`task 2/4 amazon`, in at most 40 columns."""
+    return f"task {number}/{count} {cut_text(name, 24)}"
+
+
+def step_line(label: str, state: Any, logs: Mapping[str, float], left: str = "?") -> str:
+    """A log of `Trainer` in one line of at most `WIDTH` columns.
+
+    Args:
+        label (`str`): Begins the line: `task 2/4 amazon`.
+        state (`TrainerState`): Where the training is.
+        logs (`Mapping[str, float]`): What was logged.
+        left (`str`): Time left for the stream, `?` if it is not known yet.
+    """
+    line = f"{label}  step {state.global_step}/{state.max_steps}"
+    parts = [f"{name} {logs[key]:{'.1e' if name == 'lr' else '.3g'}}" for key, name in SHOWN.items() if key in logs]
+    parts += [] if left == "?" else [f"left {left}"]
+    penalties = {key.removeprefix("penalty/"): value for key, value in logs.items() if key.startswith("penalty/")}
+    parts += [f"{name} {value:.3g}" for name, value in penalties.items()]
+    for part in parts:
+        if len(line) + 2 + len(part) <= WIDTH:
+            line += f"  {part}"
+    return line
+
+
+def task_lines(label: str, results: Mapping[str, Any], seconds: float) -> str:
+    """The score on every task so far after a finished one, and their mean, in lines of at most `WIDTH` columns.
+
+    Args:
+        label (`str`): Begins the line: `task 2/4 amazon`.
+        results (`Mapping[str, Any]`): The content of `results.json`.
+        seconds (`float`): Time that the task took.
+    """
+    scores = results["matrix"][-1]
+    items = [f"{cut_text(n, 24)} {fixed_text(score)}" for n, score in zip(results["tasks"], scores, strict=False)]
+    items.append(f"mean {fixed_text(average_accuracy([scores]))}")
+    text = "  ".join(item.replace(" ", "\0") for item in items)  # a score stays on the line of its task
+    head = f"{label}  done in {_clock(seconds)}:  "
+    lines = textwrap.wrap(head + text, WIDTH, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+    return "\n".join(lines).replace("\0", " ")
+
+
+def _clock(seconds: float) -> str:
+    whole = int(seconds)
+    if whole >= 3600:
+        return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+    return f"{whole // 60}m{whole % 60:02d}s"
+
+
+# What `Trainer` brings, and a stream replaces.
+REPLACED = (ProgressCallback, PrinterCallback, StreamBar, StreamLines)

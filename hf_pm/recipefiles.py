@@ -22,7 +22,7 @@ MAX_BYTES = 1_000_000
 # Values of a file, each alias counted as often as it stands for something.
 MAX_VALUES = 100_000
 PLAIN = {f"tag:yaml.org,2002:{kind}" for kind in ("null", "bool", "int", "float", "str", "seq", "map", "merge")}
-KINDS = {
+KINDS: dict[type, str] = {
     **{bool: "true or false", int: "a whole number", float: "a number", str: "text"},
     **{list: "a list", dict: "a mapping", type(None): "nothing"},
 }

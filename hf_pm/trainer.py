@@ -5,6 +5,7 @@ import gc
 import inspect
 import logging
 import resource
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -22,7 +23,6 @@ from transformers import (
     DataCollatorWithPadding,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    ProgressCallback,
     Seq2SeqTrainer,
     Trainer,
 )
@@ -40,12 +40,12 @@ from .methods.measuring import measure, measure_inputs
 from .methods.parity import Parity
 from .methods.parts import Parts
 from .methods.protection import Protection
-from .progress import StreamProgress
+from .progress import REPLACED, StreamBar, StreamLines, say, shows_bars, task_label, task_lines
 from .report import page
 from .runs import recovery
 from .runs.folder import RunFolder
 from .store.lock import only_process
-from .store.results import stream_logs
+from .store.results import TIMES, stream_logs
 from .tasks.encoding import AnswerCollator, Encoder, by_length
 from .tasks.rows import Stage, StreamRows
 from .tasks.stream import TaskStream, subset
@@ -202,11 +202,10 @@ class PMTrainerMixin(TaskTraining):
         self.scorer = Scorer(self, self.rows, self.run.path / "cells.json")
         self.live: int | None = None  # number of tasks whose merged weights are live
         self.parity = Parity(self)
-        self._progress = StreamProgress()
-        if not args.disable_tqdm:
-            self.remove_callback(ProgressCallback)
-            self.remove_callback(StreamProgress)
-            self.add_callback(self._progress)
+        self._progress = StreamBar() if self._bars else StreamLines()
+        for other in REPLACED:
+            self.remove_callback(other)
+        self.add_callback(self._progress)
 
     def _protect(self, folder: Folder) -> StoredState:
         """Measure the protected text on the base, with a silent adapter: the state that the first task finds.
@@ -222,7 +221,7 @@ class PMTrainerMixin(TaskTraining):
         folder.into_model(self.model, 0)
         adapters.reset(self.model, self._task_seed(0))
         if text.rows is None:
-            hidden = self.args.disable_tqdm or not self.is_world_process_zero()
+            hidden = not self._bars
             made = text.generate(self.model, self.args.per_device_eval_batch_size, self.accelerator.autocast)
             for _ in tqdm(made, total=text.windows, desc="generating", unit="text", leave=False, disable=hidden):
                 pass
@@ -282,9 +281,7 @@ class PMTrainerMixin(TaskTraining):
         if self._selects:
             self.eval_dataset = self.rows.selection(stage)
         rows = [sum(len(self.rows.train[t]) for t in other.learns) for other in self.stages]
-        self._progress.label = f"task {number} of {len(self.stages)} ({stage.name})"
-        self._progress.finished = sum(rows[: number - 1]) / sum(rows)
-        self._progress.share = rows[number - 1] / sum(rows)
+        self._progress.begin_task(number, rows, stage.name)
         self._checkpoint_dir = self.run.task_dir(number) / "checkpoints"
         self._checkpoint_dir.mkdir(parents=True, exist_ok=True)
         self.live = None
@@ -394,8 +391,12 @@ class PMTrainerMixin(TaskTraining):
         extra = {"parity": parity, "evaluate_seconds": time.monotonic() - started}
         self.run.record_scores(number, [*rows, scores], cells, general, extra)
         self.log(stream_logs(results, len(results["matrix"])))
-        if self.is_world_process_zero() and not self.args.disable_tqdm:
-            tqdm.write(page.format_table(results))
+        if self.is_world_process_zero() and self._bars:
+            say(page.format_table(results, shutil.get_terminal_size().columns))
+        elif self.is_world_process_zero():
+            label = task_label(number, len(self.stages), stage.name)
+            seconds = sum(results["per_task"][number - 1].get(key) or 0.0 for key in TIMES)
+            say(task_lines(label, results, seconds))
 
     def _measure_general_ability(self, number: int) -> dict[str, Any] | None:
         """The panel after `number` tasks; `None` for a model without a language head."""
@@ -438,11 +439,15 @@ class PMTrainerMixin(TaskTraining):
         args = self.args
         share = rows.select(range(args.process_index, len(rows), args.world_size))
         loader = DataLoader(share, batch_size=batch_size, collate_fn=self.stream_collator)
-        hidden = args.disable_tqdm or not self.is_world_process_zero()
-        with tqdm(total=len(share), desc=label, unit="row", leave=False, disable=hidden) as bar:
+        with tqdm(total=len(share), desc=label, unit="row", leave=False, disable=not self._bars) as bar:
             for batch in loader:
                 yield self._prepare_input(dict(batch))
                 bar.update(len(batch["labels"]))
+
+    @property
+    def _bars(self) -> bool:
+        """Whether this process draws progress bars."""
+        return self.is_world_process_zero() and shows_bars(self.args.disable_tqdm)
 
     def _score_base(self) -> None:
         """The row before any task and the general ability of the base, once; tasks that were added come later."""

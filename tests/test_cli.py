@@ -2,19 +2,25 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
 from conftest import COLOUR, MOOD, build, rows
 
-from hf_pm.cli import main
+from hf_pm.cli import _demo_model, main
 from hf_pm.config import parse_recipe
-from hf_pm.loading import build_trainer
+from hf_pm.loading import build_trainer, recipe_stream
+from hf_pm.methods.table import METHODS
+from hf_pm.progress import step_line, task_label, task_lines
+from hf_pm.report.page import format_table
+from hf_pm.tasks.benchmarks import STREAMS
 from hf_pm.weights.adapters import lora_layers
 
 
@@ -85,6 +91,35 @@ def test_help_does_not_import_torch():
     )
     done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True)
     assert done.stdout.strip().endswith("False")
+
+
+def test_a_line_of_progress_fits_80_columns():
+    state = SimpleNamespace(global_step=40, max_steps=120)
+    logs = {"loss": 0.8826, "grad_norm": 1.0, "learning_rate": 0.0015, "epoch": 1.0}
+    label = task_label(2, 4, "amazon")
+    assert step_line(label, state, logs) == "task 2/4 amazon  step 40/120  loss 0.883  lr 1.5e-03"
+    logs |= {"penalty/ewc": 0.25, "penalty/lwf": 123.456}
+    long = task_label(14, 15, "task511_reddit_tifu_long_text_summarization")
+    # There is room for one of the penalties.
+    assert step_line(label, state, logs, "12m04s").endswith("lr 1.5e-03  left 12m04s  ewc 0.25")
+    assert len(step_line(long, state, logs, "12m04s")) <= 80
+    names = [f"task{number}_reddit_tifu_long_text_summarization" for number in range(15)]
+    lines = task_lines(long, {"tasks": names, "matrix": [[0.5] * 15]}, 3700).splitlines()
+    assert lines[0].startswith("task 14/15 ") and "done in 1h01m:" in lines[0] and lines[-1].endswith("mean 0.500")
+    assert len(lines) > 3 and all(len(line) <= 80 for line in lines)
+    assert sum(line.count(" 0.500") for line in lines) == 16
+
+
+def test_a_wide_table_is_cut_at_the_width_of_the_terminal():
+    names = [f"task-{number:02d}" for number in range(15)]
+    results = {"schema": 1, "tasks": names, "matrix": [[0.5] * (t + 1) for t in range(15)], "base_row": [0.25] * 15}
+    whole, cut = format_table(results), format_table(results, 80)
+    assert max(map(len, whole.splitlines())) > 80 >= max(map(len, cut.splitlines()))
+    blocks = [block.splitlines() for block in cut.split("\n\n")]
+    label = len("after 15: task-14")
+    joined = [line[0] + "".join(rest[label:] for rest in line[1:]) for line in zip(*blocks, strict=True)]
+    assert len(blocks) == 3 and [line.split() for line in joined] == [line.split() for line in whole.splitlines()]
+    assert format_table(results, 10).count("base") == 16  # never less than one column
 
 
 def test_three_doors_give_the_same_results(recipe, tmp_path):
@@ -257,11 +292,137 @@ def test_a_mistake_in_a_real_process_has_no_traceback(recipe):
 def test_report_and_compare_of_real_runs(recipe, tmp_path, capsys):
     path, _ = recipe
     for method in ("pm", "sequential"):
-        assert main(["run", str(path), "--method", method, "--output_dir", str(tmp_path / method)]) == 0
+        # Not a terminal: no bar is drawn, whatever the recipe says.
+        words = ["--method", method, "--logging_steps", "2", "--disable_tqdm", "false"]
+        assert main(["run", str(path), *words, "--output_dir", str(tmp_path / method)]) == 0
+        said = capsys.readouterr()
+        assert "\r" not in said.out + said.err and "{" not in said.out
+        lines = said.out.splitlines()
+        assert all(len(line) <= 80 for line in lines[:-1])
+        steps = [
+            line for line in lines if re.fullmatch(r"task 2/2 mood  step [246]/6  loss \S+  lr \S+  left \S+", line)
+        ]
+        assert len(steps) == 3
+        matrix = json.loads((tmp_path / method / "results.json").read_text())["matrix"]
+        (done,) = [line for line in lines if line.startswith("task 2/2 mood  done in ")]
+        assert done.endswith(f"  colour {matrix[1][0]:.3f}  mood {matrix[1][1]:.3f}  mean {sum(matrix[1]) / 2:.3f}")
     (tmp_path / "pm" / "report.html").unlink()
     assert main(["report", str(tmp_path / "pm")]) == 0
     assert "colour" in (tmp_path / "pm" / "report.html").read_text()
     capsys.readouterr()
     page = tmp_path / "compare.html"
-    assert main(["compare", str(tmp_path / "pm"), str(tmp_path / "sequential"), "--output", str(page)]) == 0
+    runs = [str(tmp_path / "pm"), str(tmp_path / "sequential")]
+    assert main(["compare", *runs, "--output", str(page)]) == 0
     assert "sequential" in capsys.readouterr().out and "sequential" in page.read_text()
+
+    # The same for scripts: nothing but JSON on the standard output.
+    results = json.loads((tmp_path / "pm" / "results.json").read_text())
+    report = as_json(capsys, "report", runs[0])
+    assert report["matrix"] == results["matrix"] and report["metrics"] == results["metrics"]
+    assert report["report"] == str(tmp_path / "pm" / "report.html")
+    compared = as_json(capsys, "compare", *runs, "--output", str(page))
+    means = {row["label"]: row["average_accuracy"]["mean"] for row in compared["rows"]}
+    assert means["pm"] == results["metrics"]["average_accuracy"] and set(means) == {"pm", "sequential"}
+    found = as_json(capsys, "doctor", runs[0])
+    assert found["checked"] > 5 and found["wrong"] == 0 and found["findings"] == []
+    (tmp_path / "pm" / "tasks" / "01-colour" / "adapter" / "adapter_model.safetensors").write_bytes(b"no")
+    found = as_json(capsys, "doctor", runs[0], code=1)
+    assert found["wrong"] >= 1 and found["findings"][0]["file"].endswith("adapter_model.safetensors")
+
+
+def as_json(capsys, *words, code=0):
+    capsys.readouterr()
+    assert main([*words, "--json"]) == code
+    return json.loads(capsys.readouterr().out)
+
+
+def test_lists_and_plans_as_json(recipe, tmp_path, capsys):
+    path, values = recipe
+    plan = as_json(capsys, "plan", str(path))
+    assert plan["tasks"] == ["colour", "mood"] and plan["train_rows"] == [24, 24] and plan["steps"] == 12
+    methods = {record["method"]: record for record in as_json(capsys, "methods")}
+    assert set(methods) == set(METHODS) and "2505.22389" in methods["pm"]["paper"]
+    streams = {record["stream"]: record for record in as_json(capsys, "streams")}
+    assert set(streams) == set(STREAMS)
+    for name, record in streams.items():
+        assert [task["name"] for task in record["tasks"]] == STREAMS[name]
+    assert streams["trace"]["rows"] == "`data_dir` only" and "2310.06762" in streams["trace"]["source"]
+    assert "2301.12314" in streams["sapt/order4"]["source"] and "2401.08295" in streams["sapt/order1"]["source"]
+    (one,) = as_json(capsys, "streams", "olora/order1")
+    assert one == streams["olora/order1"] and one["tasks"][0]["hub"] == "fancyzhx/dbpedia_14"
+
+
+def test_lists_fit_80_columns(recipe, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    for words in (["methods"], ["streams"], ["streams", "superni/order1"], ["plan", str(recipe[0])]):
+        assert main(words) == 0
+        out = capsys.readouterr().out
+        assert max(map(len, out.splitlines())) <= 80, words
+    assert main(["streams", "olora/order9"]) == 2
+    assert "Unknown stream 'olora/order9'. Did you mean 'olora/order" in capsys.readouterr().err
+
+
+def test_a_shell_completes_commands_options_keys_and_values(capsys, tmp_path):
+    with pytest.raises(SystemExit) as ended:
+        main(["--print-completion", "bash"])
+    assert not ended.value.code
+    (tmp_path / "hf-pm.bash").write_text(capsys.readouterr().out)
+    (tmp_path / "recipe.yaml").touch()
+    words = {
+        "hf-pm str": ["streams"],
+        "hf-pm run --meth": ["--method", "--method_kwargs"],
+        "hf-pm run recipe.yaml --method spect": ["spectral"],
+        "hf-pm plan recipe.yaml --bf16 t": ["true"],
+        "hf-pm compare --base": ["--baseline"],
+        "hf-pm run rec": ["recipe.yaml"],
+    }
+    lines = ["source hf-pm.bash", "name=$(complete -p hf-pm | sed 's/.*-F \\([^ ]*\\).*/\\1/')"]
+    for typed in words:
+        lines += [f"COMP_WORDS=({typed})", "COMP_CWORD=$((${#COMP_WORDS[@]}-1))", "COMPREPLY=()", "$name"]
+        lines += ['echo "${COMPREPLY[@]}"']
+    done = subprocess.run(["bash", "-c", "\n".join(lines)], cwd=tmp_path, capture_output=True, text=True)
+    assert [line.split() for line in done.stdout.splitlines()] == list(words.values()), done.stderr
+
+
+def test_completion_without_its_package_says_so(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "shtab", None)
+    assert main(["--print-completion", "bash"]) == 2
+    assert "Completion needs the package `shtab`" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_reader_who_has_enough_is_no_error():
+    words = [sys.executable, "-m", "hf_pm.cli", "methods"]
+    process = subprocess.Popen(words, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    assert process.stderr.read() == b"" and process.wait() == 1
+
+
+def test_the_demo_finds_its_real_model(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("HF_PM_SMOLLM2_DIR", raising=False)
+    model, note = _demo_model("smollm2")
+    assert model == "HuggingFaceTB/SmolLM2-135M-Instruct" and "scripts/fetch_smollm2.py" in note and "minutes" in note
+    (tmp_path / "models" / "smollm2-135m-instruct").mkdir(parents=True)
+    (tmp_path / "models" / "smollm2-135m-instruct" / "config.json").touch()
+    assert _demo_model("smollm2")[0] == "models/smollm2-135m-instruct" and "minutes" in _demo_model("smollm2")[1]
+    assert _demo_model("owner/other")[0] == "owner/other"
+    recipe = parse_recipe(ROOT / "hf_pm" / "demo" / "smollm2.yaml", [])
+    answers = {
+        task.name: set(task.load("train")["label"]) | set(task.load("test")["label"]) for task in recipe_stream(recipe)
+    }
+    assert answers["capitals"] == {"BOOK", "FILM", "HOTEL", "MEAL", "PHONE", "CAR"}
+    assert answers["stars"] == set("12345") and all(json.loads(answer)["topic"] for answer in answers["json"])
+
+
+@pytest.mark.slow
+def test_the_demo_with_another_model(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    words = ["--prompt", "plain", "--dtype", "float32", "--bf16", "false", "--max_train_samples", "16"]
+    words += ["--max_eval_samples", "8", "--curvature_num_samples", "8"]
+    assert main(["demo", "--model", str(ROOT / "hf_pm" / "demo" / "model"), *words]) == 0
+    assert (tmp_path / "runs" / "demo-smollm2" / "compare.html").is_file()
+    for method in ("sequential", "kronecker"):
+        results = json.loads((tmp_path / "runs" / "demo-smollm2" / method / "results.json").read_text())
+        assert results["tasks"] == ["capitals", "stars", "json"] and results["method"] == method
+    assert "Three tasks on" in capsys.readouterr().out

@@ -461,13 +461,15 @@ def write_report(run_dir: str | Path) -> Path:
     return folder / "report.html"
 
 
-def format_table(results: Mapping[str, Any]) -> str:
+def format_table(results: Mapping[str, Any], width: int | None = None) -> str:
     """
     Format the matrix so far as a plain-text table for a terminal.
 
     Args:
         results (`Mapping[str, Any]`):
             The content of `results.json`.
+        width (`int`, *optional*):
+            Columns of the terminal: a wider table is cut into several, one below the other.
 
     Returns:
         `str`: A header, the scores before any task, then one line per learned task. `AA` is the mean over the tasks
@@ -488,11 +490,18 @@ def format_table(results: Mapping[str, Any]) -> str:
     for row in grid["rows"]:
         label = f"after {row['step']}: {cut_text(row['name'], 20)}" if row["step"] else "base"
         lines.append([label, *[fixed_text(score) for score in row["cells"]], fixed_text(row["average"])])
-    widths = [max(5 if column else 0, *map(len, texts)) for column, texts in enumerate(zip(*lines, strict=True))]
-    return "\n".join(
-        "  ".join(
-            text.rjust(width) if column else text.ljust(width)
-            for column, (text, width) in enumerate(zip(line, widths, strict=True))
-        )
-        for line in lines
-    )
+    columns = list(zip(*lines, strict=True))
+    names, *scores = [(column, max(5 if place else 0, *map(len, column))) for place, column in enumerate(columns)]
+    blocks = [[names]]
+    for column in scores:
+        used = sum(size + 2 for _, size in blocks[-1]) + column[1]
+        if width is not None and used > width and len(blocks[-1]) > 1:
+            blocks.append([names])
+        blocks[-1].append(column)
+    return "\n\n".join("\n".join(_table_line(block, place) for place in range(len(lines))) for block in blocks)
+
+
+def _table_line(block: Sequence[tuple[Sequence[str], int]], place: int) -> str:
+    """One line of some columns: the name on the left, the numbers on the right."""
+    (names, width), *others = block
+    return "  ".join([names[place].ljust(width), *(column[place].rjust(size) for column, size in others)])

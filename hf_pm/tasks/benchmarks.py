@@ -354,6 +354,64 @@ STREAMS: dict[str, list[str]] = {
 }
 
 
+# Beginning of a stream's id -> whose tasks and whose order; the longest beginning counts.
+PUBLISHED = {
+    "olora/": "O-LoRA, arXiv 2310.14152: the standard benchmark, its own orders",
+    "olora/order4": "Progressive Prompts, arXiv 2301.12314: the long sequence, as O-LoRA numbers it",
+    "olora/order5": "Progressive Prompts, arXiv 2301.12314: the long sequence, as O-LoRA numbers it",
+    "olora/order6": "Progressive Prompts, arXiv 2301.12314: the long sequence, as O-LoRA numbers it",
+    "sapt/": "SAPT, arXiv 2401.08295: tasks of Super-NaturalInstructions, its own orders",
+    "sapt/order4": "Progressive Prompts, arXiv 2301.12314: the long sequence, as SAPT numbers it (arXiv 2401.08295)",
+    "sapt/order5": "Progressive Prompts, arXiv 2301.12314: the long sequence, as SAPT numbers it (arXiv 2401.08295)",
+    "sapt/long": "Progressive Prompts, arXiv 2301.12314: the long sequence, in the orders of SAPT (arXiv 2401.08295)",
+    "superni/": "SAPT, arXiv 2401.08295: tasks of Super-NaturalInstructions, its own orders",
+    "trace": "TRACE, arXiv 2310.06762",
+    "local/": "not published: tasks of the standard benchmark and yelp",
+}
+
+
+def describe_streams(name: str | None = None) -> list[dict[str, Any]]:
+    """The registered streams for people and scripts.
+
+    Args:
+        name (`str`, *optional*): One of them; all by default.
+
+    Returns:
+        `list[dict]`: Per stream `stream`, `source`, `rows` and `tasks`; per task its name, the number of rows as
+        published (`None` where that could not be checked), metric, options, and where its rows are on the Hub.
+
+    Raises:
+        UserError: An unknown name.
+    """
+    names = STREAMS if name is None else [choose("stream", name, STREAMS)]
+    return [
+        {
+            "stream": stream,
+            "source": PUBLISHED[max((start for start in PUBLISHED if stream.startswith(start)), key=len)],
+            "rows": "the Hub, or `data_dir`" if all(BENCHMARKS[t].hub for t in STREAMS[stream]) else "`data_dir` only",
+            "tasks": [_describe_task(task) for task in STREAMS[stream]],
+        }
+        for stream in names
+    ]
+
+
+def _describe_task(name: str) -> dict[str, Any]:
+    known = BENCHMARKS[name]
+    hub = known.hub or {}
+    return {
+        "name": name,
+        "train": known.train_size,
+        "test": known.test_size,
+        "metric": known.metric,
+        "options": known.options,
+        "epochs": known.epochs,
+        "hub": hub.get("train"),
+        "config": hub.get("config"),
+        "revision": hub.get("revision"),
+        "folder": known.folders[0] if known.folders else None,
+    }
+
+
 def load_stream(name: str, data_dir: str | None = None) -> TaskStream:
     """The stream registered under `name`.
 

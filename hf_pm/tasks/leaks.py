@@ -24,7 +24,8 @@ def overlap(splits: Mapping[tuple[str, str], Sequence[str]]) -> list[dict[str, A
         and `rows` (of the second). A text without any letter or digit counts only as it is.
     """
     names = list(splits)
-    exact, normalized = Counter(), Counter()
+    exact: Counter[tuple[int, int]] = Counter()
+    normalized: Counter[tuple[int, int]] = Counter()
     seen: dict[bytes, int] = {}  # hash of a text, as it is or normalized -> bit i: split i has it
     for second, name in enumerate(names):
         keys = [(_hash("=" + text), _hash("~" + normalize(text))) for text in splits[name] if text]

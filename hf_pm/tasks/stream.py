@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from datasets import ClassLabel, Dataset, DatasetDict, LargeList, List, Value, load_dataset
@@ -28,7 +28,7 @@ EVAL_SUBSET_SEED = 0
 LARGEST_HELD_OUT = 1 / 5
 CUTS = ("end", "middle")
 
-Source = str | Path | Dataset | DatasetDict
+Source: TypeAlias = str | Path | Dataset | DatasetDict
 
 
 @dataclass
@@ -380,8 +380,8 @@ class Task:
 
     def _read(self, source: str | Dataset | DatasetDict, split: str) -> Dataset:
         where = f"the {split} rows of task {self.name!r}"
-        stored = {"train": self.train_split, "validation": self.validation_split or "validation"}
-        stored = stored.get(split, self.test_split)
+        named = {"train": self.train_split, "validation": self.validation_split or "validation"}
+        stored = named.get(split, self.test_split)
         if isinstance(source, Dataset):
             return source
         if isinstance(source, DatasetDict):

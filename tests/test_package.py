@@ -1,0 +1,76 @@
+"""What a release is made of: one version, requirements with two ends, a wheel that brings its data."""
+
+import importlib.util
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+
+import hf_pm
+
+
+ROOT = Path(__file__).parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+def script(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_version_is_the_same_everywhere():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert hf_pm.__version__ == PROJECT["version"] == citation["version"]
+
+
+def test_classifiers_name_the_versions_of_python_that_are_promised():
+    low, high = re.fullmatch(r">=3\.(\d+),<3\.(\d+)", PROJECT["requires-python"]).groups()
+    named = [f"Programming Language :: Python :: 3.{minor}" for minor in range(int(low), int(high))]
+    assert [line for line in PROJECT["classifiers"] if re.search(r":: 3\.\d", line)] == named
+
+
+def test_every_requirement_has_two_ends_and_its_pin_lies_between():
+    lower_pins = script("lower_pins").lower_pins
+    extras = tuple(PROJECT["optional-dependencies"])
+    lowest = dict(pin.split("==") for pin in lower_pins(PROJECT, extras))
+    assert len(lowest) > 20 and lowest["torch"] == "2.10"
+    named = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line)
+    pinned = {key.lower().replace("_", "-"): value for key, value in named.items()}
+    for name, version in lowest.items():
+        pin = pinned.get(name.lower().replace("_", "-"))
+        assert pin is None or numbers(version) <= numbers(pin), name
+    broken = {"name": "x", "dependencies": ["torch>=2"], "optional-dependencies": {}}
+    with pytest.raises(SystemExit, match="'torch>=2' is not `name>=lower,<upper`"):
+        lower_pins(broken, ())
+
+
+def numbers(version):
+    return [int(part) for part in version.split(".")]
+
+
+def test_templates_of_issues_are_yaml_with_unique_ids():
+    forms = sorted((ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml"))
+    assert [path.stem for path in forms] == ["bug", "config", "idea", "method"]
+    for path in forms:
+        form = yaml.safe_load(path.read_text())
+        if path.stem == "config":
+            continue
+        assert form["name"] and form["description"]
+        ids = [item["id"] for item in form["body"] if item["type"] != "markdown"]
+        assert ids and len(set(ids)) == len(ids)
+
+
+@pytest.mark.slow
+def test_the_wheel_is_whole(tmp_path):
+    for package in ("build", "twine"):
+        pytest.importorskip(package, reason="needs the extra `release`")
+    words = [sys.executable, str(ROOT / "scripts" / "check_package.py"), "--output_dir", str(tmp_path / "dist")]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(list((tmp_path / "dist").iterdir())) == 2 and "brings its data" in done.stdout
