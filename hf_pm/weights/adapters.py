@@ -21,6 +21,7 @@ from ..errors import UserError, cause_of
 from ..store.disk import whole
 from ..store.ledger import SETTINGS, WEIGHTS
 from ..store.tensorfiles import read_header, read_tensor
+from .sharding import is_sharded
 
 
 # Trainer and PEFT misbehave with other names (transformers#28531), so the adapter in training always has this one.
@@ -311,6 +312,16 @@ class StoredAdapter:
         return {key: value for key, value in load_file(self.path).items() if ".lora_" not in key}
 
 
+def own_state(model: PeftModel) -> dict[str, torch.Tensor] | None:
+    """What PEFT has to save of a sharded model; `None` lets it look for itself.
+
+    It would gather the weights of the whole base on every process to leave them out, and wait for all processes.
+    """
+    if not is_sharded(model):
+        return None
+    return {name: parameter.detach() for name, parameter in model.named_parameters() if ".lora_" in name}
+
+
 def save(model: PeftModel, folder: Path, base_model: str, revision: str | None) -> None:
     """Write the live adapter in PEFT's format; `folder` appears whole or not at all.
 
@@ -328,7 +339,7 @@ def save(model: PeftModel, folder: Path, base_model: str, revision: str | None) 
     layouts = {name: layout for name, layout in layouts.items() if layout != (name, *usual)}
     with whole(folder) as part:
         # "auto" would ask the Hub whether the vocabulary was resized.
-        model.save_pretrained(part, save_embedding_layers=False)
+        model.save_pretrained(part, save_embedding_layers=False, state_dict=own_state(model))
         (part / "README.md").unlink(missing_ok=True)
         if layouts:
             noted = {"format": "pt", PARAMETERS: json.dumps(layouts, sort_keys=True)}
