@@ -362,7 +362,7 @@ class PMConfig(TrainingArguments):
         remedy = "Use a merge that keeps one model, or leave FSDP out."
         _require(method.merge != "experts", "merge", method.merge, rule, remedy)
         kind = getattr(self, "task_type", "CAUSAL_LM")
-        _require(kind == "CAUSAL_LM", "task_type", kind, rule, "Leave FSDP out: a model of this kind is small.")
+        _require(kind == "CAUSAL_LM", "task_type", kind, rule, "Leave FSDP out for this kind of model.")
 
     def _accumulate(self) -> None:
         """Take as many micro-batches a step as make the global batch."""

@@ -274,8 +274,9 @@ class Folder:
     ) -> None:
         """Write the merged weights into the live model and silence its adapter.
 
-        Only the adapted matrices are read from the base, and of a sharded one the rows that are here. A 4-bit or 8-bit layer is quantized afresh from the values of
-        the release, never from quantized weights: loading the release in quantized form gives the same bits.
+        Only the adapted matrices are read from the base, and of sharded ones the rows that are here. A 4-bit or 8-bit
+        layer is quantized afresh from the values of the release, never from quantized weights: loading the release in
+        quantized form gives the same bits.
 
         Args:
             model (`PeftModel`): With the adapter that `names` was made for.
