@@ -332,8 +332,8 @@ class PMConfig(TrainingArguments):
         check_environment(os.environ)
         check_deepspeed(os.environ, self.deepspeed)
         self.sharded = take_fsdp(os.environ, self.fsdp, self.fsdp_config)
+        self.fsdp = self.fsdp_config = None  # `TrainingArguments` would ask accelerate for it
         if self.sharded:
-            self.fsdp = self.fsdp_config = None
             self._check_sharded()
         if self.use_cpu:
             join_ranks(self.ddp_backend, self.ddp_timeout)
