@@ -110,6 +110,8 @@ class PMTrainerMixin(TaskTraining):
         self.sharded = sharding.check_model(model, args.sharded)
         if self.sharded and self.task_type != "CAUSAL_LM":
             raise UserError(f"A sharded model must be a CAUSAL_LM, but this is a {self.task_type}. Load it whole.")
+        if self.sharded:
+            sharding.own_rows(model)
         self.parts = Parts(args.resolved_method(), args)
         self.parts.check(self.task_type)
         if isinstance(model, PeftModel):

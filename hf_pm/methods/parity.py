@@ -218,7 +218,9 @@ class Parity:
         if folded is None:  # scored by an earlier process, which died before the release
             trainer.rebuild(number)
             folded = self._spared(number, lambda: self._logits(number))
-        reloaded = self._spared(number, lambda: self._reloaded(number, release)) if folded is not None else None
+        # Shards of two models would be as large as one whole model where there are two ranks.
+        with sharding.parked(trainer.model, trainer.run.path) if trainer.sharded else nullcontext():
+            reloaded = self._spared(number, lambda: self._reloaded(number, release)) if folded is not None else None
         if reloaded is None:
             return
         record = trainer.run.results["per_task"][number - 1]

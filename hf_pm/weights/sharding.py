@@ -7,6 +7,10 @@ has to know of shards is here and in `folding.py`; everything else sees a model.
 Every forward pass gathers, so all processes must make the same number of them.
 """
 
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +23,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from transformers.distributed import DistributedConfig
 
 from ..errors import UserError
+from ..store.tensorfiles import as_bytes
 
 
 def loading() -> dict[str, Any]:
@@ -29,6 +34,12 @@ def loading() -> dict[str, Any]:
 def is_sharded(model: nn.Module) -> bool:
     """Whether some weight of the model is spread over processes."""
     return any(isinstance(parameter, DTensor) for parameter in model.parameters())
+
+
+def own_rows(model: nn.Module) -> None:
+    """Copy the rows that were read into memory of their own, one weight at a time: what the loader gives cannot be let
+    go of (see [`parked`])."""
+    model._apply(torch.clone)
 
 
 def rows_here(weight: DTensor) -> tuple[int, int]:
@@ -47,6 +58,34 @@ def free_gathered(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
+
+
+@contextmanager
+def parked(model: nn.Module, folder: Path) -> Iterator[None]:
+    """Keep this process's rows of all weights in a file of `folder` meanwhile, to make room for another model.
+
+    Afterwards they are where they were, with the same bits.
+    """
+    free_gathered(model)
+    storages = {}
+    for parameter in model.parameters():
+        if isinstance(parameter, DTensor):
+            storage = parameter.to_local().untyped_storage()  # with its padding; tied weights share one
+            storages.setdefault(storage.data_ptr(), (storage, storage.nbytes(), parameter.device))
+    # Without a name: whatever happens, nothing is left.
+    with tempfile.TemporaryFile(dir=folder) as file:
+        for storage, _, device in storages.values():
+            here = torch.empty(0, dtype=torch.uint8, device=device).set_(storage)
+            file.write(as_bytes(here.clone()))  # what NumPy has seen cannot be resized any more
+            storage.resize_(0)
+        try:
+            yield
+        finally:
+            file.seek(0)
+            for storage, size, device in storages.values():
+                storage.resize_(size)
+                here = torch.frombuffer(bytearray(file.read(size)), dtype=torch.uint8)
+                torch.empty(0, dtype=torch.uint8, device=device).set_(storage).copy_(here)
 
 
 def check_architecture(architecture: Any, config: Any, name: str, **kwargs: Any) -> None:
