@@ -21,7 +21,14 @@ from .methods.parts import Parts, resolve
 from .methods.protection import SELF
 from .methods.table import Method
 from .recipefiles import coerce, parse_words, read_recipe
-from .store.environment import check_environment, check_token, join_ranks, place_problem
+from .store.environment import (
+    check_deepspeed,
+    check_environment,
+    check_token,
+    join_ranks,
+    place_problem,
+    take_fsdp,
+)
 from .store.hub_metadata import check_license, check_repo_id, check_tags, is_hub_id, missing_base_id
 from .tasks.encoding import PROMPTS
 
@@ -262,7 +269,10 @@ class PMConfig(TrainingArguments):
         self.given = {
             item.name: _plain(getattr(self, item.name))
             for item in dataclasses.fields(self)
-            if item.init and not item.name.endswith("token") and getattr(self, item.name) not in (None, _default(item))
+            if item.init
+            and not item.name.endswith("token")
+            and item.name not in ENGINE_FIELDS
+            and getattr(self, item.name) not in (None, _default(item))
         }
         Parts(self.resolved_method(), self)  # checks `method_kwargs`
         for name, known in CHOICES.items():
@@ -320,6 +330,11 @@ class PMConfig(TrainingArguments):
         rule = f"must be a folder to write to ({problem})"
         _require(problem is None, "output_dir", self.output_dir, rule, "Name another one.")
         check_environment(os.environ)
+        check_deepspeed(os.environ, self.deepspeed)
+        self.sharded = take_fsdp(os.environ, self.fsdp, self.fsdp_config)
+        self.fsdp = self.fsdp_config = None  # `TrainingArguments` would ask accelerate for it
+        if self.sharded:
+            self._check_sharded()
         if self.use_cpu:
             join_ranks(self.ddp_backend, self.ddp_timeout)
         super().__post_init__()
@@ -329,6 +344,25 @@ class PMConfig(TrainingArguments):
         missing = sorted({*self.report_to} - {*get_available_reporting_integrations(), "azure_ml", "flyte"})
         rule = "must name trackers that are installed"
         _require(not missing, "report_to", missing, rule, "Install them, or use `report_to: none`.")
+
+    def _check_sharded(self) -> None:
+        """Refuse what nobody has seen run on a sharded base."""
+        method = self.resolved_method()
+        rule = "cannot be used with FSDP"
+        refused = {
+            "lm_eval_tasks": "`lm-eval` gives each process a number of forward passes of its own. Measure them on the "
+            "releases.",
+            "load_in_4bit": "Quantized weights are no rows of a matrix. Leave one of the two out.",
+            "load_in_8bit": "Quantized weights are no rows of a matrix. Leave one of the two out.",
+            "lora_target_parameters": "Adapt `lora_target_modules`, or leave FSDP out.",
+        }
+        for name, remedy in refused.items():
+            value = getattr(self, name, None)
+            _require(not value, name, value, rule, remedy)
+        remedy = "Use a merge that keeps one model, or leave FSDP out."
+        _require(method.merge != "experts", "merge", method.merge, rule, remedy)
+        kind = getattr(self, "task_type", "CAUSAL_LM")
+        _require(kind == "CAUSAL_LM", "task_type", kind, rule, "Leave FSDP out for this kind of model.")
 
     def _accumulate(self) -> None:
         """Take as many micro-batches a step as make the global batch."""
@@ -493,6 +527,8 @@ class Recipe(PMConfig):
             choose("`bnb_4bit_quant_type`", given["bnb_4bit_quant_type"], ("nf4", "fp4"))
 
 
+# How the base is spread over processes: the adapters have the same bits, and nothing of it is recorded.
+ENGINE_FIELDS = frozenset({"fsdp", "fsdp_config"})
 # What may differ between two starts of the same run: it changes neither the weights nor the scores.
 RUN_INVARIANT_FIELDS = frozenset(
     "output_dir logging_dir logging_strategy logging_steps logging_first_step log_level log_level_replica "

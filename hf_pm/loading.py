@@ -19,6 +19,8 @@ from .tasks.stream import TaskStream
 from .trainer import PMTrainer
 from .weights.adapters import check_config
 from .weights.bases import BaseCheckpoint
+from .weights.sharding import check_architecture
+from .weights.sharding import loading as sharded_loading
 
 
 ARCHITECTURES = {
@@ -121,15 +123,21 @@ def build_trainer(recipe: Recipe, cls: type[PMTrainer] = PMTrainer) -> PMTrainer
             **(usual | (recipe.quantization_kwargs or {})),
         )
         loading["device_map"] = {"": recipe.device}
+    architecture = ARCHITECTURES[recipe.task_type]
     try:
+        if recipe.sharded:
+            config = transformers.AutoConfig.from_pretrained(base.folder, trust_remote_code=trusted)
+            check_architecture(architecture, config, recipe.model_name_or_path, trust_remote_code=trusted)
+            loading |= sharded_loading()
         tokenizer = transformers.AutoTokenizer.from_pretrained(base.folder, trust_remote_code=trusted)
         if recipe.task_type == "SEQ_CLS":
             # One head wide enough for every task; each task keeps its own copy of the weights.
             loading["num_labels"] = max(len(task.options or ()) for task in stream)
             loading["pad_token_id"] = tokenizer.pad_token_id
         transformers.set_seed(recipe.seed)
-        architecture = ARCHITECTURES[recipe.task_type]
         model, loaded = architecture.from_pretrained(recipe.model_name_or_path, output_loading_info=True, **loading)
+    except UserError:
+        raise
     except LOADING_ERRORS as error:
         raise cannot_load(recipe, error) from error
     _check_complete(recipe, loaded)

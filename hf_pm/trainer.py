@@ -4,20 +4,23 @@ import ctypes
 import gc
 import inspect
 import logging
+import math
 import resource
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     DataCollatorForSeq2Seq,
     DataCollatorWithPadding,
@@ -31,6 +34,7 @@ from transformers.trainer_utils import IntervalStrategy
 from .config import PMConfig
 from .errors import UserError
 from .evaluation import panel
+from .evaluation.answers import Filler
 from .evaluation.scoring import Cell, Scorer, metric_of
 from .hub.outbox import Outbox
 from .methods.contract import Ended, Measured, Merged, Task
@@ -50,7 +54,7 @@ from .tasks.encoding import AnswerCollator, Encoder, by_length
 from .tasks.rows import Stage, StreamRows
 from .tasks.stream import TaskStream, subset
 from .training import TaskTraining
-from .weights import adapters
+from .weights import adapters, sharding
 from .weights.folding import Folder
 from .weights.states import HeldState, StoredState
 
@@ -98,8 +102,16 @@ class PMTrainerMixin(TaskTraining):
             )
         if isinstance(model, str):
             safe = {"use_safetensors": True, "trust_remote_code": False}
+            if args.sharded:
+                sharding.check_architecture(AutoModelForCausalLM, AutoConfig.from_pretrained(model), model)
+                safe |= sharding.loading()
             model = AutoModelForCausalLM.from_pretrained(model, dtype="auto", **safe)
         self.task_type = _task_type(model)
+        self.sharded = sharding.check_model(model, args.sharded)
+        if self.sharded and self.task_type != "CAUSAL_LM":
+            raise UserError(f"A sharded model must be a CAUSAL_LM, but this is a {self.task_type}. Load it whole.")
+        if self.sharded:
+            sharding.own_rows(model)
         self.parts = Parts(args.resolved_method(), args)
         self.parts.check(self.task_type)
         if isinstance(model, PeftModel):
@@ -137,14 +149,15 @@ class PMTrainerMixin(TaskTraining):
         self.parts.attach(model)
         self._forget_steps()
         self.interruption = recovery.Interruption()
-        super().__init__(
-            model=model,
-            args=args,
-            processing_class=processing_class,
-            data_collator=data_collator,
-            train_dataset=train_dataset,
-            **kwargs,
-        )
+        with _resumable(args, self.sharded):
+            super().__init__(
+                model=model,
+                args=args,
+                processing_class=processing_class,
+                data_collator=data_collator,
+                train_dataset=train_dataset,
+                **kwargs,
+            )
         self.add_callback(self.interruption)
 
     # ---- The stream ---------------------------------------------------------------------------------------------
@@ -271,6 +284,8 @@ class PMTrainerMixin(TaskTraining):
         self.parts.start.adapter(task)
         self.parts.begin(task)
         self.optimizer = self.lr_scheduler = None
+        if self.is_deepspeed_enabled:
+            self.model_wrapped = self.model  # the last task's engine holds the last task's optimizer
         self.train_dataset = self.parts.replay.join(self._own_rows)
         self.task_number = number
         self._forget_steps()
@@ -414,8 +429,32 @@ class PMTrainerMixin(TaskTraining):
 
     def _publish(self, number: int) -> None:
         """Write the release of a task, and let the outbox push it while the next task trains."""
-        self.outbox.release(number, lambda folder: self.parity.certify_release(number, folder))
+        if self.sharded:
+            self._publish_together(number)
+        else:
+            self.outbox.release(number, lambda folder: self.parity.certify_release(number, folder))
         self.outbox.start()
+
+    def _publish_together(self, number: int) -> None:
+        """The main process writes the release; to load it in shards, it calls the others."""
+        if not self.is_world_process_zero():
+            (folder,) = broadcast_object_list([None])
+            if folder is not None:
+                self.parity.certify_release(number, Path(folder))
+            return
+        called = False
+
+        def certify(folder: Path) -> None:
+            nonlocal called
+            called = True
+            broadcast_object_list([str(folder)])
+            self.parity.certify_release(number, folder)
+
+        try:
+            self.outbox.release(number, certify)
+        finally:
+            if not called:
+                broadcast_object_list([None])
 
     # ---- Rows and scores ----------------------------------------------------------------------------------------
 
@@ -435,7 +474,10 @@ class PMTrainerMixin(TaskTraining):
         return DataCollatorForSeq2Seq(tokenizer) if whole else AnswerCollator(tokenizer)
 
     def batches(self, rows: Dataset, batch_size: int, label: str) -> Iterator[Any]:
-        """This rank's share of `rows`, collated and on the device."""
+        """This rank's share of `rows`, collated and on the device: rank r of W has rows r, r + W, ...
+
+        Every rank gets as many batches as the first, which has the most rows; where none are left, a [`Filler`] comes.
+        """
         args = self.args
         share = rows.select(range(args.process_index, len(rows), args.world_size))
         loader = DataLoader(share, batch_size=batch_size, collate_fn=self.stream_collator)
@@ -443,6 +485,9 @@ class PMTrainerMixin(TaskTraining):
             for batch in loader:
                 yield self._prepare_input(dict(batch))
                 bar.update(len(batch["labels"]))
+        most = math.ceil(math.ceil(len(rows) / args.world_size) / batch_size)
+        for _ in range(most - math.ceil(len(share) / batch_size)):
+            yield Filler(self._prepare_input(dict(self.stream_collator(rows.select([0]).to_list()))))
 
     @property
     def _bars(self) -> bool:
@@ -459,6 +504,21 @@ class PMTrainerMixin(TaskTraining):
         cells = [None] * known + [self.scorer.score_task(t) for t in range(known, count)]
         self.run.record_base(cells, None if known else self._measure_general_ability(0))
         self.log(stream_logs(self.run.results, 0))
+
+
+@contextmanager
+def _resumable(args: PMConfig, sharded: bool) -> Iterator[None]:
+    """Let `Trainer` be made for a sharded model with checkpoints to resume from.
+
+    It refuses them (transformers 5.23) because the optimizer states of sharded weights could not be written. Here only
+    the adapter is trained, which is whole on every process, and so are its states.
+    """
+    asked = args.save_only_model
+    args.save_only_model = asked or sharded
+    try:
+        yield
+    finally:
+        args.save_only_model = asked
 
 
 class PMTrainer(PMTrainerMixin, Trainer):

@@ -107,6 +107,9 @@ class TaskTraining:
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._checkpoint_dir) if self._checkpoint_dir is not None else super()._get_output_dir(trial)
 
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        super()._save(output_dir, adapters.own_state(self.model) if state_dict is None else state_dict)
+
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         """HF's checkpoint; inside a stream it is sealed before an older one goes."""
         if self._checkpoint_dir is None:

@@ -10,8 +10,10 @@ from transformers import MixtralConfig, MixtralForCausalLM, set_seed
 
 from hf_pm import PMTrainer
 from hf_pm.errors import UserError
+from hf_pm.evaluation.answers import Filler
 from hf_pm.methods import curvature
-from hf_pm.methods.curvature import mean_gradient, measure_curvature, row_losses
+from hf_pm.methods.curvature import mean_gradient, measure_curvature, row_losses, see_inputs
+from hf_pm.methods.moments import Moments
 from hf_pm.weights import adapters
 from hf_pm.weights.adapters import attach, base_weight, live_delta, lora_layers
 
@@ -124,6 +126,37 @@ def test_every_estimator_equals_the_row_loop(kind, normalization, batch_size):
                 assert close(fisher.rows / rows, expected[name].sum(1)), name
                 assert close(fisher.cols / rows, expected[name].sum(0)), name
     assert not any(p.grad is not None for p in model.parameters())
+
+
+def test_what_fillers_find_is_dropped():
+    """A rank that has run out of rows makes passes all the same; one that never had any finds zeros everywhere."""
+    model = pair("llama")[0]
+    settings = {"gradient": True, "factors": True}
+
+    def find(batches):
+        moments = Moments(2)
+        return measure_curvature(model, batches, moments=moments, **settings), moments
+
+    real = list(causal_batches(2))
+    (expected, sums), (found, filled) = find(real), find([*real, Filler(real[0]), Filler(real[1])])
+    assert (found.rows, found.slope, found.slopes) == (expected.rows, expected.slope, expected.slopes)
+    for kind in ("curvature", "gradient", "factors"):
+        mine, theirs = getattr(found, kind), getattr(expected, kind)
+        assert list(mine) == list(theirs) and all(torch.equal(mine[name], theirs[name]) for name in theirs), kind
+    assert filled.tokens == sums.tokens
+    for mine, theirs in ((filled.inputs, sums.inputs), (filled.outputs, sums.outputs)):
+        assert mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in theirs)
+
+    nothing, empty = find([Filler(real[0])])
+    assert (nothing.rows, nothing.slope, nothing.slopes, empty.tokens) == (0, 0.0, {}, {})
+    for kind in ("curvature", "gradient", "factors"):
+        zeros, theirs = getattr(nothing, kind), getattr(expected, kind)
+        assert {name: value.shape for name, value in zeros.items()} == {n: v.shape for n, v in theirs.items()}
+        assert not any(value.any() for value in zeros.values())
+    assert not any(p.grad is not None for p in model.parameters())
+    seen = Moments(2)
+    see_inputs(model, [*real, Filler(real[0])], seen)
+    assert seen.tokens == sums.tokens
 
 
 def test_directional_holds_the_cross_terms_that_a_diagonal_drops():

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from hf_pm.errors import UserError
+from hf_pm.store import tensorfiles
 from hf_pm.store.ledger import Entry, Ledger, sha256_file
 from hf_pm.store.tensorfiles import write_streaming
 from hf_pm.weights import adapters
@@ -210,6 +211,32 @@ def test_blocks_make_up_the_sum_whatever_their_size(tmp_path, monkeypatch, block
             update = adapters.StoredAdapter(folder.ledger.run_dir / "tasks" / number).read(name)
             exact += 0.3 * update.scale * (update.B.double() @ update.A.double())
         assert (folder.merged(name) - exact).abs().max() < 1e-5 * exact.abs().max()
+
+
+@pytest.mark.parametrize("block", [48, 1 << 18])
+def test_rows_of_a_matrix_have_the_bits_of_the_whole_one(tmp_path, monkeypatch, block):
+    """What a rank computes of a sharded base: whole blocks, of which it keeps its rows."""
+    monkeypatch.setattr("hf_pm.weights.folding.BLOCK", block)
+    live, folder, ledger = world(tmp_path)
+    for number in (1, 2):
+        randomize(live, number)
+        commit(ledger, live, f"task{number}", 0.3)
+    turned = "model.layers.1.self_attn.q_proj"  # stored in another way: the whole matrix is made
+    folder._pieces[turned] = [folder._pieces[turned][0]._replace(transposed=True)]
+    read = []
+    monkeypatch.setattr(
+        "hf_pm.weights.folding.read_into", lambda *args: read.append(args[1].numel()) or tensorfiles.read_into(*args)
+    )
+    for name in folder.names:
+        whole = folder.merged(name)
+        count, columns = whole.shape
+        for first, end in ((0, count // 2), (count // 2, count), (3, 4), (count - 1, count), (count, count)):
+            rows = torch.full((end - first, columns), torch.nan)
+            read.clear()
+            folder._fill_rows(rows, first, name, folder._adapters(None))
+            assert torch.equal(rows, whole[first:end]), (name, first, end)
+            height = max(1, block // columns)
+            assert name == turned or sum(read) <= (end - first + 2 * height) * columns
 
 
 def test_live_weights_are_the_released_ones_to_the_bit(tmp_path):

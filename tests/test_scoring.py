@@ -2,12 +2,15 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import COLOUR, MOOD, build, rows
+from datasets import Dataset
 
 from hf_pm import PMTrainer, Task, TaskStream, UserError
+from hf_pm.evaluation.answers import Filler
 from hf_pm.evaluation.scoring import Cell, Scorer, metric_of
 from hf_pm.metrics.task_metrics import rouge_l
 
@@ -42,6 +45,27 @@ def make(model, tokenizer, lora, config):
         return trainer, Scorer(trainer, trainer.rows, path)
 
     return trainer_and_scorer
+
+
+@pytest.mark.parametrize(
+    ("count", "world", "size"), [(33, 2, 8), (1, 2, 8), (16, 2, 8), (17, 3, 4), (5, 1, 2), (3, 4, 1)]
+)
+def test_every_rank_gets_as_many_batches(count, world, size):
+    """The rows of all ranks are the rows, once each; what fills up comes last."""
+    data = Dataset.from_dict({"labels": list(range(count))})
+    seen, numbers = [], set()
+    for rank in range(world):
+        args = SimpleNamespace(process_index=rank, world_size=world, disable_tqdm=True)
+        trainer = SimpleNamespace(args=args, is_world_process_zero=lambda: False, _prepare_input=lambda batch: batch)
+        trainer.stream_collator = lambda rows: {"labels": [row["labels"] for row in rows]}
+        given = list(PMTrainer.batches(trainer, data, size, "label"))
+        real = [batch for batch in given if not isinstance(batch, Filler)]
+        assert given[: len(real)] == real and all(batch["labels"] == [0] for batch in given[len(real) :])
+        mine = [label for batch in real for label in batch["labels"]]
+        assert mine == list(range(rank, count, world))
+        seen += mine
+        numbers.add(len(given))
+    assert sorted(seen) == list(range(count)) and len(numbers) == 1
 
 
 def test_exact_match_of_each_row_in_the_rows_order(make):

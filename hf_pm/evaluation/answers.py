@@ -15,6 +15,13 @@ from transformers.modeling_outputs import BaseModelOutput
 from ..tasks.encoding import IGNORE_INDEX
 
 
+class Filler(dict):
+    """A batch for a process that has no rows left while others have: its passes are made, what they find is dropped.
+
+    The passes of a sharded model gather its weights, so every process must make as many as the others.
+    """
+
+
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode inside, the model's own mode again outside."""

@@ -170,20 +170,21 @@ class Scorer:
         """Scores of this rank's rows."""
         trainer, task, metric = self.trainer, self.rows.stream[task_index], self.metrics[task_index]
         autocast = trainer.accelerator.autocast
+        mine = range(trainer.args.process_index, len(self.rows.test[task_index]), trainer.args.world_size)
+        # What comes after this rank's rows are those of fillers (see `PMTrainerMixin.batches`).
         if trainer.task_type == "SEQ_CLS":
             right = correct_classes(trainer.model, self._batches(task_index), len(task.options), autocast=autocast)
-            return [float(verdict) for verdict in right]
+            return [float(verdict) for verdict in right[: len(mine)]]
         needs = TASK_METRICS[metric].needs
         if needs == "teacher_forced":
             right = exact_matches(trainer.model, self._batches(task_index), autocast=autocast)
-            return [float(verdict) for verdict in right]
-        mine = range(trainer.args.process_index, len(self.rows.test[task_index]), trainer.args.world_size)
+            return [float(verdict) for verdict in right[: len(mine)]]
         rows = self.rows.test_rows[task_index].select(mine)
         if needs == "options":
             predictions = self._best_options(task_index)
         else:
             predictions = self._answers(task_index)
-        return score_rows(metric, predictions, rows["label"], rows["text"])
+        return score_rows(metric, predictions[: len(mine)], rows["label"], rows["text"])
 
     def _batches(self, task_index: int, sequences_per_row: int = 1) -> Iterator[Any]:
         # As many sequences at once as in any other pass, unless one row has more than that.

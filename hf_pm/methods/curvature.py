@@ -30,7 +30,7 @@ from peft import PeftModel
 from torch import nn
 
 from ..errors import UserError
-from ..evaluation.answers import evaluating, predict
+from ..evaluation.answers import Filler, evaluating, predict
 from ..tasks.encoding import IGNORE_INDEX
 from ..weights.adapters import ADAPTER, base_weight, is_experts, live_delta, live_update, lora_layers
 from ..weights.merging import Curvature, Factored
@@ -154,6 +154,8 @@ def measure_curvature(
         for name, layer in lora_layers(model).items():
             if name not in curvature:
                 curvature[name] = _nothing(base_weight(layer), estimator)
+    if gradient:
+        _add_missing(model, sums)
     for name, square in (*curvature.items(), *squares_of_factors.items()):
         if not all(bool(torch.isfinite(part).all()) for part in _parts(square)):
             raise UserError(
@@ -204,6 +206,7 @@ def mean_gradient(
     rows = 0
     for gradients in _row_gradients(model, batches, [(_add_gradients, totals, 1)], None, autocast, task_name, 1):
         rows = gradients.last_row
+    _add_missing(model, totals)
     return totals, rows
 
 
@@ -237,6 +240,7 @@ def _row_gradients(
     lengths: set[int] = set()
     products: set[str] = set()  # bare parameters whose inputs were seen
     seen = rows = 0
+    counts_for_nothing = False  # the batch is a filler
 
     def by_row(name: str, tensor: torch.Tensor) -> torch.Tensor:
         return _by_row(name, tensor, rows, lengths, experts)
@@ -245,7 +249,7 @@ def _row_gradients(
         return 1.0 / counts**power
 
     def on_output(name: str, transposed: bool, module: nn.Module, args: tuple[torch.Tensor, ...], out: Any) -> None:
-        if not out.requires_grad:
+        if not out.requires_grad or counts_for_nothing:
             return
         # Detached: a hook that holds a tensor of the graph it hangs on is a cycle that nobody collects.
         inputs = args[0].detach()
@@ -277,7 +281,7 @@ def _row_gradients(
         def on_gradient(gradient: torch.Tensor) -> None:
             slopes[name] = (by_row(name, low) * by_row(name, gradient.detach())).sum((1, 2))
 
-        if out.requires_grad:
+        if out.requires_grad and not counts_for_nothing:
             out.register_hook(on_gradient)
 
     def on_experts(name: str, layer: nn.Module, module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -295,12 +299,12 @@ def _row_gradients(
                 collect(totals, name, None, gradient, by_targets(power), False)
 
         weight = getattr(module, layer.parameter_name)
-        if weight.requires_grad:
+        if weight.requires_grad and not counts_for_nothing:
             weight.register_hook(on_gradient)
 
     def on_product(name: str, x: torch.Tensor, out: torch.Tensor) -> None:
         products.add(name.partition("[")[0])
-        if not out.requires_grad:
+        if not out.requires_grad or counts_for_nothing:
             return
         inputs, leads = x.detach(), moments.leads(name, x)
 
@@ -340,11 +344,17 @@ def _row_gradients(
             _refuse_packed(batch, task_name)
             rows = len(batch["labels"])
             lengths = _lengths(batch)
+            counts_for_nothing = isinstance(batch, Filler)
             if padding is not None:
                 padding.new_batch(batch)
             with autocast():
                 logits, targets = predict(model, batch)
             losses, counts = row_losses(logits, targets, generator)
+            if counts_for_nothing:
+                if losses.requires_grad:
+                    losses.sum().backward()
+                model.zero_grad(set_to_none=True)
+                continue
             _require_finite(losses, "loss", seen, task_name)
             counts = counts.clamp(min=1).to(losses.dtype)
             weights = by_targets(power)
@@ -383,14 +393,15 @@ def see_inputs(
     experts = any(is_experts(layer) for layer in layers.values())
     lengths: set[int] = set()
     rows = 0
+    counts_for_nothing = False  # the batch is a filler
 
     def on_output(name: str, module: nn.Module, args: tuple[torch.Tensor, ...], out: Any) -> None:
-        if moments.leads(name, args[0]):
+        if not counts_for_nothing and moments.leads(name, args[0]):
             x = _by_row(name, args[0], rows, lengths, experts)
             moments.add_input(name, _real_tokens(x, padding.mask(name, args[0])))
 
     def on_product(name: str, x: torch.Tensor, out: torch.Tensor) -> None:
-        if moments.leads(name, x):
+        if not counts_for_nothing and moments.leads(name, x):
             moments.add_input(name, x[_routed(x)].float())
 
     with ExitStack() as hooks:
@@ -404,6 +415,7 @@ def see_inputs(
         for batch in _one_by_one(batches, model.config.is_encoder_decoder) if experts else batches:
             _refuse_packed(batch, task_name)
             rows, lengths = len(batch["labels"]), _lengths(batch)
+            counts_for_nothing = isinstance(batch, Filler)
             padding.new_batch(batch)
             with autocast():
                 predict(model, batch)
@@ -581,7 +593,14 @@ def _one_by_one(batches: Iterable[Mapping[str, Any]], encoder_decoder: bool) -> 
                     one["shift_labels"] = one["shift_labels"][:, real[kept]]
             if encoder_decoder:
                 one["labels"] = one["labels"][:, one["labels"][0] != IGNORE_INDEX]
-            yield one
+            yield Filler(one) if isinstance(batch, Filler) else one
+
+
+def _add_missing(model: PeftModel, gradients: dict[str, torch.Tensor]) -> None:
+    """No gradient where no row came by: ranks add up the same matrices, whatever rows they have."""
+    for name, layer in lora_layers(model).items():
+        if name not in gradients:
+            gradients[name] = torch.zeros(base_weight(layer).shape, device=base_weight(layer).device)
 
 
 def _nothing(weight: torch.Tensor, estimator: str) -> Curvature:

@@ -9,7 +9,7 @@ import torch
 from datasets import Dataset
 
 from ..errors import UserError, choose
-from ..evaluation.answers import evaluating, predict
+from ..evaluation.answers import Filler, evaluating, predict
 from ..weights import adapters
 from ..weights.merging import (
     LineSearch,
@@ -81,6 +81,8 @@ def _mean_loss(trainer: Any, rows: Dataset) -> float:
         for batch in batches:
             with trainer.accelerator.autocast():
                 logits, targets = predict(trainer.model, batch)
+            if isinstance(batch, Filler):
+                continue
             losses, counts = row_losses(logits, targets)
             sums += (losses.double() / counts).sum()
     return float(trainer.accelerator.reduce(sums)) / len(rows)

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 
 from ..errors import UserError
@@ -79,14 +80,18 @@ def measure(
         return accelerator.reduce(tensor).cpu()
 
     count, exact = total(torch.tensor([found.rows, found.slope], device=args.device, dtype=torch.float64)).tolist()
+    # In the order of the main process, which always has a row: matrices come as the backward pass comes by, and those
+    # of a rank without rows at the end.
+    measured_names, gradient_names = broadcast_object_list([list(found.curvature), list(gradients)])
     curvature: dict[str, Curvature] = {}
-    for name, fisher in found.curvature.items():
+    for name in measured_names:
+        fisher = found.curvature[name]
         if isinstance(fisher, Factored):
             curvature[name] = Factored(total(fisher.rows) / count, total(fisher.cols) / count)
         else:
             curvature[name] = total(fisher).div_(count)
     exact /= count
-    gradient = {name: total(tensor).div_(count) for name, tensor in gradients.items()}
+    gradient = {name: total(gradients[name]).div_(count) for name in gradient_names}
     updates = adapters.updates(trainer.model)
     factor = 1.0
     if curvature and normalization == "trace":

@@ -18,6 +18,7 @@ from peft import PeftModel
 
 from ..evaluation.answers import probe_logits
 from ..store.environment import memory_is_used_up
+from ..weights import sharding
 from ..weights.adapters import StoredAdapter, restore
 from .contract import Merged
 from .perturbation import scaled_update
@@ -139,6 +140,7 @@ def reload_logits(
     dtype: torch.dtype,
     attention: str | None = None,
     code: bool = False,
+    sharded: bool = False,
     autocast: Callable[[], Any] = nullcontext,
 ) -> torch.Tensor:
     """Logits of a release on disk, loaded as a user would.
@@ -151,15 +153,20 @@ def reload_logits(
         dtype (`torch.dtype`): To load in: that of the live weights.
         attention (`str`, *optional*): Implementation of attention: that of the live model, which rounds as it does.
         code (`bool`, *optional*, defaults to `False`): Run the code that came with the model, as the live one does.
+        sharded (`bool`, *optional*, defaults to `False`): Spread the weights over all processes, which all call.
         autocast (`Callable`, *optional*): As in training.
     """
     adapter = (release / "adapter_config.json").is_file() and not (release / "config.json").is_file()
     architecture = ARCHITECTURES[task_type]
     loading = {"dtype": dtype, "attn_implementation": attention, "trust_remote_code": code}
+    if sharded:
+        loading |= sharding.loading()
     model = architecture.from_pretrained(base if adapter else release, **loading)
     if adapter:
         model = PeftModel.from_pretrained(model, release)
-    return probe_logits(model.to(batch["input_ids"].device), batch, autocast)
+    if not sharded:  # they are where they shall be
+        model = model.to(batch["input_ids"].device)
+    return probe_logits(model, batch, autocast)
 
 
 class Parity:
@@ -215,7 +222,9 @@ class Parity:
         if folded is None:  # scored by an earlier process, which died before the release
             trainer.rebuild(number)
             folded = self._spared(number, lambda: self._logits(number))
-        reloaded = self._spared(number, lambda: self._reloaded(number, release)) if folded is not None else None
+        # Shards of two models would be as large as one whole model where there are two ranks.
+        with sharding.parked(trainer.model, trainer.run.path) if trainer.sharded else nullcontext():
+            reloaded = self._spared(number, lambda: self._reloaded(number, release)) if folded is not None else None
         if reloaded is None:
             return
         record = trainer.run.results["per_task"][number - 1]
@@ -234,16 +243,17 @@ class Parity:
             # Of a mixture: this package's own file.
             code=type(trainer.model.get_base_model()).__module__.startswith("transformers_modules.")
             or trainer.parts.merge.expert,
+            sharded=trainer.sharded,
             autocast=trainer.accelerator.autocast,
         )
 
     def _spared(self, number: int, logits: Callable[[], torch.Tensor]) -> torch.Tensor | None:
         """What `logits` gives; `None` if memory is used up. The task is trained and committed, and a certificate that
-        ends the run would end every restart of it too."""
+        ends the run would end every restart of it too. Not with a sharded model, whose other ranks would wait."""
         try:
             return logits()
         except (MemoryError, RuntimeError) as error:
-            if not memory_is_used_up(error):
+            if self.trainer.sharded or not memory_is_used_up(error):
                 raise
             name = self.trainer.stages[number - 1].name
             logger.warning("No parity certificate for task %r: there is not enough memory for it.", name)

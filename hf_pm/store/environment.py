@@ -1,11 +1,13 @@
-"""Checks of a run's surroundings: folders that cannot be written, launcher variables that cannot be true."""
+"""Checks of a run's surroundings: folders that cannot be written, what a launcher asks for and cannot have."""
 
+import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -15,6 +17,11 @@ from ..errors import UserError
 
 RANKS = ("WORLD_SIZE", "RANK", "LOCAL_WORLD_SIZE", "LOCAL_RANK")
 PRECISIONS = ("no", "fp16", "bf16", "fp8")
+# What MPI calls the number of processes; accelerate reads these before torchrun's.
+MPI_SIZES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+# Says to later configs of this process that its launcher asked for FSDP.
+SHARDED = "HF_PM_SHARDED"
+FSDP2 = "`recipes/accelerate_configs/fsdp2.yaml`"
 # In what torch raises, as a RuntimeError, when the machine's memory is used up.
 CPU_MEMORY = "DefaultCPUAllocator"
 
@@ -61,6 +68,132 @@ def check_environment(environment: Mapping[str, str]) -> None:
     deepspeed = "ACCELERATE_USE_DEEPSPEED"
     if environment.get(deepspeed, "").lower() == "true" and find_spec("deepspeed") is None:
         raise refused(deepspeed, "but deepspeed is not installed")
+    _check_processes(environment)
+
+
+def _check_processes(environment: Mapping[str, str]) -> None:
+    """Refuse a launcher that was asked for several processes and started one: `accelerate launch --cpu`, or a config
+    with `distributed_type: MULTI_CPU`, does so silently on one machine.
+
+    The number is not handed on; the address at which the processes would meet is, if there were to be several.
+    """
+    meets = environment.get("MASTER_ADDR") and "ACCELERATE_MIXED_PRECISION" in environment
+    if meets and not any(environment.get(name) for name in ("WORLD_SIZE", *MPI_SIZES)):
+        raise UserError(
+            "`accelerate launch` was asked for several processes (it sets `MASTER_ADDR`), but it started one: with "
+            "`--cpu` or `MULTI_CPU` it always does. Use `--config_file recipes/accelerate_configs/ddp.yaml` with "
+            "`--use_cpu true`, or unset `MASTER_ADDR` if one is meant."
+        )
+
+
+def processes(environment: Mapping[str, str]) -> int:
+    """Number of processes that the launcher started."""
+    given = (environment.get(name, "") for name in (*MPI_SIZES, "WORLD_SIZE"))
+    return max([1, *(int(value) for value in given if value.isdigit())])
+
+
+def take_fsdp(environment: MutableMapping[str, str], fsdp: Any, config: Any) -> bool:
+    """Whether a launcher or the settings ask for FSDP2; then the request is taken out of the launcher's variables.
+
+    The base is sharded while it is read (`weights/sharding.py`), and accelerate must not do it again.
+
+    Args:
+        environment (`MutableMapping`): Variables of the process.
+        fsdp (`Any`): As in `TrainingArguments`.
+        config (`Any`): `fsdp_config`, likewise.
+
+    Raises:
+        UserError: If what is asked for would leave a whole base in some process, or is another engine.
+    """
+    wanted = {}
+    if environment.get("ACCELERATE_USE_FSDP", "").lower() == "true":
+        # As `accelerate launch` writes them; `FULL_SHARD` is what its command line says of FSDP2, too.
+        wanted = {
+            "version": environment.get("FSDP_VERSION", "1"),
+            "reshard_after_forward": environment.get("FSDP_RESHARD_AFTER_FORWARD", "true"),
+            "sharding_strategy": environment.get("FSDP_SHARDING_STRATEGY", "FULL_SHARD"),
+            "offload_params": environment.get("FSDP_OFFLOAD_PARAMS", "false"),
+        }
+    words = set(" ".join(fsdp).split() if isinstance(fsdp, list) else str(fsdp or "").lower().split())
+    if words - {"false", "no"}:
+        wanted |= _fsdp_settings(config)
+        for word in words & {"shard_grad_op", "no_shard", "hybrid_shard", "hybrid_shard_zero2"}:
+            wanted["sharding_strategy"] = word
+        if "offload" in words:
+            wanted["offload_params"] = "true"
+    if not wanted:
+        return environment.get(SHARDED) == "true"
+
+    def refused(setting: str, reason: str, remedy: str) -> UserError:
+        return UserError(f"`{setting}: {wanted[setting.removeprefix('fsdp_')]}` {reason}. {remedy}")
+
+    if str(wanted.get("version", "2")) != "2":
+        reason = "is not supported: it flattens weights and adapters into one tensor, of which no part can be read"
+        raise refused("fsdp_version", reason, f"Set `fsdp_version: 2`, as {FSDP2} does.")
+    if str(wanted.get("xla", False)).lower() == "true":
+        raise refused("xla", "is not supported: the base is sharded by torch", "Leave it out.")
+    whole = "does not really shard: every process would hold whole weights"
+    if str(wanted.get("reshard_after_forward", True)).lower() not in ("true", "full_shard", "1"):
+        raise refused("fsdp_reshard_after_forward", whole, f"Set it to true, as {FSDP2} does.")
+    if str(wanted.get("sharding_strategy", "FULL_SHARD")).upper() not in ("FULL_SHARD", "1"):
+        raise refused("fsdp_sharding_strategy", whole, f"Leave it out, as {FSDP2} does.")
+    for name in ("offload_params", "cpu_offload"):
+        if str(wanted.get(name, False)).lower() == "true":
+            reason = "is not supported: nobody has seen a stream run with weights that wait in host memory"
+            raise refused(f"fsdp_{name}", reason, "Leave it out, or use more processes.")
+    if processes(environment) == 1:
+        raise UserError(
+            "FSDP is on, but there is one process, so that nothing would be sharded. Start several "
+            "(`accelerate launch --num_processes 2`), or switch it off."
+        )
+    environment["ACCELERATE_USE_FSDP"] = "false"
+    environment[SHARDED] = "true"
+    return True
+
+
+def _fsdp_settings(config: Any) -> dict[str, Any]:
+    """`fsdp_config` without the prefix of its keys; a path is read."""
+    if isinstance(config, str):
+        try:
+            config = json.loads(Path(config).read_text())
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"`fsdp_config` must be a JSON file, but {config!r} is none: {error}. Correct it."
+            ) from error
+    if not isinstance(config or {}, dict):
+        raise UserError(f"`fsdp_config` must map settings to values, but got {config!r}. Correct it.")
+    return {"version": "2"} | {str(key).removeprefix("fsdp_"): value for key, value in (config or {}).items()}
+
+
+def check_deepspeed(environment: Mapping[str, str], config: Any) -> None:
+    """Refuse ZeRO stages that shard the weights.
+
+    Args:
+        environment (`Mapping`): Variables of the process.
+        config (`Any`): `deepspeed` of `TrainingArguments`: a path, a dictionary or nothing.
+
+    Raises:
+        UserError: Names the stage.
+    """
+    stages = []
+    if environment.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
+        stages.append(environment.get("ACCELERATE_DEEPSPEED_ZERO_STAGE"))
+        config = [config, environment.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")]
+    for given in config if isinstance(config, list) else [config]:
+        if isinstance(given, str) and given not in ("", "none"):
+            try:
+                given = json.loads(Path(given).read_text())
+            except (OSError, ValueError) as error:
+                raise UserError(
+                    f"The DeepSpeed settings {given!r} cannot be read: {error}. Name a JSON file."
+                ) from error
+        if isinstance(given, dict):
+            stages.append((given.get("zero_optimization") or {}).get("stage"))
+    if any(str(stage) == "3" for stage in stages):
+        raise UserError(
+            "ZeRO stage 3 is not supported: no process could read a weight to fold an update into it. Use FSDP2 "
+            f"({FSDP2}) to shard the base, or stage 2."
+        )
 
 
 def check_token(token: str | None) -> None:

@@ -22,6 +22,7 @@ from ..errors import UserError, cause_of
 from ..store.disk import whole
 from ..store.ledger import SETTINGS, WEIGHTS
 from ..store.tensorfiles import read_header, read_tensor
+from .sharding import is_sharded
 
 
 # Trainer and PEFT misbehave with other names (transformers#28531), so the adapter in training always has this one.
@@ -314,6 +315,25 @@ class StoredAdapter:
         return {key: value for key, value in load_file(self.path).items() if ".lora_" not in key}
 
 
+def own_state(model: PeftModel) -> dict[str, torch.Tensor] | None:
+    """What PEFT has to save of a sharded model; `None` lets it look for itself.
+
+    It would gather the weights of the whole base on every process to leave them out, and wait for all processes.
+    """
+    if not is_sharded(model):
+        return None
+    return {name: parameter.detach() for name, parameter in model.named_parameters() if ".lora_" in name}
+
+
+def saved_state(model: PeftModel) -> dict[str, torch.Tensor] | None:
+    """What `save` writes: `own_state`, without the magnitudes of the directions of earlier tasks."""
+    state = own_state(model)
+    if not hasattr(model.base_model, MAGNITUDES):
+        return state
+    state = model.state_dict() if state is None else state
+    return {key: value for key, value in state.items() if f".{MAGNITUDES}." not in key}
+
+
 def save(model: PeftModel, folder: Path, base_model: str, revision: str | None) -> None:
     """Write the live adapter in PEFT's format; `folder` appears whole or not at all.
 
@@ -330,11 +350,8 @@ def save(model: PeftModel, folder: Path, base_model: str, revision: str | None) 
     layouts = {name: (path, *_layout(layer)) for name, (path, layer) in _wrapped(model).items()}
     layouts = {name: layout for name, layout in layouts.items() if layout != (name, *usual)}
     with whole(folder) as part:
-        kept = None
-        if hasattr(model.base_model, MAGNITUDES):
-            kept = {key: value for key, value in model.state_dict().items() if f".{MAGNITUDES}." not in key}
         # "auto" would ask the Hub whether the vocabulary was resized.
-        model.save_pretrained(part, save_embedding_layers=False, state_dict=kept)
+        model.save_pretrained(part, save_embedding_layers=False, state_dict=saved_state(model))
         (part / "README.md").unlink(missing_ok=True)
         if layouts:
             noted = {"format": "pt", PARAMETERS: json.dumps(layouts, sort_keys=True)}

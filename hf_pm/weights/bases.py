@@ -19,6 +19,7 @@ from ..store.disk import whole
 from ..store.ledger import sha256_file
 from ..store.tensorfiles import Stored, read_header, read_tensor
 from .adapters import base_weight, is_experts, lora_layers
+from .sharding import is_sharded, whole_weight
 
 
 logger = logging.getLogger(__name__)
@@ -191,6 +192,8 @@ def stored_names(model: nn.Module, base: BaseCheckpoint) -> dict[str, str | tupl
     is that the stored values, cast to the live dtype, are the live values. Quantized weights are compared by name.
     What goes by another name or is stored in pieces (fused experts) is found by its values.
 
+    Of a sharded model one matrix at a time is gathered.
+
     Returns:
         `dict`: The name of the tensor, or its pieces.
 
@@ -203,7 +206,7 @@ def stored_names(model: nn.Module, base: BaseCheckpoint) -> dict[str, str | tupl
         for tensor in header:
             numbered[_numbers(tensor)].append(tensor)
     for name, layer in lora_layers(model).items():
-        weight = base_weight(layer).detach()
+        weight = whole_weight(base_weight(layer).detach())
         own = name if is_experts(layer) else f"{name}.weight"
         prefix = getattr(getattr(model, "base_model", model), "model", model).base_model_prefix
         candidates = (own, own.partition(".")[2], f"{prefix}.{own}")
@@ -304,6 +307,11 @@ def snapshot_base(model: PeftModel, folder: Path) -> None:
         raise UserError(
             "The live model is quantized and no stored checkpoint, so that there are no full-precision weights to add "
             "updates to. Save the full-precision model first, and quantize it while loading."
+        )
+    if is_sharded(model):
+        raise UserError(
+            "The live model is sharded and no stored checkpoint, so that its weights would have to be gathered to be "
+            "saved. Save it first (`save_pretrained`), and name that folder."
         )
     logger.warning("The live model is not a stored checkpoint: its weights are saved once to %s.", folder)
     inner = model.get_base_model()

@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 from peft import PeftModel
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from ..errors import UserError
 from ..store.disk import whole
@@ -36,6 +37,7 @@ from ..store.tensorfiles import (
 )
 from .adapters import StoredAdapter, base_weight, lora_layers, save_stacked, silence
 from .bases import BaseCheckpoint, Names, Piece
+from .sharding import free_gathered, rows_here
 
 
 # Elements of a block of rows: 1 MiB in float32, which stays in a core's cache while the terms are added.
@@ -50,7 +52,9 @@ Term = tuple[float, torch.Tensor, torch.Tensor] | torch.Tensor
 SYNC_EVERY = 16
 
 
-def fold_blocks(path: Path, where: Stored, terms: Sequence[Term]) -> Iterator[tuple[slice, torch.Tensor]]:
+def fold_blocks(
+    path: Path, where: Stored, terms: Sequence[Term], first: int = 0, end: int | None = None
+) -> Iterator[tuple[slice, torch.Tensor]]:
     """Blocks of rows of float32(W) + the sum of `terms`, for one matrix W of a file.
 
     The one place where merged weights are computed. A block is added to in the order of `terms`, by products whose
@@ -60,6 +64,8 @@ def fold_blocks(path: Path, where: Stored, terms: Sequence[Term]) -> Iterator[tu
         path (`Path`): A safetensors file.
         where (`Stored`): The matrix in it.
         terms (`Sequence[Term]`): Float32, on the CPU; factors contiguous.
+        first (`int`, *optional*, defaults to 0): Only the blocks that hold rows from here on,
+        end (`int`, *optional*): and before this one. They are whole blocks, as without a limit: the same bits.
 
     Yields:
         `tuple`: The rows and their values, float32, in a buffer that the next block overwrites.
@@ -69,7 +75,7 @@ def fold_blocks(path: Path, where: Stored, terms: Sequence[Term]) -> Iterator[tu
     raw = torch.empty(min(height, rows), columns, dtype=where.dtype)
     buffer = torch.empty(raw.shape)
     with open(path, "rb", buffering=0) as handle:
-        for start in range(0, rows, height):
+        for start in range(first // height * height, rows if end is None else end, height):
             part = slice(start, min(start + height, rows))
             stored, block = raw[: part.stop - start], buffer[: part.stop - start]
             read_into(handle.fileno(), stored, where.begin + start * columns * where.dtype.itemsize)
@@ -158,14 +164,21 @@ class Folder:
         return adapters
 
     def _blocks(
-        self, name: str, pieces: Iterable[Piece], adapters: Sequence[tuple[StoredAdapter, Entry]]
+        self,
+        name: str,
+        pieces: Iterable[Piece],
+        adapters: Sequence[tuple[StoredAdapter, Entry]],
+        first: int = 0,
+        end: int | None = None,
     ) -> Iterator[tuple[Piece, Stored, slice, torch.Tensor]]:
-        """Merged blocks of some pieces of a live weight; the payloads of all tasks are read once."""
+        """Merged blocks of some pieces of a live weight, each from its row `first` to `end`; the payloads of all tasks
+        are read once."""
         summed = [(adapter, entry) for adapter, entry in adapters if entry.expert is None]
         payloads = [self._payload(name, adapter, entry) for adapter, entry in summed]
         for piece in pieces:
             path, where = self.base.where(piece.stored, piece.index)
-            for rows, block in fold_blocks(path, where, [_of_piece(piece, payload) for payload in payloads]):
+            terms = [_of_piece(piece, payload) for payload in payloads]
+            for rows, block in fold_blocks(path, where, terms, first, end):
                 yield piece, where, rows, block
 
     def _payload(self, name: str, adapter: StoredAdapter, entry: Entry) -> Term:
@@ -227,6 +240,19 @@ class Folder:
             piece.of(target)[rows].copy_(block)
         return target
 
+    def _fill_rows(
+        self, target: torch.Tensor, first: int, name: str, adapters: Sequence[tuple[StoredAdapter, Entry]]
+    ) -> None:
+        """The rows of a matrix that this process holds, from `first` on; of the base no other rows are read, but for
+        the rest of a block."""
+        pieces, end = self._pieces[name], first + len(target)
+        if pieces != [Piece(pieces[0].stored, None, None, (0, self._shape(name)[0]), pieces[0].columns, False)]:
+            target.copy_(self._fill(self._empty(name, target.dtype), name, adapters)[first:end])
+            return
+        for _, _, rows, block in self._blocks(name, pieces, adapters, first, end):
+            start, stop = max(rows.start, first), min(rows.stop, end)
+            target[start - first : stop - first].copy_(block[start - rows.start : stop - rows.start])
+
     def _shape(self, name: str) -> tuple[int, ...]:
         """Shape of the live weight before quantization."""
         pieces = self._pieces[name]
@@ -253,8 +279,9 @@ class Folder:
     ) -> None:
         """Write the merged weights into the live model and silence its adapter.
 
-        Only the adapted matrices are read from the base. A 4-bit or 8-bit layer is quantized afresh from the values of
-        the release, never from quantized weights: loading the release in quantized form gives the same bits.
+        Only the adapted matrices are read from the base, and of sharded ones the rows that are here. A 4-bit or 8-bit
+        layer is quantized afresh from the values of the release, never from quantized weights: loading the release in
+        quantized form gives the same bits.
 
         Args:
             model (`PeftModel`): With the adapter that `names` was made for.
@@ -267,11 +294,20 @@ class Folder:
         """
         adapters = self._opened(self.ledger.trained(task_number)) if trained else self._adapters(task_number)
         adapters = adapters[:-1] if without_last else adapters
+        free_gathered(model)
 
         @torch.no_grad()
         def fold(name: str, layer: nn.Module) -> None:
             weight = base_weight(layer)
-            if not weight.is_floating_point():
+            if isinstance(weight, DTensor):
+                here, (first, _) = weight.to_local(), rows_here(weight)
+                if here.device.type == "cpu":
+                    self._fill_rows(here, first, name, adapters)
+                else:
+                    rows = torch.empty(here.shape, dtype=here.dtype)
+                    self._fill_rows(rows, first, name, adapters)
+                    here.copy_(rows)
+            elif not weight.is_floating_point():
                 _requantize(layer.get_base_layer(), self._fill(self._empty(name, self._dtype(name)), name, adapters))
             elif weight.device.type == "cpu":
                 self._fill(weight.data, name, adapters)

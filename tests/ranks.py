@@ -1,0 +1,100 @@
+"""Runs of several processes, one after the other: `python tests/ranks.py JOBS.json`.
+
+The imports are made once, and every rank of every job is a fork of this process. A job is `name`, `world`, `words` for
+`hf-pm`, and if need be `env`, and `kill_when`: a glob pattern at whose first match every rank gets a SIGKILL. What the
+ranks said is in NAME.log beside the jobs, their exit codes in NAME.json.
+"""
+
+import faulthandler
+import json
+import os
+import resource
+import signal
+import socket
+import sys
+import time
+import traceback
+from glob import glob
+from pathlib import Path
+
+
+PATIENCE = 240  # seconds for one job
+
+
+def main() -> None:
+    import torch
+
+    import hf_pm.loading  # noqa: F401 - for the forks
+
+    torch.set_num_threads(1)
+    path = Path(sys.argv[1])
+    for job in json.loads(path.read_text()):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        ranks = [start(job, rank, port, path.parent) for rank in range(job["world"])]
+        codes = wait(ranks, job.get("kill_when"))
+        (path.parent / f"{job['name']}.json").write_text(json.dumps(codes))
+
+
+def start(job: dict, rank: int, port: int, folder: Path) -> int:
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 99
+    try:
+        log = os.open(folder / f"{job['name']}.log", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        faulthandler.enable()
+        faulthandler.dump_traceback_later(PATIENCE, exit=True)
+        os.environ |= job.get("env", {})
+        if job["world"] > 1:
+            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1"}
+            os.environ |= {name: str(job["world"]) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE")}
+            os.environ["MASTER_PORT"] = str(port)
+        code = run(job["words"], rank)
+    except BaseException:
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def run(words: list[str], rank: int) -> int:
+    from torch.distributed.tensor import DTensor
+
+    import hf_pm.cli
+    from hf_pm.trainer import PMTrainerMixin
+
+    def stream(trainer, go=PMTrainerMixin.train_stream):  # noqa: ANN001, ANN202
+        base = {name: p for name, p in trainer.model.named_parameters() if ".lora_" not in name}
+        shards = {name: p for name, p in base.items() if isinstance(p, DTensor)}
+        here = sum((p.to_local() if isinstance(p, DTensor) else p).numel() for p in base.values())
+        told = {"rank": rank, "base": len(base), "sharded": len(shards), "here": here}
+        print("SHARDS", json.dumps(told | {"whole": sum(p.numel() for p in base.values())}), flush=True)
+        return go(trainer)
+
+    PMTrainerMixin.train_stream = stream
+    code = hf_pm.cli.main(words)
+    print("PEAK", rank, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, flush=True)
+    return code
+
+
+def wait(ranks: list[int], kill_when: str | None) -> list[int]:
+    codes: dict[int, int] = {}
+    while len(codes) < len(ranks):
+        if kill_when is not None and glob(kill_when):
+            for pid in set(ranks) - codes.keys():
+                os.kill(pid, signal.SIGKILL)
+            kill_when = None
+        for pid in set(ranks) - codes.keys():
+            done, status = os.waitpid(pid, os.WNOHANG)
+            if done:
+                codes[pid] = os.waitstatus_to_exitcode(status)
+        time.sleep(0.01)
+    return [codes[pid] for pid in ranks]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,147 @@
+"""A base that is spread over two ranks (gloo): the same bits as when each has it whole, and nobody has."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import COLOUR, MOOD, rows
+from safetensors.torch import load_file
+from test_cli import environment, recipe  # noqa: F401 - recipe is a fixture
+
+from hf_pm.store.ledger import sha256_file
+
+
+pytestmark = pytest.mark.slow
+
+FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+
+
+def run_jobs(folder: Path, jobs: list[dict]) -> dict[str, list[int]]:
+    """Exit codes of the ranks of each job; see `ranks.py`."""
+    (folder / "jobs.json").write_text(json.dumps(jobs))
+    command = [sys.executable, str(Path(__file__).parent / "ranks.py"), str(folder / "jobs.json")]
+    subprocess.run(command, env=environment(), check=True, timeout=900)
+    return {job["name"]: json.loads((folder / f"{job['name']}.json").read_text()) for job in jobs}
+
+
+def said(folder: Path, job: str) -> str:
+    return (folder / f"{job}.log").read_text()
+
+
+def state_of(run: Path) -> dict[str, torch.Tensor]:
+    (last,) = (run / "curvature").glob("state-02.safetensors")
+    return load_file(last)
+
+
+@pytest.fixture
+def written(recipe):  # noqa: F811
+    """The recipe of two tasks, in steps of eight rows on two ranks."""
+    path, values = recipe
+    values |= {"per_device_train_batch_size": 4, "save_strategy": "steps", "save_steps": 1}
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def test_sharded_runs_have_the_bits_of_whole_ones(written, tmp_path):
+    """Also a run that is killed in its second task, and the state of a method with Kronecker factors."""
+
+    def job(name: str, *words: str, env: dict | None = None, **more) -> dict:
+        words = ["run", str(written), "--output_dir", str(tmp_path / name.partition("-")[0]), *words]
+        return {"name": name, "world": 2, "words": words, "env": env or {}} | more
+
+    killed = str(tmp_path / "killed" / "tasks" / "02-mood" / "checkpoints" / "checkpoint-3" / "checkpoint.json")
+    kronecker = ["--method", "kronecker", "--curvature_labels", "sampled"]
+    jobs = [
+        job("whole"),
+        job("shards", env=FSDP2),
+        job("killed", env=FSDP2, kill_when=killed),
+        job("killed-again", env=FSDP2),
+        job("kwhole", *kronecker),
+        job("kshards", *kronecker, env=FSDP2),
+    ]
+    release = ["release", str(tmp_path / "shards"), "--task", "2", "--to", str(tmp_path / "alone")]
+    jobs.append({"name": "release", "world": 1, "words": release})
+    codes = run_jobs(tmp_path, jobs)
+    assert codes == {
+        **dict.fromkeys(("whole", "shards", "killed-again", "kwhole", "kshards"), [0, 0]),
+        "killed": [-9, -9],
+        "release": [0],
+    }, said(tmp_path, "shards")[-4000:]
+
+    for line in said(tmp_path, "shards").splitlines():
+        if line.startswith("SHARDS"):
+            told = json.loads(line.removeprefix("SHARDS "))
+            assert told["sharded"] == told["base"] and told["here"] == told["whole"] // 2
+    assert said(tmp_path, "shards").count("SHARDS") == 2
+    assert '"sharded": 0' in said(tmp_path, "whole")
+
+    whole = tmp_path / "whole"
+    results = json.loads((whole / "results.json").read_text())
+    for name in ("shards", "killed"):
+        other = json.loads((tmp_path / name / "results.json").read_text())
+        assert other["coefficients"] == pytest.approx(results["coefficients"], abs=1e-6), name
+        assert other["matrix"] == results["matrix"]
+        for record in other["per_task"]:
+            assert record["parity"]["folded"]["relative_difference"] < 1e-5
+            assert record["parity"]["reloaded"]["max_difference"] == 0
+        for task in ("01-colour", "02-mood"):
+            for file in (f"tasks/{task}/adapter/adapter_model.safetensors", f"releases/task-{task}/model.safetensors"):
+                assert sha256_file(tmp_path / name / file) == sha256_file(whole / file), (name, file)
+        for key, value in state_of(whole).items():
+            assert torch.equal(state_of(tmp_path / name)[key], value), key
+    # What one process derives from the ledger of the ranks.
+    derived, written_by_ranks = (
+        tmp_path / place / "model.safetensors" for place in ("alone", "shards/releases/task-02-mood")
+    )
+    assert sha256_file(derived) == sha256_file(written_by_ranks)
+
+    first, second = (state_of(tmp_path / name) for name in ("kwhole", "kshards"))
+    assert first.keys() == second.keys() and len(first) > 0
+    for key, value in first.items():
+        torch.testing.assert_close(second[key], value, rtol=1e-5, atol=1e-7)
+
+
+UNEVEN = [
+    ("exact", {"options": sorted(set(COLOUR.values())), "metric": "exact_match"}, 1),
+    ("best", {"options": sorted(set(MOOD.values())), "metric": "accuracy"}, 33),
+    ("words", {"metric": "rougeL"}, 33),
+    ("single", {"metric": "rougeL"}, 1),
+    ("mean", {"options": sorted(set(MOOD.values())), "metric": "accuracy_normalized"}, 1),
+]
+
+
+def test_ranks_with_other_numbers_of_batches_finish(written, tmp_path):
+    """1 curvature row, and 1 or 33 test rows of every kind of metric, on 2 ranks: no rank waits for another."""
+    values = yaml.safe_load(written.read_text())
+    tasks = []
+    for name, settings, count in UNEVEN:
+        answers = COLOUR if name == "exact" else MOOD
+        train, test = tmp_path / f"{name}-train.jsonl", tmp_path / f"{name}-test.jsonl"
+        rows(answers, 2, 1).to_json(train)
+        many = rows(answers, 12, 2)
+        many.select(range(count)).to_json(test)
+        tasks.append({"name": name, "train": str(train), "test": str(test), "instruction": "Choose :"} | settings)
+    changes = {"tasks": tasks, "save_strategy": "no", "num_train_epochs": 1, "curvature_num_samples": 1}
+    changes |= {"per_device_eval_batch_size": 4, "curvature_labels": "sampled", "coefficient_first_order": True}
+    written.write_text(yaml.safe_dump(values | changes))
+    jobs = [
+        {
+            "name": name,
+            "world": world,
+            "env": env,
+            "words": ["run", str(written), "--output_dir", str(tmp_path / name), "--global_batch_size", "8"],
+        }
+        for name, world, env in (("one", 1, {}), ("whole", 2, {}), ("shards", 2, FSDP2))
+    ]
+    codes = run_jobs(tmp_path, jobs)
+    assert codes == {"one": [0], "whole": [0, 0], "shards": [0, 0]}, said(tmp_path, "shards")[-4000:]
+    runs = {name: json.loads((tmp_path / name / "results.json").read_text()) for name in codes}
+    assert runs["shards"]["eval_samples"] == [count for _, _, count in UNEVEN]
+    assert runs["shards"]["matrix"] == runs["whole"]["matrix"]
+    assert runs["shards"]["coefficients"] == pytest.approx(runs["whole"]["coefficients"], abs=1e-6)
+    # Scores of the base do not depend on how its rows are dealt out.
+    assert runs["shards"]["base_row"] == pytest.approx(runs["one"]["base_row"], abs=1e-6)
