@@ -9,15 +9,17 @@ import pytest
 import torch
 import yaml
 from pages import HOSTILE, Page, assert_no_missing_value_text, assert_self_contained, full_results, write_run
-from test_cli import recipe  # noqa: F401
+from test_cli import recipe, write_recipe  # noqa: F401
 
-from hf_pm.cli import main
+from hf_pm import UserError
+from hf_pm.cli import _loader, main
 from hf_pm.config import parse_recipe
+from hf_pm.hub.releases import Releases
 from hf_pm.loading import build_trainer
 from hf_pm.metrics.representations import fit_probe, linear_cka
 from hf_pm.report.analysis import format_analysis
 from hf_pm.report.page import render_report, write_report
-from hf_pm.runs.analysis import STRENGTH
+from hf_pm.runs.analysis import STRENGTH, analyze
 from hf_pm.runs.doctor import examine
 from hf_pm.store.results import scores_of
 
@@ -115,16 +117,42 @@ def files_of(run):
     }
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, tokenizer):
+    """A run folder that no test writes to."""
+    torch.set_num_threads(1)
+    path, values = write_recipe(tmp_path_factory.mktemp("trained"), tokenizer)
+    return finished(path, values)
+
+
 @pytest.fixture
-def run(recipe):  # noqa: F811
-    return finished(*recipe)
+def run(trained, tmp_path):
+    """A copy of it; its recipe, model and data stay where they are."""
+    return Path(shutil.copytree(trained, tmp_path / "run"))
 
 
-def explicit_features(run, number, task, split):
+def changed(run, name, **changes):
+    """The run with other content of one of its JSON files."""
+    record = json.loads((run / name).read_text())
+    (run / name).write_text(json.dumps(record | changes))
+    return run
+
+
+def without_options(*names):
+    """A `load` whose tasks of these names have free text for an answer."""
+
+    def load(settings):
+        trainer = _loader([])(settings)
+        for task in trainer.stream:
+            if task.name in names:
+                task.options = None
+        return trainer
+
+    return load
+
+
+def explicit_features(trainer, run, number, task, split):
     """By one unpadded forward pass a row: the last hidden state of the prompt, in the model after `number` tasks."""
-    trainer = build_trainer(parse_recipe(run.parent / "recipe.yaml", ["--output_dir", str(run.parent / "elsewhere")]))
-    from hf_pm.hub.releases import Releases
-
     Releases.open(run).folder.into_model(trainer.model, number)
     rows = (trainer.rows.train if split == "train" else trainer.rows.test_rows)[task]
     found = []
@@ -136,7 +164,7 @@ def explicit_features(run, number, task, split):
     return torch.stack(found), rows["label"][:]
 
 
-def test_the_analysis_of_a_run(run, capsys):
+def test_the_analysis_of_a_run(run, trained, capsys):
     before = files_of(run)
     assert main(["report", str(run), "--analysis"]) == 0
     said = capsys.readouterr().out
@@ -150,15 +178,17 @@ def test_the_analysis_of_a_run(run, capsys):
             head = found["head"][t][j]
             assert found["gap"][t][j] == (None if head is None else found["probe"][t][j] - head)
     # The last model by hand.
+    words = ["--output_dir", str(run.parent / "elsewhere")]
+    trainer = build_trainer(parse_recipe(trained.parent / "recipe.yaml", words))
     answers = ["blue", "green", "red", "calm", "happy", "sad"]
-    train, labels = zip(*(explicit_features(run, 2, task, "train") for task in (0, 1)), strict=True)
+    train, labels = zip(*(explicit_features(trainer, run, 2, task, "train") for task in (0, 1)), strict=True)
     numbers = torch.tensor([answers.index(label) for part in labels for label in part])
     probe = fit_probe(torch.cat(train), numbers, 6, STRENGTH)
     for task in (0, 1):
-        features, right = explicit_features(run, 2, task, "test")
+        features, right = explicit_features(trainer, run, 2, task, "test")
         share = (probe.predict(features) == torch.tensor([answers.index(label) for label in right])).double().mean()
         assert found["probe"][2][task] == pytest.approx(share.item())
-    base = explicit_features(run, 0, 0, "train")[0]
+    base = explicit_features(trainer, run, 0, 0, "train")[0]
     assert found["cka"][0][2] == pytest.approx(linear_cka(base, train[0]), abs=1e-4) and found["cka"][0][2] < 0.999
     assert [found["cka"][t][t] for t in range(3)] == pytest.approx([1, 1, 1])
     # On the page and on the terminal.
@@ -174,8 +204,10 @@ def test_the_analysis_of_a_run(run, capsys):
     assert 'id="features"' not in write_report(run).read_text()
 
 
-def test_a_model_that_never_moves_has_flat_curves(recipe, capsys):  # noqa: F811
-    run = finished(*recipe, learning_rate=0.0)
+def test_a_model_that_never_moves_has_flat_curves(run, capsys):
+    """Of every update nothing is kept: the base after every task."""
+    entries = json.loads((run / "ledger.json").read_text())["entries"]
+    changed(run, "ledger.json", entries=[entry | {"coefficient": 0.0} for entry in entries])
     assert main(["report", str(run), "--analysis", "--analysis_rows", "10"]) == 0
     found = json.loads((run / "analysis.json").read_text())
     assert found["rows"] == {"train": [10, 10], "test": [10, 10]}
@@ -221,17 +253,14 @@ def test_an_encoder_decoder_is_analyzed(recipe, tmp_path, seq2seq_tokenizer, cap
     assert found["features"] == 16 and found["probe"][2][1] is not None
 
 
-def test_a_task_without_options_is_left_out_with_a_note(recipe, capsys):  # noqa: F811
-    path, values = recipe
-    del values["tasks"][0]["options"]
-    run = finished(path, values)
-    assert main(["report", str(run), "--analysis"]) == 0
-    found = json.loads((run / "analysis.json").read_text())
+def test_a_task_without_options_is_left_out_with_a_note(run):
+    found = analyze(run, without_options("colour"), rows=10)
+    assert found == json.loads((run / "analysis.json").read_text())
     assert [row[0] for row in found["probe"]] == [None] * 3 and found["probe"][2][1] is not None
-    assert found["classes"] == 3 and len(found["cka"]) == 3
-    page = Page((run / "report.html").read_text())
+    assert found["classes"] == 3 and len(found["cka"]) == 3 and found["cka"][0][2] < 0.999
+    page = Page(write_report(run).read_text())
     assert len(page.table("probes")) == 2 and "colour is left out: it has no options" in page.visible
-    assert "colour is left out" in capsys.readouterr().out
+    assert "colour is left out" in format_analysis(found)
     assert_no_missing_value_text(page)
 
 
@@ -242,42 +271,53 @@ def refused(words, capsys):
     return err
 
 
-def test_what_cannot_be_analyzed_is_refused_in_one_line(recipe, tmp_path, capsys):  # noqa: F811
-    path, values = recipe
-    run = finished(path, values)
-    kept, data = files_of(run), (tmp_path / "mood-train.jsonl").read_text()
-    capsys.readouterr()
-    assert "at least 2, but got 1" in refused([run, "--analysis", "--analysis_rows", 1], capsys)
-    assert "belongs to `--analysis`" in refused([run, "--analysis_rows", 9], capsys)
-    assert "Unexpected argument '--data_dir'" in refused([run, "--data_dir", "x"], capsys)
-    (tmp_path / "mood-train.jsonl").write_text("".join(data.splitlines(keepends=True)[1:]))
-    assert "data are no longer those" in refused([run, "--analysis"], capsys)
-    (tmp_path / "mood-train.jsonl").write_text(data)
-    assert files_of(run) == kept and not (run / "analysis.json").exists()
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--analysis", "--analysis_rows", "1"], "`analysis_rows` must be at least 2, but got 1"),
+        (["--analysis_rows", "9"], "`--analysis_rows` belongs to `--analysis`"),
+        (["--base", "x"], "`--base` belongs to `--analysis`"),
+        (["--data_dir", "x"], "Unexpected argument '--data_dir'"),
+        (["--analysis", "--lora_rank", "2"], "'lora_rank'"),
+    ],
+)
+def test_words_that_do_not_fit_are_refused(words, message, run, capsys):
+    before = files_of(run)
+    assert message in refused([run, *words], capsys)
+    assert files_of(run) == before and not (run / "analysis.json").exists()
 
-    def changed(name, **changes):
-        other = tmp_path / "other"
-        shutil.rmtree(other, ignore_errors=True)
-        shutil.copytree(run, other)
-        record = json.loads((other / name).read_text())
-        record = record | changes
-        (other / name).write_text(json.dumps(record))
-        return other
 
-    ledger, results = (json.loads((run / name).read_text()) for name in ("ledger.json", "results.json"))
-    other = changed("results.json", matrix=results["matrix"][:1])
-    (other / "ledger.json").write_text(json.dumps(ledger | {"entries": ledger["entries"][:1]}))
-    assert "has learned 1 of 2 tasks" in refused([other, "--analysis"], capsys)
-    other = changed("release.json", task_type="SEQ_CLS")
-    assert "trains classification heads" in refused([other, "--analysis"], capsys)
+def test_a_run_that_is_not_finished_is_refused(run, capsys):
+    results, ledger = (json.loads((run / name).read_text()) for name in ("results.json", "ledger.json"))
+    changed(run, "results.json", matrix=results["matrix"][:1])
+    changed(run, "ledger.json", entries=ledger["entries"][:1])
+    assert "has learned 1 of 2 tasks, and only a finished run is analyzed" in refused([run, "--analysis"], capsys)
+
+
+def test_a_classifier_is_refused(run, capsys):
+    changed(run, "release.json", task_type="SEQ_CLS")
+    assert "trains classification heads" in refused([run, "--analysis"], capsys)
+
+
+def test_a_run_started_from_python_is_refused(run, capsys):
     settings = json.loads((run / "run.json").read_text())["recipe"]
-    other = changed("run.json", recipe={key: value for key, value in settings.items() if key != "tasks"})
-    assert "was started from Python" in refused([other, "--analysis"], capsys)
-    for task in values["tasks"]:
-        del task["options"]
-    free = finished(path, values | {"output_dir": str(tmp_path / "free")}, output_dir=str(tmp_path / "free"))
-    capsys.readouterr()
-    assert "None of the tasks ['colour', 'mood'] has `options`" in refused([free, "--analysis"], capsys)
+    changed(run, "run.json", recipe={key: value for key, value in settings.items() if key != "tasks"})
+    assert "was started from Python" in refused([run, "--analysis"], capsys)
+
+
+def test_other_data_are_refused(run, capsys):
+    settings = json.loads((run / "run.json").read_text())["recipe"]
+    own = run.parent / "fewer.jsonl"
+    own.write_text("".join(Path(settings["tasks"][0]["train"]).read_text().splitlines(keepends=True)[1:]))
+    settings["tasks"][0]["train"] = str(own)
+    changed(run, "run.json", recipe=settings)
+    assert "are no longer those that" in refused([run, "--analysis"], capsys)
+    assert not (run / "analysis.json").exists()
+
+
+def test_a_stream_of_free_text_is_refused(run):
+    with pytest.raises(UserError, match=r"None of the tasks \['colour', 'mood'\] has `options`"):
+        analyze(run, without_options("colour", "mood"))
 
 
 # ---- On the page ----------------------------------------------------------------------------------------------------

@@ -202,7 +202,13 @@ class _Analysis:
                 where = answered.argmax(1)
                 found.append(self._read[torch.arange(len(where), device=where.device), where].float().cpu())
         self._read = None
-        return torch.cat(found), torch.tensor(labels)
+        features = torch.cat(found)
+        if not features.isfinite().all():
+            raise UserError(
+                f"The features of task {task.name!r} are not finite in one of the models. Analyze the run in a wider "
+                "`dtype` (`--dtype float32`)."
+            )
+        return features, torch.tensor(labels)
 
     def _batches(self, rows: Dataset) -> Iterator[Any]:
         return self.trainer.batches(rows, self.trainer.args.eval_batch_size, "features")
