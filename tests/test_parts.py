@@ -41,7 +41,7 @@ from hf_pm.weights.merging import Factored
 from hf_pm.weights.states import StoredState, write_state
 
 
-NEW = ("ewc", "lwf", "replay", "ties", "kronecker", "spectral", "subspace")
+NEW = ("ewc", "lwf", "replay", "ties", "kronecker", "spectral", "subspace", "sd-lora")
 # One of each kind by default: a penalty with state, rows, a dense payload, a mixed adapter.
 SOME_SLOW = [
     name if name in ("kronecker", "replay", "ties", "subspace") else pytest.param(name, marks=pytest.mark.slow)

@@ -14,7 +14,7 @@ from hf_pm.methods.parts import Parts
 from hf_pm.methods.starts.sd_lora import SdLora, gains_of
 from hf_pm.runs.doctor import examine
 from hf_pm.runs.history import rollback
-from hf_pm.store.ledger import Ledger
+from hf_pm.store.ledger import Entry, Ledger
 from hf_pm.weights import adapters
 from hf_pm.weights.adapters import Update, lora_layers
 from hf_pm.weights.folding import Folder
@@ -184,11 +184,13 @@ def test_what_was_trained_is_what_the_ledger_folds(normalize, run, monkeypatch):
     assert len({first, second, third, 0.8}) == 4
     magnitudes = load_file(done.path / ledger.entries[2].state)["sd_lora/magnitudes"].tolist()
     assert magnitudes[2] == third and (normalize or abs(magnitudes[0] - first) > 1e-3)
+    released = adapters.StoredAdapter(next(done.path.glob("releases/task-03-*")) / "adapter")
     for name in stored[0].names:
         updates = [adapter.read(name) for adapter in stored]
         factors = [1 / (u.scale * float(u.A.norm() * u.B.norm())) if normalize else 1.0 for u in updates[:2]] + [1.0]
         expected = sum(m * f * dense(u) for m, f, u in zip(magnitudes, factors, updates, strict=True))
         assert torch.allclose((folder.merged(name) - folder.merged(name, 0)).double(), expected, atol=1e-6)
+        assert torch.allclose(dense(released.read(name)), expected, atol=1e-6)
     assert max(task["parity"]["folded"]["relative_difference"] for task in done.results["per_task"]) < 1e-5
     assert not [finding for finding in examine(str(done.path)) if finding.problem]
     # An earlier state has its own magnitudes.
@@ -196,6 +198,22 @@ def test_what_was_trained_is_what_the_ledger_folds(normalize, run, monkeypatch):
     rollback(done.path, 2)
     again = Folder(folder.base, Ledger(done.path), folder.names)
     assert all(torch.equal(old, again.merged(name)) for old, name in zip(before, folder.names, strict=True))
+
+
+def test_the_last_entry_weighs_those_before_it(tmp_path):
+    ledger = Ledger(tmp_path)
+    for number, name in enumerate("abc"):
+        earlier = {other: {"m": 10.0 * number + i, "n": 2.0} for i, other in enumerate("abc"[:number])}
+        ledger.commit(Entry(name, number / 4, f"tasks/{name}", "", earlier=earlier or None))
+    ledger = Ledger(tmp_path)
+    assert [entry.alpha("m") for entry in ledger.active(1)] == [0.0]
+    assert [entry.alpha("m") for entry in ledger.active(2)] == [10.0, 0.25]
+    assert [entry.alpha("m") for entry in ledger.active()] == [20.0, 21.0, 0.5]
+    assert [entry.coefficient for entry in ledger.active()] == [11.0, 11.5, 0.5]
+    assert ledger.trained(3) == ledger.active(3) and ledger.entries[1].alpha("m") == 0.25
+    for wrong in ([], {"a": [1.0]}, {"a": {"m": "1"}}):
+        assert Entry("c", 1.0, "tasks/c", "", earlier=wrong).problem() is not None
+    assert Entry("c", 1.0, "tasks/c", "", earlier={"a": {"m": 1}}).problem() is None
 
 
 def test_stopped_in_a_task_and_started_again_gives_the_same_bits(run):  # noqa: F811

@@ -6,6 +6,7 @@ All of it follows from model = base + ledger: an earlier state is a beginning of
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -317,7 +318,8 @@ def counterfactual(
         raise UserError(f"{str(target)!r} exists. Give a new folder for the counterfactual.")
     results = releases.results()
     check_space(target, releases.bytes_needed("merged"), "The counterfactual")
-    releases.ledger.entries = [entry for entry in entries if entry.name != task]  # in memory only
+    # In memory only; what the last task made of the others' coefficients is in them already.
+    releases.ledger.entries = [replace(entry, earlier=None) for entry in entries if entry.name != task]
     recipe = read_json(releases.path / "run.json")["recipe"]
     with whole(target) as part:
         model, place = part / "model", part / "scoring"
