@@ -1,5 +1,6 @@
 import json
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -323,8 +324,11 @@ def test_certificate_of_a_task_that_an_earlier_process_trained(model, stream, to
             assert task["parity"][pair]["relative_difference"] < 1e-5
 
 
-def test_stream_numbers_reach_the_trackers_and_the_bar_says_rows(model, stream, tokenizer, lora, config, capsys):
+def test_stream_numbers_reach_the_trackers_and_the_bar_says_rows(
+    model, stream, tokenizer, lora, config, capsys, monkeypatch
+):
     logged = []
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
 
     class Tracker(TrainerCallback):
         def on_log(self, args, state, control, logs=None, **kwargs):
@@ -341,7 +345,7 @@ def test_stream_numbers_reach_the_trackers_and_the_bar_says_rows(model, stream, 
     assert final["panel/cross_entropy"] == results["panel"][2]["cross_entropy"]
     assert "task/colour/score" in final and "task/colour/score" in logged[0]
     shown = capsys.readouterr().err
-    assert "task 2 of 2 (mood)" in shown and "stream_left=" in shown
+    assert "task 2/2 mood" in shown and "stream_left=" in shown
     assert "scoring mood test" in shown and "row/s" in shown
 
 
