@@ -1,12 +1,15 @@
 """What a launcher asks for: the configs that come with the project, and what is refused before anything loads."""
 
+import json
 import os
-from pathlib import Path
+import subprocess
+import sys
 
 import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from conftest import build
+from test_cli import ROOT, environment, recipe  # noqa: F401 - recipe is a fixture
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
 from hf_pm import PMConfig
@@ -14,10 +17,11 @@ from hf_pm.cli import main
 from hf_pm.config import settings
 from hf_pm.errors import UserError
 from hf_pm.store.environment import SHARDED, check_deepspeed, check_environment, processes, take_fsdp
+from hf_pm.store.ledger import sha256_file
 from hf_pm.weights.sharding import check_architecture, check_model
 
 
-CONFIGS = Path(__file__).parent.parent / "recipes" / "accelerate_configs"
+CONFIGS = ROOT / "recipes" / "accelerate_configs"
 # As `accelerate launch --config_file recipes/accelerate_configs/fsdp2.yaml --num_processes 2` sets them.
 LAUNCHED = {
     "ACCELERATE_USE_FSDP": "true",
@@ -89,9 +93,9 @@ def test_the_settings_ask_too(fsdp, tmp_path):
     ],
 )
 def test_what_would_not_shard_is_refused_before_loading(changes, said, monkeypatch, capsys, tmp_path):
-    recipe = {"model_name_or_path": "there/is-none", "stream": "local/order1", "data_dir": str(tmp_path)}
-    recipe |= {"use_cpu": True, "output_dir": str(tmp_path / "run")}
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    values = {"model_name_or_path": "there/is-none", "stream": "local/order1", "data_dir": str(tmp_path)}
+    values |= {"use_cpu": True, "output_dir": str(tmp_path / "run")}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(values))
     for name, value in (LAUNCHED | changes).items():
         monkeypatch.setenv(name, value)
     assert main(["run", str(tmp_path / "recipe.yaml")]) == 2
@@ -111,14 +115,14 @@ def test_stage_3_is_refused_wherever_it_stands(tmp_path):
     (tmp_path / "zero3.json").write_text('{"zero_optimization": {"stage": 3}}')
     (tmp_path / "zero2.json").write_text('{"zero_optimization": {"stage": 2}}')
     launched = {"ACCELERATE_USE_DEEPSPEED": "true"}
-    for environment, config in (
+    for variables, config in (
         (launched | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}, None),
         (launched | {"ACCELERATE_DEEPSPEED_CONFIG_FILE": str(tmp_path / "zero3.json")}, None),
         ({}, stage3),
         ({}, str(tmp_path / "zero3.json")),
     ):
         with pytest.raises(UserError, match="ZeRO stage 3 is not supported"):
-            check_deepspeed(environment, config)
+            check_deepspeed(variables, config)
     with pytest.raises(UserError, match="cannot be read"):
         check_deepspeed({}, str(tmp_path / "none.json"))
     check_deepspeed(launched | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}, str(tmp_path / "zero2.json"))
@@ -184,3 +188,28 @@ def test_a_model_in_other_places_or_loaded_whole_is_refused():
     model.hf_device_map = {"model.layers.0": 0, "model.layers.1": "disk"}
     with pytest.raises(UserError, match="device_map"):
         check_model(model, False)
+
+
+@pytest.mark.slow
+def test_accelerate_launches_what_the_configs_say(recipe, tmp_path):  # noqa: F811
+    """ddp and fsdp2 on two CPU processes; and what `--cpu` makes of two."""
+    path, values = recipe
+    path.write_text(yaml.safe_dump(values | {"num_train_epochs": 1, "release": "none"}))
+    for name in ("ddp", "fsdp2", "--cpu"):
+        launch = ["--cpu", "--num_machines", "1"]
+        if name != "--cpu":
+            config = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text()) | {"use_cpu": True}
+            (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(config))
+            launch = ["--config_file", str(tmp_path / f"{name}.yaml"), "--main_process_port", "0"]
+        command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", *launch]
+        command += ["--num_processes", "2", str(ROOT / "scripts" / "train.py"), "--config", str(path)]
+        command += ["--output_dir", str(tmp_path / name)]
+        done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=600)
+        if name == "--cpu":
+            assert done.returncode != 0 and "asked for several processes" in done.stderr
+            assert not (tmp_path / name).exists()
+        else:
+            assert done.returncode == 0, done.stderr[-4000:]
+            assert json.loads((tmp_path / name / "run.json").read_text())["world_size"] == 2
+    adapters = [tmp_path / name / "tasks/02-mood/adapter/adapter_model.safetensors" for name in ("ddp", "fsdp2")]
+    assert sha256_file(adapters[0]) == sha256_file(adapters[1])

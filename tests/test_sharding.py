@@ -55,6 +55,7 @@ def test_sharded_runs_have_the_bits_of_whole_ones(written, tmp_path):
 
     killed = str(tmp_path / "killed" / "tasks" / "02-mood" / "checkpoints" / "checkpoint-3" / "checkpoint.json")
     kronecker = ["--method", "kronecker", "--curvature_labels", "sampled"]
+    kronecker += ["--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "2"]
     jobs = [
         job("whole"),
         job("shards", env=FSDP2),
@@ -103,6 +104,13 @@ def test_sharded_runs_have_the_bits_of_whole_ones(written, tmp_path):
     assert first.keys() == second.keys() and len(first) > 0
     for key, value in first.items():
         torch.testing.assert_close(second[key], value, rtol=1e-5, atol=1e-7)
+    for task in ("01-colour", "02-mood"):
+        first, second = (
+            load_file(tmp_path / name / "tasks" / task / "adapter" / "adapter_model.safetensors")
+            for name in ("kwhole", "kshards")
+        )
+        for key, value in first.items():
+            torch.testing.assert_close(second[key], value, rtol=1e-5, atol=1e-6)
 
 
 UNEVEN = [
