@@ -107,7 +107,7 @@ def _parser() -> argparse.ArgumentParser:
     streams = add("streams", streams_command, "List the published streams: tasks, where their rows are, papers.")
     streams.add_argument("stream", nargs="?", help="id of a stream: list its tasks")
     text = "Write report.html of a run; with --analysis, what its features hold after each task too."
-    report = add("report", report_command, text, "hf-pm report RUN [--analysis [--key value ...]]")
+    report = add("report", report_command, text, "hf-pm report RUN [--json] [--analysis [--key value ...]]")
     report.add_argument("run", help="a run folder")
     report.add_argument("--analysis", action="store_true", help="probes, CKA and the head's gap, into analysis.json")
     report.add_argument("--analysis_rows", type=int, metavar="N", help="training and test rows a task; 200 by default")

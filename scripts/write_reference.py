@@ -41,8 +41,6 @@ COMMANDS = """# Command line
 
 {}
 
-{}
-
 This page is written by `scripts/write_reference.py`.
 """
 
@@ -134,11 +132,15 @@ def cell(text: str | None) -> str:
 def command_page() -> str:
     parser = cli._parser()
     commands = next(action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
-    page = [COMMANDS.format(parser.description, parser.epilog)]
-    for name, command in commands.choices.items():
-        words, rows = ["hf-pm", name], []
+    page = [COMMANDS.format(parser.epilog)]
+    for name, command in [("", parser), *commands.choices.items()]:
+        title = f"hf-pm {name}".strip()
+        words, rows = title.split(), []
         for action in command._actions:
             if isinstance(action, argparse._HelpAction):
+                continue
+            if action is commands:
+                words.append(action.metavar)
                 continue
             choices = "{" + ",".join(map(str, action.choices)) + "}" if action.choices else None
             value = action.metavar or choices or action.dest.upper()
@@ -149,7 +151,7 @@ def command_page() -> str:
             default = action.default if action.default not in (None, False, argparse.SUPPRESS) else ""
             rows.append(f"| `{form}` | {f'`{default}`' if default else ''} | {cell(action.help)} |")
         usage = command.usage or " ".join(words)
-        page.append(f"\n## hf-pm {name}\n\n{cell(command.description)}\n\n```text\n{usage}\n```\n")
+        page.append(f"\n## {title}\n\n{cell(command.description)}\n\n```text\n{usage}\n```\n")
         if rows:
             page.append("\n| argument | default | meaning |\n|---|---|---|\n" + "\n".join(rows) + "\n")
     return "".join(page)
