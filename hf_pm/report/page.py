@@ -1,15 +1,17 @@
 """Report of a run: one self-contained HTML page, its pictures and tables as files, and a terminal table.
 
-Everything is computed from `results.json` and `run.json`; no model is loaded. The page needs no network and no
-JavaScript, and its pictures are inline SVG.
+Everything is computed from `results.json`, `examples.json` and `run.json`; no model is loaded. The page needs no
+network and no JavaScript, and its pictures are inline SVG.
 """
 
 import logging
 import math
+from base64 import b64encode
 from collections.abc import Mapping, Sequence
 from functools import cache
+from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jinja2
 
@@ -44,6 +46,7 @@ from .tables import Table, cut_text, fixed_text, metric_text, plain_text, signed
 
 logger = logging.getLogger(__name__)
 
+TEMPLATES = Path(__file__).parent / "templates"
 # The numbers at the head of the page.
 HEADLINE = ("average_accuracy", "backward_transfer", "forgetting", "forward_transfer")
 # A report is meant to be passed on.
@@ -273,10 +276,30 @@ def _settings(run: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
+class Script(NamedTuple):
+    """A script inside a page.
+
+    Args:
+        text (`str`): The source.
+        policy (`str`): The source expression of a Content-Security-Policy that allows this script and no other.
+    """
+
+    text: str
+    policy: str
+
+    @classmethod
+    def read(cls, path: Path) -> "Script":
+        text = path.read_text(encoding="utf-8")
+        return cls(text, f"'sha256-{b64encode(sha256(text.encode()).digest()).decode()}'")
+
+
+SORTING = Script.read(TEMPLATES / "sorting.js")
+
+
 @cache
 def template_environment() -> jinja2.Environment:
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
+        loader=jinja2.FileSystemLoader(TEMPLATES),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
