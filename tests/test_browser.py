@@ -69,6 +69,11 @@ def shown(tmp_path_factory) -> dict[str, Path]:
     }
     run = {"recipe": {"model_name_or_path": "/a/very/long/path" * 20, "learning_rate": 1e-3}}
     folders = {name: write_run(folder / name, results, run) for name, results in runs.items()}
+    for name, path in folders.items():
+        tasks, done = runs[name]["tasks"], len(runs[name]["per_task"])
+        words = dict.fromkeys(("text", "reference", "then", "now"), f"{HOSTILE} {'w' * 300}")
+        record = {"learned": done - 1, "lost": 1, "examples": [words, words | {"then": "x " * 300}]}
+        (path / "examples.json").write_text(json.dumps({"schema": 1, "after": done, "tasks": {tasks[0]: record}}))
     pages = {name: write_report(path) for name, path in folders.items()}
     several = [
         write_run(folder / f"{method}-{seed}", make_results(["a", "b"], [[0.5], [0.4, 0.6]], method=method, seed=seed))
@@ -95,6 +100,7 @@ def test_page_fits_the_window_and_the_console_stays_empty(shown, tmp_path, name,
     # A copy that may run a script tells how wide its content is.
     text = shown[name].read_text(encoding="utf-8")
     copy = re.sub("<meta http-equiv=[^>]*>", "", text).replace("</body>", PROBE + "</body>")
+    copy = copy.replace("<details>", "<details open>")
     (tmp_path / "copy.html").write_text(copy, encoding="utf-8")
     (tmp_path / "frame.html").write_text(FRAME.replace("WIDTH", str(width)))
     done = browse(tmp_path, tmp_path / "frame.html", 1400, "--dump-dom")
@@ -119,7 +125,8 @@ def test_the_page_loads_nothing_and_runs_no_script(shown, tmp_path):
 # In a copy of the comparison: the names in the first column before any click on the head of AA and after each of four.
 CLICKS = """<script>
 addEventListener("load", () => {
-  const table = document.querySelector("#table-1-1"), names = () => [...table.tBodies[0].rows].map(r => r.cells[0].innerText);
+  const table = document.querySelector("#table-1-1");
+  const names = () => [...table.tBodies[0].rows].map(row => row.cells[0].innerText);
   const head = [...table.tHead.rows[0].cells].find(cell => cell.innerText.trim() === "AA"), orders = [names()];
   for (let click = 0; click < 4; click++) {
     head.querySelector("button").click();

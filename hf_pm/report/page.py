@@ -35,6 +35,7 @@ from ..store.results import (
     matrix_of,
     metric_of,
     panel_of,
+    read_examples,
     read_run,
     record_of,
     retention,
@@ -251,6 +252,23 @@ def _overlaps(results: Mapping[str, Any]) -> list[dict[str, Any]] | None:
     ]
 
 
+def _changes(results: Mapping[str, Any], examples: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Per task that was learned earlier: how many answers changed since, and some that were right and are wrong."""
+    rows = []
+    for number, name in enumerate(results["tasks"], start=1):
+        task = as_record(examples.get(name))
+        if "lost" in task and task.get("learned") != len(as_list(results.get("per_task"))):
+            row = {key: plain_text(task.get(key)) for key in ("rows", "right", "lost", "gained")}
+            found = [
+                {key: plain_text(example.get(key)) for key in ("text", "reference", "then", "now")}
+                for example in map(as_record, as_list(task.get("examples")))
+            ]
+            for example in found:
+                example["said_reference"] = example["then"] == example["reference"]
+            rows.append({"number": number, "name": name, "examples": found, **row})
+    return rows
+
+
 def _others(results: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     """Task, key and value of what `per_task` holds and no section shows."""
     return [
@@ -327,7 +345,9 @@ def template_environment() -> jinja2.Environment:
 # One run
 
 
-def render_report(results: Mapping[str, Any], run: Mapping[str, Any] | None = None) -> str:
+def render_report(
+    results: Mapping[str, Any], run: Mapping[str, Any] | None = None, examples: Mapping[str, Any] | None = None
+) -> str:
     """
     Render the report of one run as a self-contained HTML page.
 
@@ -336,6 +356,8 @@ def render_report(results: Mapping[str, Any], run: Mapping[str, Any] | None = No
             The content of `results.json`; a run that is still going on has fewer matrix rows than tasks.
         run (`Mapping[str, Any]`, *optional*):
             The content of `run.json`. Without it the page has no settings and no base checksums.
+        examples (`Mapping[str, Any]`, *optional*):
+            The `tasks` of `examples.json`: answers that changed since a task was learned.
 
     Returns:
         `str`: The page. It loads nothing from the network and runs no JavaScript. What the run did not record is said
@@ -367,6 +389,7 @@ def render_report(results: Mapping[str, Any], run: Mapping[str, Any] | None = No
             curves=_curves(results) if results["matrix"] else [],
             balance=balance,
             scatter=_scatter(balance),
+            changes=_changes(results, as_record(examples)),
             merges=_merges(results),
             parities=_parities(results),
             panel=panel,
@@ -447,7 +470,7 @@ def _figures(results: Mapping[str, Any]) -> dict[str, bytes]:
 
 def write_report(run_dir: str | Path) -> Path:
     """
-    Write `report.html` into a run folder, from its `results.json` and, if present, its `run.json`.
+    Write `report.html` into a run folder, from its `results.json` and, if present, its `run.json` and `examples.json`.
 
     Beside it: `results.csv` (a line per score), `results.md` and `results.tex` (tables), and the pictures
     `figures/{matrix,curves,coefficients}.png`, which need matplotlib and are left out without it.
@@ -460,11 +483,11 @@ def write_report(run_dir: str | Path) -> Path:
         `Path`: The page. Every file is replaced in one step, so a browser never sees half of it.
 
     Raises:
-        UserError: If `results.json` is missing or cannot be read.
+        UserError: If `results.json` is missing, or one of the files cannot be read.
     """
     results, run = read_run(run_dir)
     folder = Path(run_dir)
-    page = render_report(results, run)
+    page = render_report(results, run, read_examples(folder, results))
     write_bytes(folder / "results.csv", scores_csv(results).encode())
     write_bytes(folder / "results.md", tables.markdown(tables_of(results)).encode())
     write_bytes(folder / "results.tex", tables.latex(tables_of(results)).encode())
