@@ -41,7 +41,7 @@ from .methods.measuring import measure, measure_inputs
 from .methods.parity import Parity
 from .methods.parts import Parts
 from .methods.protection import Protection
-from .progress import StreamProgress
+from .progress import StreamProgress, TrackerPictures
 from .report import page
 from .runs import recovery
 from .runs.folder import RunFolder
@@ -147,6 +147,8 @@ class PMTrainerMixin(TaskTraining):
             **kwargs,
         )
         self.add_callback(self.interruption)
+        if stream is not None:
+            self.add_callback(TrackerPictures(self))
 
     # ---- The stream ---------------------------------------------------------------------------------------------
 
