@@ -49,7 +49,7 @@ CHOICES = {
 # The smallest value that makes sense; `TrainingArguments` does not check its own fields.
 AT_LEAST = {
     0: "learning_rate weight_decay max_grad_norm warmup_steps seed data_seed dataloader_num_workers eval_steps "
-    "logging_steps",
+    "logging_steps report_examples",
     1: "per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps save_total_limit "
     "curvature_num_samples curvature_batch_size max_length max_train_samples max_eval_samples validation_samples "
     "lm_eval_limit",
@@ -196,6 +196,9 @@ class PMConfig(TrainingArguments):
         on_bad_row (`str`, *optional*, defaults to `"error"`):
             What to do with a row that has an empty field or a label that is no answer: `error` stops with its number,
             `skip` leaves it out, counted in the log and in results.json.
+        report_examples (`int`, *optional*, defaults to `10`):
+            Test rows of each task to show in report.html whose answer was right when the task was learned and is
+            wrong now. With 0 no text of a row is kept beside the scores.
         prompt (`str`, *optional*, defaults to `"plain"`):
             `plain` asks by instruction, options and text, without the name of the task. `published` prints each task's
             `template`, as its benchmark does. `chat` uses the tokenizer's chat template.
@@ -257,6 +260,7 @@ class PMConfig(TrainingArguments):
     max_eval_samples: int | None = _knob(None, "Evaluation rows per task.")
     validation_samples: int | None = _knob(None, "Training rows per label to hold out for validation.")
     on_bad_row: str = _knob("error", "`error` or `skip`.")
+    report_examples: int = _knob(10, "Rows a task that report.html shows of answers that became wrong.")
     prompt: str = _knob("plain", "`plain`, `published` or `chat`.")
     release: str = _knob("merged", "`merged`, `adapter`, `both` or `none`.")
     base_model_id: str | None = _knob(None, "Hub id of a base that is read from a local folder.")
@@ -538,7 +542,8 @@ RUN_INVARIANT_FIELDS = frozenset(
     "hub_private_repo hub_strategy hub_always_push hub_revision save_strategy save_steps save_total_limit "
     "save_only_model dataloader_num_workers dataloader_pin_memory release base_model_id license tags hub_curvature "
     "local_rank ddp_timeout "
-    "torch_empty_cache_steps skip_memory_metrics data_dir curvature_batch_size per_device_eval_batch_size".split()
+    "torch_empty_cache_steps skip_memory_metrics data_dir curvature_batch_size per_device_eval_batch_size "
+    "report_examples".split()
 )
 # What may change for the tasks to come, and is then noted in run.json; `num_train_epochs` of single tasks likewise.
 LATER_TASKS_FIELDS = frozenset(

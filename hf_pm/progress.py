@@ -1,19 +1,29 @@
-"""Progress of a whole stream: a bar per task on a terminal, lines of at most 80 columns everywhere else."""
+"""Progress of a whole stream: a bar per task on a terminal, lines of at most 80 columns everywhere else; and the
+report's pictures for the trackers."""
 
+import importlib
+import os
 import sys
 import textwrap
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
+from transformers.integrations import TensorBoardCallback
 from transformers.utils import is_in_notebook
 
 from .metrics.continual import average_accuracy
 from .report.tables import cut_text, fixed_text
 
 
+# Picture in the folder `figures` of a run -> its name for a tracker.
+PICTURES = {"matrix.png": "stream/score_matrix", "curves.png": "stream/score_curves"}
+# Callbacks of transformers for trackers that take images -> module with `log` and `Image`. They log to the run that
+# the callback opened.
+MODULES = {"TrackioCallback": "trackio", "WandbCallback": "wandb"}
 WIDTH = 80
 # Key of the logs of `Trainer` -> name in a line. The time left and the penalties follow as long as there is room.
 SHOWN = {"loss": "loss", "eval_loss": "eval_loss", "learning_rate": "lr"}
@@ -148,3 +158,44 @@ def _clock(seconds: float) -> str:
 
 # What `Trainer` brings, and a stream replaces.
 REPLACED = (ProgressCallback, PrinterCallback, StreamBar, StreamLines)
+
+
+class TrackerPictures(TrainerCallback):
+    """Sends the score matrix and its curves, as pictures, to every tracker that takes images.
+
+    The files are those of the report: nothing is drawn again. A picture's step is the number of tasks seen, since the
+    global step begins anew with every task.
+
+    Args:
+        trainer (`Trainer`): Its callbacks name the trackers; add this one after them.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+        for callback in trainer.callback_handler.callbacks:
+            # A stream logs the scores of the base before any training, and only a training would name the folder.
+            if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
+                now = time.strftime("%Y-%m-%d_%H-%M-%S")
+                callback.logging_dir = os.path.join(trainer.args.output_dir, "runs", now)
+
+    def on_log(self, args, state, control, logs=None, **kwargs) -> None:  # noqa: ANN001, ANN003
+        if not state.is_world_process_zero or "stream/average_accuracy" not in (logs or ()):
+            return
+        folder, step = self.trainer.run.path / "figures", len(self.trainer.run.results["matrix"])
+        pictures = {name: folder / file for file, name in PICTURES.items() if (folder / file).is_file()}
+        for callback in self.trainer.callback_handler.callbacks:
+            if isinstance(callback, TensorBoardCallback):
+                _to_tensorboard(callback.tb_writer, pictures, step)
+            elif pictures and type(callback).__name__ in MODULES:
+                tracker = importlib.import_module(MODULES[type(callback).__name__])
+                tracker.log({name: tracker.Image(str(path)) for name, path in pictures.items()})
+
+
+def _to_tensorboard(writer: Any, pictures: dict[str, Path], step: int) -> None:
+    import numpy as np
+    from PIL import Image
+
+    for name, path in pictures.items():
+        with Image.open(path) as picture:
+            writer.add_image(name, np.asarray(picture.convert("RGB")), step, dataformats="HWC")
+    writer.flush()

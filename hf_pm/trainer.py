@@ -35,6 +35,7 @@ from .config import PMConfig
 from .errors import UserError
 from .evaluation import panel
 from .evaluation.answers import Filler
+from .evaluation.changes import Changes
 from .evaluation.scoring import Cell, Scorer, metric_of
 from .hub.outbox import Outbox
 from .methods.contract import Ended, Measured, Merged, Task
@@ -44,7 +45,16 @@ from .methods.measuring import measure, measure_inputs
 from .methods.parity import Parity
 from .methods.parts import Parts
 from .methods.protection import Protection
-from .progress import REPLACED, StreamBar, StreamLines, say, shows_bars, task_label, task_lines
+from .progress import (
+    REPLACED,
+    StreamBar,
+    StreamLines,
+    TrackerPictures,
+    say,
+    shows_bars,
+    task_label,
+    task_lines,
+)
 from .report import page
 from .runs import recovery
 from .runs.folder import RunFolder
@@ -159,6 +169,8 @@ class PMTrainerMixin(TaskTraining):
                 **kwargs,
             )
         self.add_callback(self.interruption)
+        if stream is not None:
+            self.add_callback(TrackerPictures(self))
 
     # ---- The stream ---------------------------------------------------------------------------------------------
 
@@ -213,6 +225,7 @@ class PMTrainerMixin(TaskTraining):
         self.outbox = Outbox.prepare(self.run, args, self.processing_class, self.stream, self.task_type, repo_id)
         self.accelerator.wait_for_everyone()
         self.scorer = Scorer(self, self.rows, self.run.path / "cells.json")
+        self.changes = Changes(self.scorer, self.run.path, args.report_examples)
         self.live: int | None = None  # number of tasks whose merged weights are live
         self.parity = Parity(self)
         self._progress = StreamBar() if self._bars else StreamLines()
@@ -393,11 +406,13 @@ class PMTrainerMixin(TaskTraining):
         parity = self.parity.certify(number)
         cells: list[Cell | None] = [None] * len(self.stream)
         for t in stage.scores:
+            learned = next(n for n, other in enumerate(self.stages, start=1) if t in other.learns)
             if self.task_type == "SEQ_CLS":
-                learned = next(n for n, other in enumerate(self.stages) if t in other.learns)
-                entry = self.run.ledger.entries[learned]
+                entry = self.run.ledger.entries[learned - 1]
                 adapters.load_head(self.model, adapters.StoredAdapter(self.run.path / entry.adapter).head())
             cells[t] = self.scorer.score_task(t)
+            self.changes.compare(t, cells[t], number, learned)
+        self.changes.write(number)
         # A row for each task seen. Where a stage scores no earlier task (a bank of adapters), their scores stand.
         tasks = range(max(stage.scores) + 1)
         rows = results["matrix"] + [[None] * (t + 1) for t in range(len(results["matrix"]), len(tasks) - 1)]

@@ -83,9 +83,12 @@ class TaskTraining:
 
     def predict_rows(self, rows: Dataset) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits of the live model for encoded rows, and what each of their positions should predict."""
-        batch = self._prepare_input(dict(self.stream_collator(rows.to_list())))
         with self.accelerator.autocast():
-            return predict(self.model, batch)
+            return predict(self.model, self.collated(rows))
+
+    def collated(self, rows: Dataset) -> dict[str, Any]:
+        """Encoded rows as one batch on the device, the same on every rank."""
+        return self._prepare_input(dict(self.stream_collator(rows.to_list())))
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """The optimizer of the method, or the one that `optim` names."""
@@ -144,9 +147,7 @@ class TaskTraining:
 
     def _first_rows(self, rows: Dataset) -> dict[str, Any]:
         """A few rows, the same on every rank."""
-        return self._prepare_input(
-            dict(self.stream_collator(rows.select(range(min(PROBE_ROWS, len(rows)))).to_list()))
-        )
+        return self.collated(rows.select(range(min(PROBE_ROWS, len(rows)))))
 
     def _label(self) -> str:
         """Name of the task that is being trained, for messages."""

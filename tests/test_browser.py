@@ -5,6 +5,8 @@ import json
 import re
 import shutil
 import subprocess
+from base64 import b64encode
+from hashlib import sha256
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -67,6 +69,11 @@ def shown(tmp_path_factory) -> dict[str, Path]:
     }
     run = {"recipe": {"model_name_or_path": "/a/very/long/path" * 20, "learning_rate": 1e-3}}
     folders = {name: write_run(folder / name, results, run) for name, results in runs.items()}
+    for name, path in folders.items():
+        tasks, done = runs[name]["tasks"], len(runs[name]["per_task"])
+        words = dict.fromkeys(("text", "reference", "then", "now"), f"{HOSTILE} {'w' * 300}")
+        record = {"learned": done - 1, "lost": 1, "examples": [words, words | {"then": "x " * 300}]}
+        (path / "examples.json").write_text(json.dumps({"schema": 1, "after": done, "tasks": {tasks[0]: record}}))
     pages = {name: write_report(path) for name, path in folders.items()}
     several = [
         write_run(folder / f"{method}-{seed}", make_results(["a", "b"], [[0.5], [0.4, 0.6]], method=method, seed=seed))
@@ -93,6 +100,7 @@ def test_page_fits_the_window_and_the_console_stays_empty(shown, tmp_path, name,
     # A copy that may run a script tells how wide its content is.
     text = shown[name].read_text(encoding="utf-8")
     copy = re.sub("<meta http-equiv=[^>]*>", "", text).replace("</body>", PROBE + "</body>")
+    copy = copy.replace("<details>", "<details open>")
     (tmp_path / "copy.html").write_text(copy, encoding="utf-8")
     (tmp_path / "frame.html").write_text(FRAME.replace("WIDTH", str(width)))
     done = browse(tmp_path, tmp_path / "frame.html", 1400, "--dump-dom")
@@ -112,6 +120,50 @@ def test_the_page_loads_nothing_and_runs_no_script(shown, tmp_path):
     assert "<title>ran</title>" not in done.stdout
     refused = [line for line in done.stderr.splitlines() if "Content Security Policy" in line]
     assert any("inline script" in line for line in refused) and any("127.0.0.1:9" in line for line in refused)
+
+
+# In a copy of the comparison: the names in the first column before any click on the head of AA and after each of four.
+CLICKS = """<script>
+addEventListener("load", () => {
+  const table = document.querySelector("#table-1-1");
+  const names = () => [...table.tBodies[0].rows].map(row => row.cells[0].innerText);
+  const head = [...table.tHead.rows[0].cells].find(cell => cell.innerText.trim() === "AA"), orders = [names()];
+  for (let click = 0; click < 4; click++) {
+    head.querySelector("button").click();
+    orders.push([head.getAttribute("aria-sort"), ...names()]);
+  }
+  document.title = JSON.stringify(orders);
+});
+</script>"""
+
+
+def test_a_click_on_a_head_sorts_the_comparison(tmp_path):
+    scores = {"pm": 0.7, "average": None, "sequential": 0.06, "joint": 0.9}
+    folders = [
+        write_run(
+            tmp_path / name,
+            make_results(["a", "b"], [[0.5], [0.4, 0.6]], method=name, metrics={"average_accuracy": score}),
+        )
+        for name, score in scores.items()
+    ]
+    page = write_comparison(folders, tmp_path / "compare.html")
+    text = page.read_text(encoding="utf-8")
+    assert "<button" not in text.partition("<script>")[0]
+    # The page's policy lets its own script run, and in the copy the one that clicks.
+    clicks = b64encode(sha256(CLICKS.removeprefix("<script>").removesuffix("</script>").encode()).digest()).decode()
+    copy = text.replace("script-src ", f"script-src 'sha256-{clicks}' ", 1).replace("</body>", CLICKS + "</body>")
+    (tmp_path / "copy.html").write_text(copy, encoding="utf-8")
+    done = browse(tmp_path, tmp_path / "copy.html", 1280, "--dump-dom")
+    assert "Content Security Policy" not in done.stderr
+    given = list(scores)
+    down, up = ["joint", "pm", "sequential", "average"], ["sequential", "pm", "joint", "average"]
+    assert json.loads(html.unescape(re.search("<title>(.*?)</title>", done.stdout)[1])) == [
+        given,
+        ["descending", *down],
+        ["ascending", *up],
+        [None, *given],
+        ["descending", *down],
+    ]
 
 
 @pytest.mark.slow

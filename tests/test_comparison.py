@@ -72,11 +72,13 @@ def test_means_and_paired_differences(runs):
 def test_every_format_shows_these_numbers(runs):
     comparison = compare(runs)
     text = comparison.markdown
-    assert "| pm | 0.850 ± 0.050 | -0.085 ± 0.005 | 3 | 0, 1, 2 | 20.0 s ± 0.0 s |" in text
+    assert "| pm | **0.850 ± 0.050** | -0.085 ± 0.005 | 3 | 0, 1, 2 | 20.0 s ± 0.0 s |" in text
     assert "| sequential | 3 | -0.140 [-0.271, -0.009] | +0.014 [+0.001, +0.027] |" in text
-    assert "| pm | 0.850 ± 0.050 | 0.500 ± 0.000 |" in text  # per task at the end
+    assert "| pm | **0.850 ± 0.050** | 0.500 ± 0.000 |" in text  # per task at the end
+    assert "| sequential | -0.140 [-0.271, -0.009] | -0.140 [-0.271, -0.009] | 0.000 [0.000, 0.000] |" in text
     assert "**Note:**" not in text and "single" not in text
-    assert r"pm & 0.850 $\pm$ 0.050 & $-$0.085 $\pm$ 0.005 & 3 & 0, 1, 2 & 20.0 s $\pm$ 0.0 s \\" in comparison.latex
+    best = r"pm & \textbf{0.850 $\pm$ 0.050} & $-$0.085 $\pm$ 0.005 & 3 & 0, 1, 2 & 20.0 s $\pm$ 0.0 s \\"
+    assert best in comparison.latex
     assert r"sequential & 3 & $-$0.140 [$-$0.271, $-$0.009] & +0.014 [+0.001, +0.027] \\" in comparison.latex
 
     page = Page(comparison.html)
@@ -87,7 +89,8 @@ def test_every_format_shows_these_numbers(runs):
     assert page.table("table-1-2")[1] == [
         *("sequential", "", "3", "-0.140 [-0.271, -0.009]", "+0.014 [+0.001, +0.027]"),
     ]
-    assert page.table("table-1-4") == [
+    assert page.table("table-1-4")[0] == ["Method", "AA", "1: a", "2: b"]
+    assert page.table("table-1-5") == [
         ["Method", "1: a", "2: b"],
         ["pm", "1.000 ± 0.000", "0.500 ± 0.000"],
         ["sequential", "1.000 ± 0.000", "0.500 ± 0.000"],
@@ -124,7 +127,10 @@ def test_csv_has_a_line_per_quantity_in_full_precision(runs):
     assert float(line["low"]) == pytest.approx(-0.2714494, abs=1e-6)
     tasks = [(x["task"], float(x["mean"])) for x in lines if x["label"] == "pm" and x["quantity"] == "score"]
     assert tasks == [("a", pytest.approx(0.85)), ("b", 0.5)]
-    assert {x["quantity"] for x in lines if x["difference"]} == {"average_accuracy", "backward_transfer"}
+    differing = {(x["quantity"], x["task"]) for x in lines if x["difference"]}
+    assert differing == {("average_accuracy", ""), ("backward_transfer", ""), ("score", "a"), ("score", "b")}
+    (line,) = [x for x in lines if (x["label"], x["quantity"], x["task"]) == ("sequential", "score", "a")]
+    assert (float(line["difference"]), line["pairs"]) == (pytest.approx(-0.14), "3")
 
 
 def test_one_pair_has_no_interval_and_says_so(runs):
@@ -132,7 +138,7 @@ def test_one_pair_has_no_interval_and_says_so(runs):
     assert comparison.rows[1]["paired"]["average_accuracy"] == pytest.approx(
         {"mean": -0.1, "std": None, "n": 1, "low": None, "high": None}
     )
-    assert "| pm | 0.800 | -0.080 | 1 | 0 | 20.0 s |" in comparison.markdown
+    assert "| pm | **0.800** | -0.080 | 1 | 0 | 20.0 s |" in comparison.markdown
     assert "| sequential | 1: no interval | -0.100 | +0.010 |" in comparison.markdown
     # Seeds 0 and 2 make no pair.
     comparison = compare([runs[0], runs[3]])
@@ -210,6 +216,93 @@ def test_t_quantiles():
     assert T_QUANTILES[1] == pytest.approx(0.95 * (2 / (1 - 0.95**2)) ** 0.5, abs=1e-4)
     assert (T_QUANTILES[9], T_QUANTILES[29]) == (2.2281, 2.0423)
     assert list(T_QUANTILES) == sorted(T_QUANTILES, reverse=True)
+
+
+# Best of a column, differences by task, sorting
+
+
+def cells(page: Page, table: str, kind: str) -> list[tuple[str, str]]:
+    """Row and text of the cells of a class in a table."""
+    (found,) = [each for each in page.root.all("table") if each.attributes.get("id") == table]
+    return [(row.all("th")[0].text, cell.text) for row in found.all("tr")[1:] for cell in row.all("td", kind)]
+
+
+def test_the_best_of_a_column_is_marked_and_upper_bounds_are_none(tmp_path):
+    metrics = {
+        "sequential": (0.5, 0.2, 0.1),
+        "joint": (0.9, 0.0, 0.4),
+        "pm": (0.6, 0.1, 0.3),
+        "average": (0.6, 0.3, 0.3 + 1e-12),
+    }
+    folders = [
+        write_run(
+            tmp_path / method,
+            make_results(
+                ["a", "b"],
+                [[0.5], [first, 0.7]],
+                method=method,
+                metrics={"average_accuracy": aa, "forgetting": forgetting, "backward_transfer": 0.1},
+            ),
+        )
+        for method, (aa, forgetting, first) in metrics.items()
+    ]
+    comparison = compare(folders)
+    page = Page(comparison.html)
+    # Highest accuracy, twice; lowest forgetting; the same transfer everywhere has no best one.
+    expected = [("pm", "0.600"), ("pm", "+0.100"), ("average", "0.600")]
+    assert cells(page, "table-1-1", "best") == expected
+    assert cells(page, "table-1-3", "best") == [("pm", "0.300"), ("average", "0.300")]
+    assert "| joint | 0.900 | +0.100 | 0.000 |" in comparison.markdown
+    assert "| average | **0.600** | +0.100 | +0.300 |" in comparison.markdown
+    assert "Bold: the best of its column. The upper bounds joint and single are left out" in comparison.markdown
+    alone = compare([folders[1], folders[2]])
+    assert "**0.600**" not in alone.markdown and "Bold" not in alone.markdown
+
+
+def test_differences_by_task_are_paired_and_coloured_by_their_sign(tmp_path):
+    last = {
+        "sequential": {0: [0.5, 0.8], 1: [0.3, 0.6]},
+        "pm": {1: [0.6, 0.5], 0: [0.6, 0.7], 7: [0.0, 0.0]},
+        "average": {0: [0.5, None], 1: [0.3, 0.6]},
+    }
+    folders = [
+        write_run(
+            tmp_path / f"{method}-{seed}",
+            make_results(["a", "b"], [[0.5], row], method=method, seed=seed, metrics={"average_accuracy": row[0]}),
+        )
+        for method, by_seed in last.items()
+        for seed, row in by_seed.items()
+    ]
+    comparison = compare(folders, baseline="sequential")
+    assert values(comparison, "sequential")["paired_scores"] is None
+    # +0.1 and +0.3; -0.1 twice; seed 7 of pm has no partner.
+    first, second = values(comparison, "pm")["paired_scores"]
+    assert (first["mean"], first["n"]) == (pytest.approx(0.2), 2)
+    assert (second["mean"], second["std"]) == (pytest.approx(-0.1), pytest.approx(0.0))
+    same, lacking = values(comparison, "average")["paired_scores"]
+    assert (same["mean"], lacking["mean"], lacking["n"]) == (0.0, 0.0, 1)
+    assert "**Score per task at the end, difference to sequential, same seeds**" in comparison.markdown
+    page = Page(comparison.html)
+    assert page.table("table-1-4")[0] == ["Method", "AA", "1: a", "2: b"]
+    assert cells(page, "table-1-4", "gain") == [("pm", "+0.200 [-1.071, +1.471]")] * 2
+    assert [row for row, _ in cells(page, "table-1-4", "loss")] == ["pm"]
+    shades = re.findall(r'class="(?:gain|loss)" style="--v:([\d.]+)"', comparison.html)
+    assert [float(shade) for shade in shades] == [0.45, 0.45, 0.25]
+
+
+def test_no_table_of_differences_by_task_without_a_shared_seed(runs):
+    assert "Score per task at the end, difference" not in compare([runs[0], runs[3]]).markdown
+
+
+def test_numbers_behind_the_texts_are_there_to_sort_by(runs):
+    page = Page(compare(runs).html)
+    sortable = page.root.all("table", "sortable")
+    assert [table.attributes["id"] for table in sortable] == ["table-1-1", "table-1-3", "table-1-5"]  # of two rows
+    numbers = [[cell.attributes.get("data-number") for cell in row.all("td")] for row in sortable[0].all("tr")[1:]]
+    # Picture, AA, BWT, runs, seeds, time.
+    assert [row[0] for row in numbers] == [None, None] and [row[4] for row in numbers] == [None, None]
+    assert [float(row[1]) for row in numbers] == [pytest.approx(0.85), pytest.approx(0.71)]
+    assert [float(row[5]) for row in numbers] == [20.0, 20.0]
 
 
 # Which runs belong together

@@ -461,6 +461,7 @@ RUNS: dict[str, tuple[Change, str]] = {
     ),
     "release.json of another version": (put("run/release.json", '{"kind": "merged"}'), "is not of this version"),
     "cells.json that is no JSON": (put("run/cells.json", "{"), "cells.json' is not valid JSON"),
+    "examples.json that is no JSON": (put("run/examples.json", "{"), "examples.json' is not valid JSON"),
     "a file for a run folder": (recipe(output_dir="model/config.json"), "`output_dir`"),
     "a place below a file": (recipe(output_dir="model/config.json/run"), "`output_dir`"),
     "a place that is read-only": (read_only, "may not be written to"),

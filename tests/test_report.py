@@ -489,6 +489,81 @@ def test_the_results_are_not_changed(full):
     assert full == before
 
 
+# Answers that changed
+
+
+def changed(name: str = "agnews", **changes: Any) -> dict[str, Any]:
+    """Two answers that were lost, as `examples.json` has them."""
+    example = {"row": 3, "text": "some text", "reference": "World", "then": "World", "now": "Sports"}
+    record = {"learned": 1, "rows": 100, "right": 90, "lost": 22, "gained": 3, "examples": [example] * 2}
+    return {name: record | changes}
+
+
+def test_answers_that_were_lost_are_counted_and_shown(full):
+    last = changed("yelp", learned=2, lost=0)  # learned last of the two tasks that `per_task` has
+    page = Page(render_report(full, examples=changed() | last))
+    assert page.table("changes-table") == [
+        ["Task", "Test rows", "Right then", "Lost", "Gained"],
+        ["1: agnews", "100", "90", "22", "3"],
+    ]
+    # What was said then is the reference, and needs no column.
+    assert page.table("examples-1") == [["Should be", "Says now", "Text"], *[["World", "Sports", "some text"]] * 2]
+    (details,) = page.section("changes").all("details")
+    assert details.all("summary")[0].text == "1: agnews, 2 of 22 lost"
+    assert ("Lost answers", "#changes") in [(link.text, link.attributes["href"]) for link in page.root.all("a")]
+
+
+def test_a_generated_answer_is_shown_as_it_was_and_as_it_is(full):
+    examples = [
+        {"text": "a", "reference": "one two", "then": "one", "now": "three"},
+        {"text": "b", "reference": "one two", "then": None, "now": None},
+        {"text": "c", "reference": "one", "then": "one", "now": "one"},
+    ]
+    page = Page(render_report(full, examples=changed(examples=examples)))
+    assert page.table("examples-1") == [
+        ["Should be", "Said then", "Says now", "Text"],
+        ["one two", "one", "three", "a"],
+        ["one two", "–", "–", "b"],
+        ["one", "one", "one (the same text in other tokens, or within rounding)", "c"],
+    ]
+
+
+@pytest.mark.parametrize("examples", [None, {}, {"agnews": None}, {"agnews": {"learned": 1, "then": "10"}}, {"x": 1}])
+def test_without_a_comparison_the_page_says_so(full, examples):
+    page = Page(render_report(full, examples=examples))
+    assert "Not recorded, or not since the run was rolled back." in page.section("changes").text
+
+
+@pytest.mark.parametrize("value", [None, "odd", 3, [None, 1], {"a": [1]}])
+def test_odd_examples_are_shown_as_far_as_they_go(full, value):
+    for key in ("learned", "rows", "right", "lost", "gained", "examples"):
+        assert_no_missing_value_text(Page(render_report(full, examples=changed(**{key: value}))))
+    assert_self_contained(render_report(full, examples=changed(examples=[value, {"text": value, "now": value}])))
+
+
+def test_hostile_examples_are_text(full):
+    example = dict.fromkeys(("text", "reference", "then", "now"), HOSTILE) | {"row": HOSTILE}
+    hostile = make_results([HOSTILE, "b"], [[0.5], [0.4, 0.5]])
+    for then in (HOSTILE, "</td></table><img src=x onerror=alert(1)>"):
+        record = changed(HOSTILE, lost=HOSTILE, rows=HOSTILE, examples=[example | {"then": then}])
+        text = render_report(hostile, examples=record)
+        assert_self_contained(text)
+        page = Page(text)
+        assert not page.root.all("img") and "<script" not in text
+        assert " ".join(page.table("examples-1")[1]).count(HOSTILE) >= 3
+
+
+def test_examples_of_other_results_are_left_out(full, tmp_path):
+    folder = write_run(tmp_path / "run", full)
+    for after, shown in ((2, True), (1, False), (None, False)):
+        (folder / "examples.json").write_text(json.dumps({"schema": 1, "after": after, "tasks": changed()}))
+        write_report(folder)
+        assert ('id="examples-1"' in (folder / "report.html").read_text(encoding="utf-8")) == shown
+    (folder / "examples.json").write_text("{")
+    with pytest.raises(ValueError, match=r"examples\.json' is not valid JSON .*Delete it to get a report without"):
+        write_report(folder)
+
+
 # The terminal and the trackers
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import COLOUR, MOOD, build, rows
 from datasets import Dataset
+from peft import LoraConfig
 
 from hf_pm import PMTrainer, Task, TaskStream, UserError
 from hf_pm.evaluation.answers import Filler
@@ -179,6 +180,37 @@ def test_options_that_a_tokenizer_joins_with_the_text_are_refused(make):
     trainer.rows.test[0] = type(trainer.rows.test[0]).from_list(table)
     with pytest.raises(UserError, match="`metric: accuracy` of task 'colour' .* Use `metric: exact_match`"):
         scorer.score_task(0)
+
+
+@pytest.mark.parametrize("metric, epochs", [("exact_match", 3), ("accuracy", 3), ("rougeL", 10)])
+def test_answers_are_those_that_were_scored(make, metric, epochs):
+    trainer, scorer = make(stream_of(metric), per_device_eval_batch_size=5, num_train_epochs=epochs)
+    trainer.train()
+    scores, labels = scorer.score_task(0).row_scores, trainer.rows.test_rows[0]["label"]
+    assert 0 < sum(score == 1 for score in scores) < len(scores)
+    order = list(range(len(labels)))[::-1]
+    said = scorer.answers(0, order)
+    right = [answer == labels[row] for row, answer in zip(order, said, strict=True)]
+    assert right == [scores[row] == 1 for row in order]
+    # Alone, in float32, a row is answered as among others.
+    assert [scorer.answers(0, [row])[0] for row in order[:4]] == said[:4]
+    assert len(set(said)) > 1 and scorer.answers(0, []) == []
+
+
+def test_a_classifier_says_its_best_option(tokenizer, stream, config):
+    trainer = PMTrainer(
+        model=build("bert"),
+        args=config(),
+        stream=stream,
+        processing_class=tokenizer,
+        peft_config=LoraConfig(r=4, target_modules=["query", "value"], task_type="SEQ_CLS"),
+    )
+    scorer = Scorer(trainer, trainer.rows)
+    for task in (0, 1):
+        scores, labels = scorer.score_task(task).row_scores, trainer.rows.test_rows[task]["label"]
+        said = scorer.answers(task, range(len(labels)))
+        assert [float(answer == label) for answer, label in zip(said, labels, strict=True)] == scores
+        assert set(said) <= set(stream[task].options)
 
 
 # ---- Cells that were scored already ---------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """Scores of the live merged model on the rows of a stream."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,11 +17,16 @@ from ..tasks.rows import StreamRows
 from ..tasks.stream import Task
 from .answers import (
     correct_classes,
+    evaluating,
     exact_matches,
     generate_answers,
     option_log_likelihoods,
+    predict,
     stop_tokens,
 )
+
+
+MORE_TOKENS = 8  # that a wrong answer may be longer than the longest reference, to be shown
 
 
 class Cell(NamedTuple):
@@ -181,9 +186,9 @@ class Scorer:
             return [float(verdict) for verdict in right[: len(mine)]]
         rows = self.rows.test_rows[task_index].select(mine)
         if needs == "options":
-            predictions = self._best_options(task_index)
+            predictions = self._best_options(task_index, self._batches(task_index, len(task.options)))
         else:
-            predictions = self._answers(task_index)
+            predictions = self._generated(task_index, self._batches(task_index))
         return score_rows(metric, predictions[: len(mine)], rows["label"], rows["text"])
 
     def _batches(self, task_index: int, sequences_per_row: int = 1) -> Iterator[Any]:
@@ -192,13 +197,46 @@ class Scorer:
         label = f"scoring {self.rows.stream[task_index].name} test"
         return self.trainer.batches(self.rows.test[task_index], size, label)
 
-    def _best_options(self, task_index: int) -> list[str]:
-        """The option with the largest likelihood of each of this rank's rows."""
+    # ---- Answers ------------------------------------------------------------------------------------------------
+
+    def answers(self, task_index: int, rows: Sequence[int]) -> list[str]:
+        """What the live model says to some of a task's test rows; every rank answers all of them.
+
+        Args:
+            task_index (`int`): From 0.
+            rows (`Sequence[int]`): Numbers of test rows, from 0.
+
+        Returns:
+            `list[str]`: The option with the largest likelihood or logit where the metric is about options, else the
+            greedy answer. One that is scored without generation may be `MORE_TOKENS` longer than any reference.
+        """
+        trainer, task = self.trainer, self.rows.stream[task_index]
+        needs = TASK_METRICS[self.metrics[task_index]].needs
+        sequences = len(task.options) if needs == "options" and trainer.task_type != "SEQ_CLS" else 1
+        size = max(1, trainer.args.eval_batch_size // sequences)
+        chosen = self.rows.test[task_index].select(rows)
+        parts = (range(i, min(i + size, len(rows))) for i in range(0, len(rows), size))
+        batches = (trainer.collated(chosen.select(part)) for part in parts)
+        if trainer.task_type == "SEQ_CLS":
+            return [task.options[best] for batch in batches for best in self._best_classes(batch, len(task.options))]
+        if needs == "options":
+            return self._best_options(task_index, batches)
+        return self._generated(task_index, batches, MORE_TOKENS if needs == "teacher_forced" else 0)
+
+    @torch.no_grad()
+    def _best_classes(self, batch: Any, num_classes: int) -> list[int]:
+        """The best class of each row among a task's own."""
+        with evaluating(self.trainer.model), self.trainer.accelerator.autocast():
+            logits, _ = predict(self.trainer.model, batch)
+        return logits[:, :num_classes].argmax(-1).tolist()
+
+    def _best_options(self, task_index: int, batches: Iterable[Any]) -> list[str]:
+        """The option with the largest likelihood of each row."""
         trainer, task, metric = self.trainer, self.rows.stream[task_index], self.metrics[task_index]
         options = self._option_tokens(task_index)
         sums = option_log_likelihoods(
             trainer.model,
-            self._batches(task_index, len(options)),
+            batches,
             options,
             trainer.encoder.tokenizer.pad_token_id,
             autocast=trainer.accelerator.autocast,
@@ -226,15 +264,15 @@ class Scorer:
                 )
         return options
 
-    def _answers(self, task_index: int) -> list[str]:
-        """The greedy answer to each of this rank's rows, cut at the length of the longest reference."""
+    def _generated(self, task_index: int, batches: Iterable[Any], more: int = 0) -> list[str]:
+        """The greedy answer to each row, cut at the length of the longest reference and `more` tokens."""
         trainer, tokenizer = self.trainer, self.trainer.encoder.tokenizer
         labels = [_answer(labels) for labels in self.rows.test[task_index]["labels"]]
         return generate_answers(
             trainer.model,
-            self._batches(task_index),
+            batches,
             tokenizer,
-            TASK_METRICS[self.metrics[task_index]].max_new_tokens or max(map(len, labels)),
+            TASK_METRICS[self.metrics[task_index]].max_new_tokens or max(map(len, labels)) + more,
             stops=stop_tokens(tokenizer, labels),
             autocast=trainer.accelerator.autocast,
         )

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..errors import UserError, choose
 from ..metrics.continual import FORMULAS
@@ -14,6 +14,7 @@ from .figures import Plot
 from .groups import (
     COMPARED,
     PAIRED,
+    REFERENCES,
     Run,
     Scored,
     labels_of,
@@ -25,7 +26,7 @@ from .groups import (
     row_of,
     values_of,
 )
-from .page import template_environment
+from .page import SORTING, template_environment
 from .tables import Table, fixed_text, metric_text, plain_text, seconds_text, signed_text
 
 
@@ -33,6 +34,8 @@ LEGEND = (
     "Scores are macro means over tasks, in [0, 1]. Several seeds: mean ± sample standard deviation. A difference is "
     "taken seed by seed on the same data; in brackets its 95 % interval, Student's t over these pairs."
 )
+BEST_LEGEND = " Bold: the best of its column."
+BOUND_LEGEND = " The upper bounds joint and single are left out of that."
 REFERENCE_LEGEND = (
     " FWT single and INT are measured against the runs of the methods single and joint with the same seed."
 )
@@ -49,7 +52,8 @@ class Comparison:
             `n`, `baseline`; per metric, and for `train_seconds` and `panel_change`, a summary `{"mean", "std", "n"}`;
             `scores` (of the last row of the matrix) and `coefficients`, one summary per task; and `paired`, for each
             metric with a shared seed a summary of the difference to the baseline, with `low` and `high` of its 95 %
-            interval (`None` for a single pair); `None` for the baseline itself.
+            interval (`None` for a single pair); `None` for the baseline itself. `paired_scores` is the same for the
+            last score of each task, in their order.
         notes (`list[str]`):
             What keeps the runs from being comparable.
         markdown, latex, csv (`str`):
@@ -92,39 +96,101 @@ def _pairs(row: Mapping[str, Any]) -> int:
     return max((paired["n"] for paired in row["paired"].values()), default=0)
 
 
+class Column(NamedTuple):
+    """A column of a table.
+
+    Args:
+        title (`str`): Its head.
+        texts (`list[str]`): A text per row.
+        numbers (`list[float | None]`, *optional*): The number behind each text.
+        better (`Callable`, *optional*): `max` or `min`, where one of the numbers is the best.
+    """
+
+    title: str
+    texts: list[str]
+    numbers: list[float | None] | None = None
+    better: Callable[[list[float]], float] | None = None
+
+
+def _better(name: str) -> Callable[[list[float]], float]:
+    return min if METRICS[name][2].startswith("lower") else max
+
+
+def _table(title: str, rows: Sequence[Mapping[str, Any]], columns: Sequence[Column]) -> Table:
+    """The columns side by side. Best is a number that no other method beats and at least one does not reach; `joint`
+    and `single` see all tasks at once or one alone, and are no contenders."""
+    lines = [[row["label"], *(column.texts[i] for column in columns)] for i, row in enumerate(rows)]
+    numbers = [[None, *(column.numbers and column.numbers[i] for column in columns)] for i in range(len(rows))]
+    best = set()
+    for j, column in enumerate(columns, start=1):
+        if column.better is not None:
+            # Rounded: equal scores may differ by the order in which they were added up.
+            contenders = {
+                i: round(numbers[i][j], 9)
+                for i, row in enumerate(rows)
+                if row["method"] not in REFERENCES and numbers[i][j] is not None
+            }
+            if len(set(contenders.values())) > 1:
+                first = column.better(list(contenders.values()))
+                best |= {(i, j) for i, number in contenders.items() if number == first}
+    return Table(title, ["Method", *(column.title for column in columns)], lines, numbers, frozenset(best))
+
+
 def _tables(rows: Sequence[Mapping[str, Any]], tasks: Sequence[str], prefix: str) -> list[Table]:
     """The tables of a group; a column that no row has a value for is left out."""
-    shown = [name for name in COMPARED if any(row[name]["n"] for row in rows)]
-    titles = [METRICS[name][1] for name in shown]
-    panel = any(row["panel_change"]["n"] for row in rows)
-    lines = []
-    for row in rows:
-        line = [row["label"]]
-        for name in shown:
-            line.append(_summary_text(row[name], row["n"], lambda value, name=name: metric_text(name, value)))
-        line += [_summary_text(row["panel_change"], row["n"], signed_text)] if panel else []
-        line += [str(row["n"]), ", ".join(plain_text(seed) for seed in row["seeds"])]
-        lines.append([*line, _summary_text(row["train_seconds"], row["n"], seconds_text)])
-    header = ["Method", *titles, *(["General text"] if panel else []), "Runs", "Seeds", "Training time"]
-    made = [Table(f"{prefix}Scores", header, lines)]
+
+    def column(title: str, key: str, number: Callable[[Any], str], better: Any = None) -> Column:
+        texts = [_summary_text(row[key], row["n"], number) for row in rows]
+        return Column(title, texts, [row[key]["mean"] for row in rows], better)
+
+    columns = [
+        column(METRICS[name][1], name, lambda value, name=name: metric_text(name, value), _better(name))
+        for name in COMPARED
+        if any(row[name]["n"] for row in rows)
+    ]
+    if any(row["panel_change"]["n"] for row in rows):
+        columns.append(column("General text", "panel_change", signed_text, min))
+    columns.append(Column("Runs", [str(row["n"]) for row in rows], [row["n"] for row in rows]))
+    columns.append(Column("Seeds", [", ".join(plain_text(seed) for seed in row["seeds"]) for row in rows]))
+    columns.append(column("Training time", "train_seconds", seconds_text))
+    made = [_table(f"{prefix}Scores", rows, columns)]
+
     others = [row for row in rows if row["paired"] is not None]
     if others:
+        pairs = [_pairs(row) for row in others]
+        texts = [f"{count}: no interval" if count == 1 else str(count) for count in pairs]
+        counts = Column("Pairs", texts, pairs)
         differing = [name for name in PAIRED if any(name in row["paired"] for row in others)]
-        lines = []
-        for row in others:
-            pairs = _pairs(row)
-            count = f"{pairs}: no interval" if pairs == 1 else str(pairs)
-            texts = [_paired_text(row["paired"].get(name), pairs) for name in differing]
-            lines.append([row["label"], count, *texts])
-        header = ["Method", "Pairs", *(METRICS[name][1] for name in differing)]
-        made.append(Table(f"{prefix}Difference to {others[0]['baseline']}, same seeds", header, lines))
-    for title, key in (("Score per task at the end", "scores"), ("Kept fraction alpha per task", "coefficients")):
+        columns = [
+            _differences(METRICS[name][1], [row["paired"].get(name) for row in others], pairs) for name in differing
+        ]
+        made.append(_table(f"{prefix}Difference to {others[0]['baseline']}, same seeds", others, [counts, *columns]))
+    names = [f"{number}: {name}" for number, name in enumerate(tasks, start=1)]
+    for title, key, better in (
+        ("Score per task at the end", "scores", max),
+        ("Kept fraction alpha per task", "coefficients", None),
+    ):
         held = [row for row in rows if row[key]]
         if held:
-            names = [f"{number}: {tasks[number - 1]}" for number in range(1, len(held[0][key]) + 1)]
-            cells = [[row["label"], *[_summary_text(each, row["n"]) for each in row[key]]] for row in held]
-            made.append(Table(prefix + title, ["Method", *names], cells))
+            columns = []
+            for j in range(len(held[0][key])):
+                texts = [_summary_text(row[key][j], row["n"]) for row in held]
+                columns.append(Column(names[j], texts, [row[key][j]["mean"] for row in held], better))
+            made.append(_table(prefix + title, held, columns))
+        if key == "scores" and any(any(row["paired_scores"]) for row in others):
+            found = [[row["paired"].get("average_accuracy"), *row["paired_scores"]] for row in others]
+            columns = [
+                _differences(name, [line[j] for line in found], pairs)
+                for j, name in enumerate(["AA", *names[: len(found[0]) - 1]])
+            ]
+            title = f"{prefix}Score per task at the end, difference to {others[0]['baseline']}, same seeds"
+            made.append(_table(title, others, columns)._replace(signed=True))
     return made
+
+
+def _differences(title: str, found: Sequence[Mapping[str, Any] | None], pairs: Sequence[int]) -> Column:
+    texts = [_paired_text(each, count) for each, count in zip(found, pairs, strict=True)]
+    return Column(title, texts, [None if each is None else each["mean"] for each in found])
 
 
 def _csv(rows: Iterable[Mapping[str, Any]], tasks: Mapping[int, Sequence[str]]) -> str:
@@ -133,9 +199,12 @@ def _csv(rows: Iterable[Mapping[str, Any]], tasks: Mapping[int, Sequence[str]]) 
         quantities = [(name, "", row[name]) for name in (*COMPARED, "train_seconds", "panel_change")]
         for name, key in (("score", "scores"), ("coefficient", "coefficients")):
             quantities += [(name, tasks[row["group"]][j], summary) for j, summary in enumerate(row[key])]
+        differences = dict(row["paired"] or {})
+        for task, held in zip(tasks[row["group"]], row["paired_scores"] or (), strict=False):
+            differences["score", task] = held or {}
         for name, task, summary in quantities:
             if summary["n"]:
-                paired = (row["paired"] or {}).get(name, {})
+                paired = differences.get((name, task) if name == "score" else name, {})
                 lines.append(
                     [
                         *(row[key] for key in ("group", "label", "method")),
@@ -254,7 +323,10 @@ def compare(
     tasks = {number: group[0].results["tasks"] for number, group in enumerate(groups.values(), start=1)}
     quoted = "".join(f"> **Note:** {tables.markdown_text(note)}\n\n" for note in apart + notes)
     shown = [name for name in COMPARED if any(row[name]["n"] for row in rows)]
-    legend = LEGEND + (REFERENCE_LEGEND if set(shown) - set(PAIRED) else "")
+    legend = LEGEND
+    if any(table.best for table in made):
+        legend += BEST_LEGEND + (BOUND_LEGEND if any(row["method"] in REFERENCES for row in rows) else "")
+    legend += REFERENCE_LEGEND if set(shown) - set(PAIRED) else ""
     template = template_environment().get_template("compare.html.jinja")
     return Comparison(
         rows,
@@ -267,6 +339,7 @@ def compare(
             notes=notes,
             legend=legend,
             runs=len(runs),
+            script=SORTING,
             formulas=[(METRICS[name], FORMULAS[name]) for name in shown],
         ),
     )

@@ -3,7 +3,7 @@
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
@@ -54,7 +54,7 @@ PER_RUN_SETTINGS = frozenset(
     "hub_model_id hub_token hub_private_repo hub_strategy hub_always_push hub_revision save_strategy save_steps "
     "save_total_limit save_only_model dataloader_num_workers dataloader_pin_memory release local_rank ddp_timeout "
     "torch_empty_cache_steps skip_memory_metrics data_dir curvature_batch_size per_device_eval_batch_size "
-    "hub_curvature base_model_id license tags model_name_or_path stream tasks".split()
+    "hub_curvature base_model_id license tags model_name_or_path stream tasks report_examples".split()
 )
 
 # Settings that make up the rows of a step, with their defaults.
@@ -169,9 +169,15 @@ def values_of(run: Run, runs: Sequence[Run]) -> dict[str, float | None]:
     return values
 
 
-def paired(name: str, group: Sequence[Scored], baseline: Sequence[Scored]) -> dict[str, Any] | None:
+def paired(
+    value_of: Callable[[Scored], float | None], group: Sequence[Scored], baseline: Sequence[Scored]
+) -> dict[str, Any] | None:
     """
-    The difference in a metric to the baseline, over the seeds that occur exactly once in both.
+    The difference in a value of a run to the baseline, over the seeds that occur exactly once in both.
+
+    Args:
+        value_of (`Callable`): The value of a run; `None` if it has none.
+        group, baseline (`Sequence`): Runs with their metrics.
 
     Returns:
         `dict[str, Any]`: `mean`, `std` and `n` of the differences, and `low` and `high`, the ends of the 95 % interval
@@ -181,7 +187,7 @@ def paired(name: str, group: Sequence[Scored], baseline: Sequence[Scored]) -> di
     scores = []
     for pairs in (baseline, group):
         counts = Counter(run.seed for run, _ in pairs)
-        scores.append({run.seed: values[name] for run, values in pairs if counts[run.seed] == 1})
+        scores.append({pair[0].seed: value_of(pair) for pair in pairs if counts[pair[0].seed] == 1})
     differences = [
         scores[1][seed] - value
         for seed, value in scores[0].items()
@@ -219,6 +225,7 @@ def row_of(label: str, group: Sequence[Scored], baseline: Sequence[Scored]) -> d
     runs = [run for run, _ in group]
     done = runs[0].done
     last = [matrix_of(run.results)[-1] if done else [] for run in runs]
+    differences = {name: paired(lambda pair, name=name: pair[1][name], group, baseline) for name in PAIRED}
     # A run that learns all tasks at once has one coefficient for all.
     alphas = [as_list(run.results.get("coefficients")) for run in runs]
     return {
@@ -238,7 +245,10 @@ def row_of(label: str, group: Sequence[Scored], baseline: Sequence[Scored]) -> d
         "panel_change": _summary(_panel_change(run) for run in runs),
         "paired": None
         if group is baseline
-        else {name: held for name in PAIRED if (held := paired(name, group, baseline)) is not None},
+        else {name: held for name, held in differences.items() if held is not None},
+        "paired_scores": None
+        if group is baseline
+        else [paired(lambda pair, j=j: matrix_of(pair[0].results)[-1][j], group, baseline) for j in range(done)],
     }
 
 

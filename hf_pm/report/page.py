@@ -1,16 +1,18 @@
 """Report of a run: one self-contained HTML page, its pictures and tables as files, and a terminal table.
 
-Everything is computed from `results.json` and `run.json`; no model is loaded. The page needs no network and no
-JavaScript, and its pictures are inline SVG.
+Everything is computed from `results.json`, `examples.json` and `run.json`; no model is loaded. The page needs no
+network and no JavaScript, and its pictures are inline SVG.
 """
 
 import json
 import logging
 import math
+from base64 import b64encode
 from collections.abc import Mapping, Sequence
 from functools import cache, lru_cache
+from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jinja2
 
@@ -35,6 +37,7 @@ from ..store.results import (
     metric_of,
     panel_of,
     read_analysis,
+    read_examples,
     read_run,
     record_of,
     retention,
@@ -47,6 +50,7 @@ from .tables import Table, cut_text, fixed_text, metric_text, plain_text, signed
 
 logger = logging.getLogger(__name__)
 
+TEMPLATES = Path(__file__).parent / "templates"
 # The numbers at the head of the page.
 HEADLINE = ("average_accuracy", "backward_transfer", "forgetting", "forward_transfer")
 # A report is meant to be passed on.
@@ -251,6 +255,23 @@ def _overlaps(results: Mapping[str, Any]) -> list[dict[str, Any]] | None:
     ]
 
 
+def _changes(results: Mapping[str, Any], examples: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Per task that was learned earlier: how many answers changed since, and some that were right and are wrong."""
+    rows = []
+    for number, name in enumerate(results["tasks"], start=1):
+        task = as_record(examples.get(name))
+        if "lost" in task and task.get("learned") != len(as_list(results.get("per_task"))):
+            row = {key: plain_text(task.get(key)) for key in ("rows", "right", "lost", "gained")}
+            found = [
+                {key: plain_text(example.get(key)) for key in ("text", "reference", "then", "now")}
+                for example in map(as_record, as_list(task.get("examples")))
+            ]
+            for example in found:
+                example["said_reference"] = example["then"] == example["reference"]
+            rows.append({"number": number, "name": name, "examples": found, **row})
+    return rows
+
+
 def _others(results: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     """Task, key and value of what `per_task` holds and no section shows."""
     return [
@@ -276,10 +297,30 @@ def _settings(run: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
+class Script(NamedTuple):
+    """A script inside a page.
+
+    Args:
+        text (`str`): The source.
+        policy (`str`): The source expression of a Content-Security-Policy that allows this script and no other.
+    """
+
+    text: str
+    policy: str
+
+    @classmethod
+    def read(cls, path: Path) -> "Script":
+        text = path.read_text(encoding="utf-8")
+        return cls(text, f"'sha256-{b64encode(sha256(text.encode()).digest()).decode()}'")
+
+
+SORTING = Script.read(TEMPLATES / "sorting.js")
+
+
 @cache
 def template_environment() -> jinja2.Environment:
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
+        loader=jinja2.FileSystemLoader(TEMPLATES),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
@@ -308,7 +349,10 @@ def template_environment() -> jinja2.Environment:
 
 
 def render_report(
-    results: Mapping[str, Any], run: Mapping[str, Any] | None = None, analysis: Mapping[str, Any] | None = None
+    results: Mapping[str, Any],
+    run: Mapping[str, Any] | None = None,
+    analysis: Mapping[str, Any] | None = None,
+    examples: Mapping[str, Any] | None = None,
 ) -> str:
     """
     Render the report of one run as a self-contained HTML page.
@@ -320,6 +364,8 @@ def render_report(
             The content of `run.json`. Without it the page has no settings and no base checksums.
         analysis (`Mapping[str, Any]`, *optional*):
             The content of `analysis.json`; without it the page has no section about features.
+        examples (`Mapping[str, Any]`, *optional*):
+            The `tasks` of `examples.json`: answers that changed since a task was learned.
 
     Returns:
         `str`: The page. It loads nothing from the network and runs no JavaScript. What the run did not record is said
@@ -352,6 +398,7 @@ def render_report(
             balance=balance,
             scatter=_scatter(balance),
             features=None if analysis is None else features.view(analysis),
+            changes=_changes(results, as_record(examples)),
             merges=_merges(results),
             parities=_parities(results),
             panel=panel,
@@ -438,7 +485,8 @@ def _drawn(scores: str) -> dict[str, bytes]:
 
 def write_report(run_dir: str | Path) -> Path:
     """
-    Write `report.html` into a run folder, from its `results.json` and, if present, its `run.json` and `analysis.json`.
+    Write `report.html` into a run folder, from its `results.json` and what else it has of `run.json`, `examples.json`
+    and `analysis.json`.
 
     Beside it: `results.csv` (a line per score), `results.md` and `results.tex` (tables), and the pictures
     `figures/{matrix,curves,coefficients}.png`, which need matplotlib and are left out without it.
@@ -451,11 +499,11 @@ def write_report(run_dir: str | Path) -> Path:
         `Path`: The page. Every file is replaced in one step, so a browser never sees half of it.
 
     Raises:
-        UserError: If `results.json` is missing or cannot be read.
+        UserError: If `results.json` is missing, or one of the files cannot be read.
     """
     results, run = read_run(run_dir)
     folder = Path(run_dir)
-    page = render_report(results, run, read_analysis(run_dir, results))
+    page = render_report(results, run, read_analysis(run_dir, results), read_examples(folder, results))
     write_bytes(folder / "results.csv", scores_csv(results).encode())
     write_bytes(folder / "results.md", tables.markdown(tables_of(results)).encode())
     write_bytes(folder / "results.tex", tables.latex(tables_of(results)).encode())

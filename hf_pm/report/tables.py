@@ -5,7 +5,7 @@ import html
 import io
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ..store.results import DASH, as_number
@@ -19,11 +19,35 @@ LATEX = {
 
 
 class Table(NamedTuple):
-    """A table of texts; the first column holds names, the others hold numbers."""
+    """A table of texts; the first column holds names, the others hold numbers.
+
+    Args:
+        title (`str`): Its heading.
+        header (`list[str]`): A name per column.
+        rows (`list[list[str]]`): The texts.
+        numbers (`list[list[float | None]]`, *optional*): The number behind each text, `None` where there is none.
+        best (`frozenset[tuple[int, int]]`): Row and column, from 0, of the texts that are the best of their column.
+        signed (`bool`): Whether the numbers are differences in a score, where more is better.
+    """
 
     title: str
     header: list[str]
     rows: list[list[str]]
+    numbers: list[list[float | None]] | None = None
+    best: frozenset[tuple[int, int]] = frozenset()
+    signed: bool = False
+
+    @property
+    def reach(self) -> float:
+        """The largest absolute number; 1 if all are 0 or absent."""
+        return max((abs(number) for line in self.numbers or () for number in line if number), default=1.0)
+
+    def lines(self, text: Callable[[str], str], best: Callable[[str], str]) -> list[list[str]]:
+        """The rows with every text escaped by `text`, and the best ones then marked by `best`."""
+        return [
+            [best(text(cell)) if (i, j) in self.best else text(cell) for j, cell in enumerate(row)]
+            for i, row in enumerate(self.rows)
+        ]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -120,8 +144,9 @@ def markdown(tables: Iterable[Table]) -> str:
     """The tables in GitHub's dialect, each under its title in bold."""
     blocks = []
     for table in tables:
-        lines = [table.header, ["---"] + ["---:"] * (len(table.header) - 1), *table.rows]
-        text = "\n".join("| " + " | ".join(markdown_text(cell) for cell in line) + " |" for line in lines)
+        header = [[markdown_text(cell) for cell in table.header], ["---"] + ["---:"] * (len(table.header) - 1)]
+        lines = [*header, *table.lines(markdown_text, "**{}**".format)]
+        text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
         blocks.append(f"**{markdown_text(table.title)}**\n\n{text}")
     return "\n\n".join(blocks) + "\n"
 
@@ -136,7 +161,9 @@ def latex(tables: Iterable[Table]) -> str:
     """The tables as floats that need the package booktabs."""
     blocks = ["% Needs \\usepackage{booktabs}."]
     for table in tables:
-        lines = [" & ".join(latex_text(cell) for cell in line) + r" \\" for line in (table.header, *table.rows)]
+        header = [latex_text(cell) for cell in table.header]
+        texts = [header, *table.lines(latex_text, r"\textbf{{{}}}".format)]
+        lines = [" & ".join(line) + r" \\" for line in texts]
         blocks.append(
             "\n".join(
                 [

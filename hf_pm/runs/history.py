@@ -14,6 +14,7 @@ from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
 from ..errors import UserError
+from ..evaluation.changes import cut_examples
 from ..evaluation.scoring import Scorer
 from ..hub.cards import public
 from ..hub.outbox import PUSHED
@@ -23,6 +24,7 @@ from ..report import page
 from ..store.disk import check_space, whole
 from ..store.ledger import Entry, Ledger, read_json, sha256_file, sync_folder, write_bytes, write_json
 from ..store.lock import only_process
+from ..store.results import EXAMPLES
 from ..weights import adapters
 
 
@@ -88,7 +90,7 @@ def _rollback(path: Path, to: int, weights_only: bool) -> Path:
     dropped = path / "dropped" / f"{max(earlier, default=0) + 1:02d}"
     dropped.mkdir(parents=True)
     results = path / "results.json"
-    for file in (ledger.path, results):
+    for file in (ledger.path, results, path / EXAMPLES):
         if file.is_file():
             write_bytes(dropped / file.name, file.read_bytes())
     # First what was made from the later tasks and can be made again, then the ledger, then the tasks themselves.
@@ -98,6 +100,7 @@ def _rollback(path: Path, to: int, weights_only: bool) -> Path:
     if results.is_file():
         recorded = read_json(results)
         write_json(results, cut_results(recorded, to, facts.rows(recorded, to)))
+    cut_examples(path, to)
     write_ledger(ledger.path, ledger.entries[:to])
     if results.is_file():
         page.write_report(path)

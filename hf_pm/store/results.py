@@ -15,6 +15,7 @@ from ..metrics.continual import average_accuracy
 
 
 SCHEMA = 1
+EXAMPLES = "examples.json"
 
 # Metric -> (title, short title, how to read it), in the order in which they are shown. One that is not listed is shown
 # after these under its own name.
@@ -149,6 +150,17 @@ def read_analysis(run_dir: str | Path, results: Mapping[str, Any]) -> dict[str, 
                 f"{str(path)!r} must hold {size} values for each of the stages {stages} in `{key}`. {remedy}"
             )
     return found if found.get("of") == scores_of(results) else None
+
+
+def read_examples(run_dir: str | Path, results: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What the `examples.json` of a run folder says of each task, if it was written with these results; else nothing.
+
+    Raises:
+        UserError: If it is not JSON.
+    """
+    path = Path(run_dir) / EXAMPLES
+    recorded = as_record(_read_json(path, "Delete it to get a report without examples.")) if path.exists() else {}
+    return as_record(recorded.get("tasks")) if recorded.get("after") == len(as_list(results.get("per_task"))) else {}
 
 
 def as_record(value: Any) -> Mapping[str, Any]:

@@ -1,0 +1,61 @@
+"""Pictures of a stream in the trackers."""
+
+import io
+import sys
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
+from types import ModuleType
+
+import numpy as np
+import pytest
+from PIL import Image
+from test_trainer import trained
+from transformers import TrainerCallback
+
+
+SETTINGS = {"method": "sequential", "release": "none", "num_train_epochs": 1, "logging_steps": 2}
+
+
+@pytest.mark.skipif(find_spec("tensorboard") is None, reason="tensorboard is not installed")
+def test_tensorboard_shows_the_matrix_after_every_task(model, stream, tokenizer, lora, config, tmp_path, monkeypatch):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    args = config(report_to=["tensorboard"], **SETTINGS)
+    trainer, results = trained(model, stream, tokenizer, lora, args)
+    # All of it is in the run folder: the scores of the base too, which are logged before any training.
+    assert not list((tmp_path / "elsewhere").iterdir())
+    (folder,) = (trainer.run.path / "runs").iterdir()
+    events = EventAccumulator(str(folder), size_guidance={"images": 0, "scalars": 0}).Reload()
+    assert set(events.Tags()["images"]) == {"stream/score_matrix", "stream/score_curves"}
+    for name, file in (("stream/score_matrix", "matrix.png"), ("stream/score_curves", "curves.png")):
+        pictures = events.Images(name)
+        assert [picture.step for picture in pictures] == [1, 2]
+        first, last = (np.asarray(Image.open(io.BytesIO(each.encoded_image_string))) for each in pictures)
+        # The last is the report's, to the pixel, and shows more than the first.
+        assert np.array_equal(last, np.asarray(Image.open(trainer.run.path / "figures" / file).convert("RGB")))
+        assert first.shape != last.shape or (first != last).any()
+    scores = [event.value for event in events.Scalars("train/stream/average_accuracy")]
+    assert scores[-1] == pytest.approx(results["metrics"]["average_accuracy"])
+    assert len(events.Scalars("train/task/colour/score")) == 3  # of the base and after each task
+
+
+@pytest.mark.parametrize("name, module", [("TrackioCallback", "trackio"), ("WandbCallback", "wandb")])
+def test_other_trackers_get_the_pictures_by_their_own_image_class(
+    model, stream, tokenizer, lora, config, monkeypatch, name, module
+):
+    """A module of the same name with their two functions, since neither is among the requirements of the tests."""
+    stand_in, logged = ModuleType(module), []
+    stand_in.__spec__ = ModuleSpec(module, None)
+    stand_in.Image = lambda path: ("image", path)
+    stand_in.log = logged.append
+    monkeypatch.setitem(sys.modules, module, stand_in)
+    callback = type(name, (TrainerCallback,), {})()
+    trainer, _ = trained(model, stream, tokenizer, lora, config(**SETTINGS), callbacks=[callback])
+    figures = trainer.run.path / "figures"
+    expected = {
+        "stream/score_matrix": ("image", str(figures / "matrix.png")),
+        "stream/score_curves": ("image", str(figures / "curves.png")),
+    }
+    assert logged == [expected, expected]
