@@ -106,8 +106,12 @@ def _parser() -> argparse.ArgumentParser:
     methods.add_argument("--markdown", action="store_true", help="as a table, as in docs/methods.md")
     streams = add("streams", streams_command, "List the published streams: tasks, where their rows are, papers.")
     streams.add_argument("stream", nargs="?", help="id of a stream: list its tasks")
-    report = add("report", report_command, "Write report.html of a run.")
+    text = "Write report.html of a run; with --analysis, what its features hold after each task too."
+    report = add("report", report_command, text, "hf-pm report RUN [--analysis [--key value ...]]")
     report.add_argument("run", help="a run folder")
+    report.add_argument("--analysis", action="store_true", help="probes, CKA and the head's gap, into analysis.json")
+    report.add_argument("--analysis_rows", type=int, metavar="N", help="training and test rows a task; 200 by default")
+    report.add_argument("--base", help="folder or Hub id of the base, if it is not where the run found it")
     compare = add("compare", compare_command, "Compare runs: one table and one page.")
     compare.add_argument("runs", nargs="+", help="run folders; seeds of one method are averaged")
     compare.add_argument("--output", default="compare.html", help="the page to write; tables go beside it")
@@ -328,18 +332,41 @@ def _demo_model(name: str) -> tuple[str, str]:
     )
 
 
-def report_command(options: argparse.Namespace, overrides: list[str]) -> None:
+def report_command(options: argparse.Namespace, words: list[str]) -> None:
     from .report.page import write_report
     from .store.results import read_run
 
-    _refuse(overrides)
     folder = _run_folder(options.run)
+    if options.analysis:
+        _analyze(options, folder, words)
+    else:
+        for option in ("analysis_rows", "base"):
+            if getattr(options, option) is not None:
+                raise UserError(
+                    f"`--{option}` belongs to `--analysis`, which is not given. Add it, or leave both out."
+                )
+        _refuse(words)
     path = write_report(folder)
     if options.json:
         results, _ = read_run(folder)
         _print_json({"report": str(path), **{key: results.get(key) for key in NUMBERS}})
     else:
         print(path)
+
+
+def _analyze(options: argparse.Namespace, folder: Path, words: list[str]) -> None:
+    """Write analysis.json of a finished run, and print it unless JSON is asked for."""
+    from .loading import quiet
+    from .report.analysis import format_analysis
+    from .runs.analysis import analyze
+    from .store.lock import only_process
+
+    quiet()
+    rows = 200 if options.analysis_rows is None else options.analysis_rows
+    with only_process(folder):
+        found = analyze(folder, _loader(words), rows=rows, base=options.base)
+    if not options.json:
+        print(format_analysis(found))
 
 
 def compare_command(options: argparse.Namespace, overrides: list[str]) -> None:
@@ -406,18 +433,10 @@ def rollback_command(options: argparse.Namespace, words: list[str]) -> None:
         dropped = rollback(options.run, options.to, weights_only=options.weights_only)
         print(f"{options.run} is at task {options.to}. What came later is in {dropped}.")
         return
-    from .config import parse_recipe
-    from .loading import build_trainer, quiet
-    from .store.ledger import write_json
-
-    def load(settings: dict[str, Any]) -> Any:
-        with tempfile.TemporaryDirectory() as place:
-            recipe = Path(place) / "recipe.yaml"
-            write_json(recipe, settings)  # JSON is YAML
-            return build_trainer(parse_recipe(recipe, words))
+    from .loading import quiet
 
     quiet()
-    record = counterfactual(options.run, options.drop, options.to_dir, load, base=options.base)
+    record = counterfactual(options.run, options.drop, options.to_dir, _loader(words), base=options.base)
     print(f"Counterfactual, not a state of the run: without {options.drop}, scored again.")
     for name, score in record["scores"].items():
         print(f"{name:<24} {record['run_scores'].get(name, float('nan')):.4f} -> {score:.4f}")
@@ -457,6 +476,21 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _loader(words: list[str]) -> Any:
+    """Makes a trainer from the recorded settings of a run, with the overrides of the command line."""
+    from .config import parse_recipe
+    from .loading import build_trainer
+    from .store.ledger import write_json
+
+    def load(settings: dict[str, Any]) -> Any:
+        with tempfile.TemporaryDirectory() as place:
+            recipe = Path(place) / "recipe.yaml"
+            write_json(recipe, settings)  # JSON is YAML
+            return build_trainer(parse_recipe(recipe, words))
+
+    return load
 
 
 def _run_folder(name: str) -> Path:

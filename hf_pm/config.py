@@ -361,6 +361,8 @@ class PMConfig(TrainingArguments):
             _require(not value, name, value, rule, remedy)
         remedy = "Use a merge that keeps one model, or leave FSDP out."
         _require(method.merge != "experts", "merge", method.merge, rule, remedy)
+        remedy = "Its trained magnitudes are no factors of a layer. Leave one of the two out."
+        _require(method.start != "sd-lora", "start", method.start, rule, remedy)
         kind = getattr(self, "task_type", "CAUSAL_LM")
         _require(kind == "CAUSAL_LM", "task_type", kind, rule, "Leave FSDP out for this kind of model.")
 

@@ -34,12 +34,16 @@ def environment(**extra):
 @pytest.fixture
 def recipe(tmp_path, tokenizer):
     """A recipe file beside its model and data; returns (path, values)."""
-    build("llama").save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
+    return write_recipe(tmp_path, tokenizer)
+
+
+def write_recipe(folder, tokenizer):
+    build("llama").save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
     tasks = []
     for name, answers in (("colour", COLOUR), ("mood", MOOD)):
         for split, repeat in (("train", 4), ("test", 2)):
-            rows(answers, repeat, len(split)).to_json(tmp_path / f"{name}-{split}.jsonl")
+            rows(answers, repeat, len(split)).to_json(folder / f"{name}-{split}.jsonl")
         tasks.append(
             {
                 "name": name,
@@ -52,7 +56,7 @@ def recipe(tmp_path, tokenizer):
     values = {
         "model_name_or_path": "model",
         "tasks": tasks,
-        "output_dir": str(tmp_path / "run"),
+        "output_dir": str(folder / "run"),
         "learning_rate": "2e-2",
         "num_train_epochs": 2,
         "per_device_train_batch_size": 8,
@@ -65,7 +69,7 @@ def recipe(tmp_path, tokenizer):
         "disable_tqdm": True,
         "seed": 0,
     }
-    path = tmp_path / "recipe.yaml"
+    path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(values))
     return path, values
 

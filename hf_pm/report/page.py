@@ -34,10 +34,12 @@ from ..store.results import (
     matrix_of,
     metric_of,
     panel_of,
+    read_analysis,
     read_run,
     record_of,
     retention,
 )
+from . import analysis as features
 from . import figures, tables
 from .figures import Plot
 from .tables import Table, cut_text, fixed_text, metric_text, plain_text, signed_text
@@ -305,7 +307,9 @@ def template_environment() -> jinja2.Environment:
 # One run
 
 
-def render_report(results: Mapping[str, Any], run: Mapping[str, Any] | None = None) -> str:
+def render_report(
+    results: Mapping[str, Any], run: Mapping[str, Any] | None = None, analysis: Mapping[str, Any] | None = None
+) -> str:
     """
     Render the report of one run as a self-contained HTML page.
 
@@ -314,6 +318,8 @@ def render_report(results: Mapping[str, Any], run: Mapping[str, Any] | None = No
             The content of `results.json`; a run that is still going on has fewer matrix rows than tasks.
         run (`Mapping[str, Any]`, *optional*):
             The content of `run.json`. Without it the page has no settings and no base checksums.
+        analysis (`Mapping[str, Any]`, *optional*):
+            The content of `analysis.json`; without it the page has no section about features.
 
     Returns:
         `str`: The page. It loads nothing from the network and runs no JavaScript. What the run did not record is said
@@ -345,6 +351,7 @@ def render_report(results: Mapping[str, Any], run: Mapping[str, Any] | None = No
             curves=_curves(results) if results["matrix"] else [],
             balance=balance,
             scatter=_scatter(balance),
+            features=None if analysis is None else features.view(analysis),
             merges=_merges(results),
             parities=_parities(results),
             panel=panel,
@@ -431,7 +438,7 @@ def _drawn(scores: str) -> dict[str, bytes]:
 
 def write_report(run_dir: str | Path) -> Path:
     """
-    Write `report.html` into a run folder, from its `results.json` and, if present, its `run.json`.
+    Write `report.html` into a run folder, from its `results.json` and, if present, its `run.json` and `analysis.json`.
 
     Beside it: `results.csv` (a line per score), `results.md` and `results.tex` (tables), and the pictures
     `figures/{matrix,curves,coefficients}.png`, which need matplotlib and are left out without it.
@@ -448,7 +455,7 @@ def write_report(run_dir: str | Path) -> Path:
     """
     results, run = read_run(run_dir)
     folder = Path(run_dir)
-    page = render_report(results, run)
+    page = render_report(results, run, read_analysis(run_dir, results))
     write_bytes(folder / "results.csv", scores_csv(results).encode())
     write_bytes(folder / "results.md", tables.markdown(tables_of(results)).encode())
     write_bytes(folder / "results.tex", tables.latex(tables_of(results)).encode())

@@ -43,6 +43,7 @@ METRICS: dict[str, tuple[str, str, str]] = {
 BINARY_METRICS = ("exact_match", "accuracy")
 TIMES = ("train_seconds", "curvature_seconds", "merge_seconds", "evaluate_seconds")
 MEMORIES = ("peak_memory_bytes", "state_bytes")
+ANALYSIS = "analysis.json"  # of a run folder: what `hf-pm report --analysis` found
 DASH = "–"  # stands for every value that is absent: not measured, not defined, or not reached yet
 
 
@@ -119,6 +120,35 @@ def read_run(run_dir: str | Path) -> tuple[dict[str, Any], dict[str, Any] | None
     if run is not None and not isinstance(run, dict):
         raise UserError(f"{str(run_path)!r} must hold a JSON object. {remedy}")
     return results, run
+
+
+def scores_of(results: Mapping[str, Any]) -> dict[str, Any]:
+    """What an analysis belongs to: the scores of the models that it looked at."""
+    return {key: results.get(key) for key in ("tasks", "base_row", "matrix")}
+
+
+def read_analysis(run_dir: str | Path, results: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The `analysis.json` of a run folder, if there is one and it is about these results: a run that has gone on or
+    back since has none.
+
+    Raises:
+        UserError: If the file is no JSON, or would be shown wrongly.
+    """
+    path = Path(run_dir) / ANALYSIS
+    if not path.exists():
+        return None
+    remedy = "Delete it, or write it again with `hf-pm report RUN --analysis`."
+    found = _read_json(path, remedy)
+    if not isinstance(found, dict) or found.get("schema") != SCHEMA:
+        raise UserError(f"{str(path)!r} has not schema {SCHEMA}, which this version of hf_pm reads. {remedy}")
+    stages, tasks = as_list(found.get("stages")), as_list(found.get("tasks"))
+    sizes = {"probe": len(tasks), "head": len(tasks), "gap": len(tasks), "cka": len(stages)}
+    for key, size in sizes.items():
+        if [len(as_list(row)) for row in as_list(found.get(key))] != [size] * len(stages) or not stages:
+            raise UserError(
+                f"{str(path)!r} must hold {size} values for each of the stages {stages} in `{key}`. {remedy}"
+            )
+    return found if found.get("of") == scores_of(results) else None
 
 
 def as_record(value: Any) -> Mapping[str, Any]:
