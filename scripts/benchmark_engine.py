@@ -1,6 +1,7 @@
 """What the numerical engine costs: curvature against plain training, folding against `cp`, task 50 against task 2.
 
     python scripts/benchmark_engine.py --output engine.json
+    python scripts/benchmark_engine.py --only curvature --threads 1 --layers 2 --rows 1 --tokens 4096  # long rows
 
 Ratios are taken pair by pair, A B A B ..., since a machine's speed drifts; medians and quartiles are printed.
 Curvature is timed on a random Llama of about 35 M parameters and 128-token rows, with one torch thread and with two,
@@ -11,6 +12,7 @@ benchmark_folding.py).
 import argparse
 import json
 import platform
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -39,28 +41,30 @@ def one_row_loop(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> dict
     return totals
 
 
-def curvature_ratios(rounds: int, threads: int, hidden: int, layers: int, tokens: int) -> list[dict[str, object]]:
-    """Each estimator, and the one-row loop, over a plain forward and backward pass of the same rows."""
+def curvature_ratios(
+    rounds: int, threads: int, hidden: int, layers: int, tokens: int, count: int = 8
+) -> list[dict[str, object]]:
+    """Each estimator, and the one-row loop, over a plain forward and backward pass of the same rows; and the factored
+    estimator over the diagonal one."""
     torch.set_num_threads(threads)
     model = build(hidden, layers, rank=16).eval()
     # Logits of the answers only, for both sides: otherwise the plain side pays for logits that nobody needs.
-    batch = with_answer_logits(rows(8, tokens, 4))
+    batch = with_answer_logits(rows(count, tokens, 4))
     adapted = sum(layer.get_base_layer().weight.numel() for layer in engine.lora_layers(model).values())
     total = sum(parameter.numel() for parameter in model.parameters())
-    print(f"\n{total / 1e6:.1f} M parameters, {adapted / 1e6:.1f} M adapted, 8 rows of {tokens} tokens, {threads=}")
+    sizes = f"{total / 1e6:.1f} M parameters, {adapted / 1e6:.1f} M adapted"
+    print(f"\n{sizes}, {count} rows of {tokens} tokens, {threads=}")
 
     def plain() -> None:
         model(**batch).loss.backward()
         model.zero_grad()
 
-    candidates = {
-        f"{name} / forward + backward": lambda name=name: engine.measure_curvature(model, [batch], estimator=name)
-        for name in engine.ESTIMATORS
-    } | {"one-row loop / forward + backward": lambda: one_row_loop(model, batch)}
-    return [
-        paired(name, candidate, plain, rounds) | {"threads": threads, "parameters": total, "adapted": adapted}
-        for name, candidate in candidates.items()
-    ]
+    passes = {name: partial(engine.measure_curvature, model, [batch], estimator=name) for name in engine.ESTIMATORS}
+    pairs = {f"{name} / forward + backward": (candidate, plain) for name, candidate in passes.items()}
+    pairs["one-row loop / forward + backward"] = partial(one_row_loop, model, batch), plain
+    pairs["factored / diagonal"] = passes["factored"], passes["diagonal"]
+    about = {"threads": threads, "parameters": total, "adapted": adapted, "tokens": tokens, "rows": count}
+    return [paired(name, *pair, rounds) | about for name, pair in pairs.items()]
 
 
 def main() -> None:
@@ -71,6 +75,7 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--only", nargs="+", choices=["curvature", "folding", "tasks"])
     parser.add_argument("--mergekit", help="path of the `mergekit-yaml` of another environment, to be timed too")
@@ -86,7 +91,9 @@ def main() -> None:
         results["curvature"] = [
             result
             for threads in options.threads
-            for result in curvature_ratios(options.rounds, threads, options.hidden, options.layers, options.tokens)
+            for result in curvature_ratios(
+                options.rounds, threads, options.hidden, options.layers, options.tokens, options.rows
+            )
         ]
     if "folding" in wanted:
         results["folding"] = compare_folding(options.fold_rounds, options.threads, mergekit=options.mergekit)

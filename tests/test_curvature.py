@@ -157,6 +157,31 @@ def test_small_chunks_change_nothing(monkeypatch):
     assert all(torch.allclose(whole[name], parts[name], rtol=1e-5) for name in whole)
 
 
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize(("tokens", "by_tokens"), [(2, True), (4, True), (5, False), (40, False)])
+def test_factored_sums_take_the_cheaper_order_of_products(monkeypatch, transposed, tokens, by_tokens):
+    """16 x 24: 2 * T * (16 + 24) <= 16 * 24 up to 4 tokens; both orders equal the loop over rows in float64."""
+    generator = torch.Generator().manual_seed(tokens)
+    x, d = torch.randn(3, tokens, 24, generator=generator), torch.randn(3, tokens, 16, generator=generator)
+    weights = torch.rand(3, generator=generator)
+    expected = torch.zeros(16, 24, dtype=torch.float64)
+    for row in range(3):
+        expected += weights[row].double() * (d[row].double().T @ x[row].double()) ** 2
+    expected = expected.T if transposed else expected
+    taken = []
+    for name in ("_sums_by_tokens", "_sums_by_entries"):
+        function = getattr(curvature, name)
+        # Chunks that do not divide the matrix.
+        monkeypatch.setattr(curvature, "CHUNK", 7 * expected.shape[1])
+        monkeypatch.setattr(curvature, name, lambda *args, f=function, n=name: taken.append(n) or f(*args))
+    totals = {}
+    for times in (1, 2):
+        curvature._add_sums(totals, "q", x, d, weights, transposed)
+        assert torch.allclose(totals["q"].rows.double(), times * expected.sum(1), rtol=1e-5)
+        assert torch.allclose(totals["q"].cols.double(), times * expected.sum(0), rtol=1e-5)
+    assert taken == 2 * ["_sums_by_tokens" if by_tokens else "_sums_by_entries"]
+
+
 @pytest.mark.parametrize("estimator", ["diagonal", "factored"])
 def test_gradient_checkpointing_and_train_mode_change_nothing(estimator):
     model = adapted("llama", "CAUSAL_LM", lora_dropout=0.5)

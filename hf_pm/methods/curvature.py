@@ -489,22 +489,47 @@ def _add_squares(totals, name, x, d, weights, transposed) -> None:  # noqa: ANN0
 
 
 def _add_sums(totals, name, x, d, weights, transposed) -> None:  # noqa: ANN001
-    """Row and column sums of w_n * G_n^2 without forming G_n where tokens are fewer than features.
+    """Row and column sums of w_n * G_n^2, in the order of products that multiplies less.
 
-    With G = D' X: sum_j G_ij^2 = sum_t D_ti (X X' D)_ti, and likewise for the columns.
+    Forming G = D' X takes T * out * in multiplications for a row of T tokens. Where tokens are few, none is formed:
+    sum_j G_ij^2 = sum_t D_ti (X X' D)_ti, and likewise for the columns, take 2 * T^2 * (out + in).
     """
     if x is None:
         squared = d.square().mul_(float(weights))
         rows, cols = squared.sum(-1), squared.sum(-2)
     else:
         left, right = (x, d) if transposed else (d, x)
-        scaled = left * weights[:, None, None]
-        rows = (scaled * ((right @ right.mT) @ left)).sum((0, 1))
-        cols = (right * ((left @ scaled.mT) @ right)).sum((0, 1))
+        few = 2 * x.shape[1] * (left.shape[-1] + right.shape[-1]) <= left.shape[-1] * right.shape[-1]
+        rows, cols = (_sums_by_tokens if few else _sums_by_entries)(left, right, weights)
     old = totals.get(name)
     # Sums of squares: a negative value can only be rounding.
     rows, cols = rows.clamp_(min=0), cols.clamp_(min=0)
     totals[name] = Factored(rows, cols) if old is None else Factored(old.rows + rows, old.cols + cols)
+
+
+def _sums_by_tokens(
+    left: torch.Tensor, right: torch.Tensor, weights: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Row and column sums of sum_n w_n (left_n' right_n)^2 from products of tokens with tokens."""
+    scaled = left * weights[:, None, None]
+    rows = (scaled * ((right @ right.mT) @ left)).sum((0, 1))
+    cols = (right * ((left @ scaled.mT) @ right)).sum((0, 1))
+    return rows, cols
+
+
+def _sums_by_entries(
+    left: torch.Tensor, right: torch.Tensor, weights: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same from the entries of left_n' right_n, a chunk of them at a time."""
+    left = left * weights.sqrt()[:, None, None]
+    rows, cols = left.new_zeros(left.shape[-1]), left.new_zeros(right.shape[-1])
+    step = max(1, CHUNK // right.shape[-1])
+    for row in range(len(weights)):
+        for start in range(0, left.shape[-1], step):
+            squared = (left[row, :, start : start + step].T @ right[row]).square_()
+            rows[start : start + step] += squared.sum(1)
+            cols += squared.sum(0)
+    return rows, cols
 
 
 def _add_gradients(totals, name, x, d, weights, transposed) -> None:  # noqa: ANN001
