@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel
 
-from ..config import DEALING_FIELDS, LATER_TASKS_FIELDS, RUN_INVARIANT_FIELDS, PMConfig, settings
+from ..config import BEFORE_COMMIT_FIELDS, DEALING_FIELDS, LATER_TASKS_FIELDS, RUN_INVARIANT_FIELDS, PMConfig, settings
 from ..errors import UserError
 from ..evaluation.scoring import Cell, metric_of
 from ..methods.contract import Ended
@@ -413,6 +413,8 @@ def _changes(
     # More or fewer processes with the same rows in every step: a task in its middle goes on with the rows it lacks.
     allowed = {"world_size"} | ({"epochs", "tasks", "data_fingerprint"} if goes_on else set())
     done, count = len(run.ledger), len(run.stages)
+    if not done:
+        allowed |= BEFORE_COMMIT_FIELDS
     if goes_on or "tasks" not in different:
         # A task that has begun goes on as it began.
         begun = done + (done < count and any((run.task_dir(done + 1) / "checkpoints").glob("checkpoint-*")))
@@ -433,8 +435,9 @@ def _changes(
         raise UserError(
             f"{str(run.path)!r} belongs to another recipe: {told}. Use the same settings to continue that run, or "
             "another `output_dir`. What may change between two tasks, for those to come: "
-            f"{', '.join(sorted(LATER_TASKS_FIELDS))}; tasks may be added at the end; and what concerns logging, "
-            "saving and the Hub may change at any time."
+            f"{', '.join(sorted(LATER_TASKS_FIELDS))}; tasks may be added at the end; while no task is committed, "
+            f"{', '.join(sorted(BEFORE_COMMIT_FIELDS))} may change; and what concerns logging, saving and the Hub may "
+            "change at any time."
         )
     return different
 
