@@ -237,13 +237,15 @@ def bytes_held(model, forward) -> int:
 
     def note(tensor):
         storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
+        return tensor.detach()  # the result of a function, held by that function, would never be freed
 
     before = {id(found) for found in gc.get_objects() if isinstance(found, torch.Tensor)}
-    held = []
 
     def look():
-        held.extend(note(t) for t in gc.get_objects() if isinstance(t, torch.Tensor) and id(t) not in before)
+        for found in gc.get_objects():
+            if isinstance(found, torch.Tensor) and id(found) not in before:
+                note(found)
+        del found
         raise _Stop
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), pytest.raises(_Stop):

@@ -29,7 +29,7 @@ PACKAGE = ROOT / "hf_pm"
 # Lowest first: a wing (a folder, or a module at the top) may import those before it, never those after it.
 WINGS = [
     *("errors", "metrics", "store", "weights", "tasks", "evaluation", "methods", "recipefiles", "config", "report"),
-    *("hub", "runs", "progress", "training", "trainer", "trl", "loading", "plan", "cli"),
+    *("hub", "runs", "progress", "training", "trainer", "trl", "loading", "memory", "plan", "cli"),
 ]
 # Modules that must load in a moment, and on a machine without models.
 FREE_OF_TRANSFORMERS = {

@@ -13,7 +13,7 @@ RECIPES = sorted([*(ROOT / "recipes").rglob("*.yaml"), ROOT / "hf_pm" / "demo" /
 
 
 def test_count():
-    assert len(RECIPES) == 21
+    assert len(RECIPES) == 22
     assert [str(path.relative_to(ROOT)) for path in RECIPES if path.parent.name == "bench"] == [
         f"recipes/bench/{name}.yaml"
         for name in (
