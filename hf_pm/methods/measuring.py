@@ -152,7 +152,7 @@ def measure(
         measured = measured._replace(kronecker=pairs, inputs=inputs)
     measured = measured._replace(factors={key: total(square).div_(count) for key, square in found.factors.items()})
     if curvature and args.curvature_estimator == "directional":
-        along = math.fsum(quadratic(fisher, measured.delta(name).dense()) for name, fisher in curvature.items())
+        along = math.fsum(quadratic(fisher, measured.delta(name)) for name, fisher in curvature.items())
         measured = measured._replace(calibration=exact / along if along > 0 else 1.0)
     factor_of_f = factor * measured.calibration
     if factor_of_f == 1:
