@@ -251,8 +251,8 @@ class RunFolder:
         number, merged = ended.number, ended.merged
         task_dir, base = self.task_dir(number), self.folder.base
         adapters.save(model, task_dir / "adapter", base.model_id, base.revision)
-        dense_file = self._write_dense(task_dir, ended) if merged.dense is not None else None
-        state_file = self._write_state(ended, parts)
+        dense_file, dense_sha256 = self._write_dense(task_dir, ended) if merged.dense is not None else (None, None)
+        state_file, state_sha256 = self._write_state(ended, parts)
         record = {
             "name": self.stages[number - 1],
             "coefficient": merged.alpha,
@@ -274,9 +274,9 @@ class RunFolder:
                 start=parts.start.weights,
                 terms=merged.record,
                 state=str(state_file.relative_to(self.path)) if state_file else None,
-                state_sha256=sha256_file(state_file) if state_file else None,
+                state_sha256=state_sha256,
                 dense=str(dense_file.relative_to(self.path)) if dense_file else None,
-                dense_sha256=sha256_file(dense_file) if dense_file else None,
+                dense_sha256=dense_sha256,
                 # An expert joins those before it, though it starts from the base as they did.
                 replaces=merged.dense is not None
                 or (merged.expert is None and parts.start.on_base and not parts.merge.adds),
@@ -291,21 +291,20 @@ class RunFolder:
         self._forget_states()
         shutil.rmtree(task_dir / "checkpoints", ignore_errors=True)
 
-    def _write_dense(self, task_dir: Path, ended: Ended) -> Path:
+    def _write_dense(self, task_dir: Path, ended: Ended) -> tuple[Path, str]:
         path, shapes = task_dir / "update.safetensors", self.folder.shapes()
         specs = {name: (torch.float32, shape) for name, shape in shapes.items()}
-        write_streaming(path, specs, ((name, ended.merged.dense(name)) for name in shapes))
-        return path
+        return path, write_streaming(path, specs, ((name, ended.merged.dense(name)) for name in shapes))
 
-    def _write_state(self, ended: Ended, parts: Parts) -> Path | None:
+    def _write_state(self, ended: Ended, parts: Parts) -> tuple[Path, str] | tuple[None, None]:
         beside = parts.end(ended)
         if not self.keeps and not beside:
-            return None
+            return None, None
         path = self.path / "curvature" / f"state-{ended.number:02d}.safetensors"
         path.parent.mkdir(exist_ok=True)
         # In the order in which the matrices were measured, as earlier versions wrote them: the same bytes.
         names = (ended.measured.curvature if ended.measured is not None else None) or ended.updates
-        write_state(
+        digest = write_state(
             path,
             self.keeps,
             {name: ended.updates[name].shape() for name in names} if self.keeps else {},
@@ -313,7 +312,7 @@ class RunFolder:
             dtype=self.args.curvature_dtype,
             beside=beside,
         )
-        return path
+        return path, digest
 
     def record_base(self, cells: list[Cell | None], general: dict[str, Any] | None) -> None:
         """The scores and the general ability of the untouched base; `None` for what is known already."""
