@@ -206,7 +206,8 @@ class PMConfig(TrainingArguments):
         tags (`list[str]`, *optional*):
             Further tags of the cards.
         hub_curvature (`bool`, *optional*, defaults to `True`):
-            Push S and R too, without which the stream cannot go on on another machine. They take 8 bytes a weight.
+            Push S and R too, without which the stream cannot go on on another machine. They take 8 bytes a weight, and
+            are left out where that is more than 20 GB.
 
     Raises:
         UserError: If a value breaks its rule.

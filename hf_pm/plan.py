@@ -10,6 +10,7 @@ import transformers
 from accelerate import init_empty_weights
 
 from .config import PMConfig, Recipe
+from .hub.releases import STATE_LIMIT
 from .loading import ARCHITECTURES, LOADING_ERRORS, cannot_load, recipe_lora, recipe_stream
 from .memory import Choice, Sizes, choice_of, fitting, memory, sizes_of
 from .methods.moments import moment_bytes
@@ -31,7 +32,7 @@ class Plan(NamedTuple):
     measured of every matrix, and what is kept of the largest one. `protect` says which text is protected, `windows`
     and `protected_tokens` how many of its windows and tokens (at most, where the base generates them) are read forward
     and backward before the first task. `sizes` and `choice` are what the memory of a GPU follows from (`memory.py`);
-    `shard` is the largest file of the base.
+    `push` is what the first task sends to the Hub, `shard` the largest file of the base.
     """
 
     tasks: list[str]
@@ -56,6 +57,7 @@ class Plan(NamedTuple):
     protect: str | None = None
     windows: int = 0
     protected_tokens: int = 0
+    push: int = 0
     shard: int = 0
     sizes: Sizes | None = None
     choice: Choice | None = None
@@ -179,7 +181,9 @@ def estimate(
     path = Path(config.output_dir).absolute()
     while not path.exists():
         path = path.parent
+    pushed = state if config.hub_curvature and state <= STATE_LIMIT else 0
     return Plan(
+        push=adapter_bytes + dense + merged + stacked + pushed,
         tasks=rows.stream.names,
         stages=len(stages),
         train_rows=train_rows,
@@ -241,6 +245,12 @@ def _verdict(plan: Plan, gpu_memory: int) -> str:
     return f"{text} Set {told}: that takes {_bytes(memory(plan.sizes, other).needed())}."
 
 
+def _pushed_state(plan: Plan) -> str:
+    if plan.state > STATE_LIMIT:
+        return f"a state of {_bytes(plan.state)} is left out, as all over {_bytes(STATE_LIMIT)}"
+    return f"`hub_curvature: false` leaves out the {_bytes(plan.state)} of the state"
+
+
 def format_plan(plan: Plan, gpu_memory: int | None = None) -> str:
     """The plan as text, and whether the disk and a GPU of `gpu_memory` bytes are large enough."""
     lines = [
@@ -253,8 +263,7 @@ def format_plan(plan: Plan, gpu_memory: int | None = None) -> str:
          "merging" + (f"; a dense update of {_bytes(plan.dense)} a task" if plan.dense else "")),
         ("releases", f"{_bytes(plan.release)} the first, {_bytes(plan.releases)} all"),
         ("run folder", f"{_bytes(plan.disk)} at the end; {_bytes(plan.free)} free"),
-        ("push", f"{_bytes(plan.adapter + plan.dense + plan.release + plan.state)} for the first task, "
-         f"{_bytes(plan.state)} of it state (`hub_curvature: false` leaves that out)"),
+        ("push", f"{_bytes(plan.push)} for the first task; {_pushed_state(plan)}"),
         *_memory_lines(plan),
     ]  # fmt: skip
     if plan.protect is not None:
