@@ -142,11 +142,9 @@ class TaskTraining:
             losses, counts = row_losses(*predict(self.model, batch))
         return float(losses.sum() / counts.sum())
 
-    def _first_rows(self, rows: Dataset) -> dict[str, Any]:
+    def _first_rows(self, rows: Dataset, most: int = PROBE_ROWS) -> dict[str, Any]:
         """A few rows, the same on every rank."""
-        return self._prepare_input(
-            dict(self.stream_collator(rows.select(range(min(PROBE_ROWS, len(rows)))).to_list()))
-        )
+        return self._prepare_input(dict(self.stream_collator(rows.select(range(min(most, len(rows)))).to_list())))
 
     def _label(self) -> str:
         """Name of the task that is being trained, for messages."""
