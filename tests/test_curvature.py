@@ -129,9 +129,14 @@ def test_every_estimator_equals_the_row_loop(kind, normalization, batch_size):
     assert not any(p.grad is not None for p in model.parameters())
 
 
-def test_what_fillers_find_is_dropped():
-    """A rank that has run out of rows makes passes all the same; one that never had any finds zeros everywhere."""
-    model = pair("llama")[0]
+@pytest.mark.parametrize("reentrant", [None, True, False])
+def test_what_fillers_find_is_dropped(reentrant):
+    """A rank that has run out of rows makes passes all the same; one that never had any finds zeros everywhere. So it
+    is where layers are checkpointed."""
+    model = adapted("llama", "CAUSAL_LM")
+    if reentrant is not None:
+        model.activation_checkpointing_enable({"use_reentrant": reentrant})
+        model.enable_input_require_grads()
     settings = {"gradient": True, "factors": True}
 
     def find(batches):

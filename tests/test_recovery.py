@@ -21,7 +21,7 @@ from transformers import LlamaForCausalLM, TrainerCallback
 from hf_pm import PMTrainer, Task, TaskStream, UserError
 from hf_pm.cli import main
 from hf_pm.evaluation.answers import predict
-from hf_pm.methods.measuring import measure
+from hf_pm.methods.measuring import NoMemory, measure
 from hf_pm.runs.recovery import SEAL, Interrupted, newest_checkpoint, seal
 from hf_pm.store.ledger import Ledger, read_json
 from hf_pm.store.lock import only_process
@@ -526,6 +526,18 @@ def test_a_curvature_pass_without_memory_goes_on_with_fewer_rows(model, stream, 
         assert torch.equal(found[0].gradient[name], found[1].gradient[name])
         for one, other in zip(found[0].kronecker[name], found[1].kronecker[name], strict=True):
             assert torch.equal(one, other) if torch.is_tensor(one) else all(map(torch.equal, one, other))
+
+
+def test_a_pass_over_shards_is_not_tried_again(model, stream, tokenizer, lora, config, monkeypatch):
+    """The other ranks wait in the first one for this rank's share of the weights."""
+    args = config(curvature_batch_size=8)
+    trainer = PMTrainer(model, args, stream=stream, processing_class=tokenizer, peft_config=lora)
+    trainer.sharded = True
+    rows = trainer.rows.encoded_train(trainer.stages[0]).select(range(9))
+    asked = exhausts_beyond(monkeypatch, 3)
+    with pytest.raises(NoMemory, match="task 'colour', 8 rows at a time") as raised:
+        measure(trainer, rows, {"curvature"}, "colour", 5)
+    assert asked == [8] and "`curvature_batch_size: 4`" in raised.value.remedy
 
 
 def test_a_curvature_pass_without_any_memory_says_what_may_change(run_twice, monkeypatch):
