@@ -100,8 +100,9 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--model", default="toy", help=text)
     demo.add_argument("--output_dir", help="runs/demo by default, and runs/demo-smollm2 for another model")
     text = "Say what a recipe will take (disk, memory, scores) and check its input, without training."
-    plan = add("plan", plan_command, text, "hf-pm plan RECIPE [--key value ...]")
+    plan = add("plan", plan_command, text, "hf-pm plan RECIPE [--gpu_memory SIZE] [--key value ...]")
     plan.add_argument("recipe", help="a YAML file")
+    plan.add_argument("--gpu_memory", metavar="SIZE", help="such as 24GB: say what to change where that is too little")
     methods = add("methods", methods_command, "List the methods: paper, parts, what each keeps between tasks.")
     methods.add_argument("--markdown", action="store_true", help="as a table, as in docs/methods.md")
     streams = add("streams", streams_command, "List the published streams: tasks, where their rows are, papers.")
@@ -268,16 +269,18 @@ def streams_command(options: argparse.Namespace, words: list[str]) -> None:
 def plan_command(options: argparse.Namespace, words: list[str]) -> int:
     from .config import parse_recipe
     from .loading import quiet
-    from .plan import format_plan, plan_recipe
+    from .memory import parse_bytes
+    from .plan import fits, format_plan, plan_recipe, plan_record
 
     quiet()
+    gpu_memory = None if options.gpu_memory is None else parse_bytes(options.gpu_memory)
     plan = plan_recipe(parse_recipe(options.recipe, words))
     if options.json:
-        _print_json(plan._asdict())
+        _print_json(plan_record(plan, gpu_memory))
     else:
-        for line in format_plan(plan).split("\n"):
+        for line in format_plan(plan, gpu_memory).split("\n"):
             _print_wrapped(line, " " * 12)
-    return 2 if plan.disk > plan.free else 0
+    return 0 if fits(plan, gpu_memory) else 2
 
 
 def demo_command(options: argparse.Namespace, overrides: list[str]) -> None:
@@ -336,16 +339,16 @@ def report_command(options: argparse.Namespace, words: list[str]) -> None:
     from .report.page import write_report
     from .store.results import read_run
 
-    folder = _run_folder(options.run)
-    if options.analysis:
-        _analyze(options, folder, words)
-    else:
+    if not options.analysis:
         for option in ("analysis_rows", "base"):
             if getattr(options, option) is not None:
                 raise UserError(
                     f"`--{option}` belongs to `--analysis`, which is not given. Add it, or leave both out."
                 )
         _refuse(words)
+    folder = _run_folder(options.run)
+    if options.analysis:
+        _analyze(options, folder, words)
     path = write_report(folder)
     if options.json:
         results, _ = read_run(folder)

@@ -136,7 +136,7 @@ class PMConfig(TrainingArguments):
         curvature_num_samples (`int`, *optional*, defaults to `256`):
             Training rows whose gradients make up the curvature, and windows of the text of `protect`.
         curvature_batch_size (`int`, *optional*, defaults to `8`):
-            Rows per forward pass; changes memory and speed, not the result.
+            Rows per forward pass; changes memory and speed, not the result. Halved where memory does not suffice.
         curvature_labels (`str`, *optional*, defaults to `"empirical"`):
             `empirical` uses the labels of the data (the paper), `sampled` draws them from the model (true Fisher).
         curvature_normalization (`str`, *optional*, defaults to `"sequence"`):
@@ -216,7 +216,8 @@ class PMConfig(TrainingArguments):
         tags (`list[str]`, *optional*):
             Further tags of the cards.
         hub_curvature (`bool`, *optional*, defaults to `True`):
-            Push S and R too, without which the stream cannot go on on another machine. They take 8 bytes a weight.
+            Push S and R too, without which the stream cannot go on on another machine. They take 8 bytes a weight, and
+            are left out where that is more than 20 GB.
 
     Raises:
         UserError: If a value breaks its rule.
@@ -548,8 +549,10 @@ RUN_INVARIANT_FIELDS = frozenset(
 # What may change for the tasks to come, and is then noted in run.json; `num_train_epochs` of single tasks likewise.
 LATER_TASKS_FIELDS = frozenset(
     "num_train_epochs max_steps learning_rate lr_scheduler_type warmup_steps weight_decay max_grad_norm "
-    "global_batch_size gradient_checkpointing".split()
+    "global_batch_size activation_checkpointing gradient_checkpointing".split()
 )
+# What may change while no task is committed: nothing on the disk depends on it yet.
+BEFORE_COMMIT_FIELDS = frozenset({"curvature_estimator", "curvature_dtype", "curvature_num_samples"})
 # How the rows of a step are dealt out. What counts is how many they are: `effective_batch_size`.
 DEALING_FIELDS = frozenset({"per_device_train_batch_size", "gradient_accumulation_steps", "global_batch_size"})
 

@@ -10,11 +10,13 @@ import transformers
 from accelerate import init_empty_weights
 
 from .config import PMConfig, Recipe
+from .hub.releases import STATE_LIMIT
 from .loading import ARCHITECTURES, LOADING_ERRORS, cannot_load, recipe_lora, recipe_stream
+from .memory import Choice, Sizes, choice_of, fitting, memory, sizes_of
 from .methods.moments import moment_bytes
 from .methods.parts import Parts
 from .methods.protection import Protection
-from .tasks.encoding import Encoder
+from .tasks.encoding import IGNORE_INDEX, Encoder
 from .tasks.rows import StreamRows
 from .weights import adapters
 from .weights.bases import BaseCheckpoint
@@ -29,7 +31,8 @@ class Plan(NamedTuple):
     it stores as a task's payload beside the adapter; `merge_memory` is what a merge adds to the live model: what was
     measured of every matrix, and what is kept of the largest one. `protect` says which text is protected, `windows`
     and `protected_tokens` how many of its windows and tokens (at most, where the base generates them) are read forward
-    and backward before the first task.
+    and backward before the first task. `sizes` and `choice` are what the memory of a GPU follows from (`memory.py`);
+    `push` is what the first task sends to the Hub, `shard` the largest file of the base.
     """
 
     tasks: list[str]
@@ -54,6 +57,10 @@ class Plan(NamedTuple):
     protect: str | None = None
     windows: int = 0
     protected_tokens: int = 0
+    push: int = 0
+    shard: int = 0
+    sizes: Sizes | None = None
+    choice: Choice | None = None
 
 
 class MethodBytes(NamedTuple):
@@ -110,6 +117,9 @@ def plan_recipe(recipe: Recipe) -> Plan:
     encoder = Encoder(tokenizer, recipe.task_type, recipe.max_length, recipe.prompt)
     rows = StreamRows(stream, encoder, recipe.resolved_method().stream, recipe)
     plan = estimate(recipe, rows, shapes, base_bytes=_size(base), adapter_bytes=_trainable(model))
+    shard = max((base.folder / file).stat().st_size for file in base.files)
+    sizes = sizes_of(recipe, model, shapes, _predictions(recipe, rows))
+    plan = plan._replace(shard=shard, sizes=sizes, choice=choice_of(recipe))
     if recipe.protect is None:
         return plan
     rank = Parts(recipe.resolved_method(), recipe).cut_rank
@@ -119,6 +129,16 @@ def plan_recipe(recipe: Recipe) -> Plan:
     else:
         windows, tokens = len(text.rows), text.tokens
     return plan._replace(protect=text.kind, windows=windows, protected_tokens=tokens)
+
+
+def _predictions(recipe: Recipe, rows: StreamRows) -> int:
+    """Positions of a row at which a batch has logits, at most: those of all its rows' answers."""
+    if recipe.task_type == "SEQ_CLS":
+        return 1
+    longest = max(sum(token != IGNORE_INDEX for token in labels) for split in rows.test for labels in split["labels"])
+    if recipe.task_type == "SEQ_2_SEQ_LM":
+        return longest
+    return min(recipe.max_length, longest * max(recipe.per_device_train_batch_size, recipe.curvature_batch_size))
 
 
 def _size(base: BaseCheckpoint) -> int:
@@ -161,7 +181,9 @@ def estimate(
     path = Path(config.output_dir).absolute()
     while not path.exists():
         path = path.parent
+    pushed = state if config.hub_curvature and state <= STATE_LIMIT else 0
     return Plan(
+        push=adapter_bytes + dense + merged + stacked + pushed,
         tasks=rows.stream.names,
         stages=len(stages),
         train_rows=train_rows,
@@ -184,8 +206,73 @@ def estimate(
     )
 
 
-def format_plan(plan: Plan) -> str:
-    """The plan as text, and whether the disk is large enough."""
+def fits(plan: Plan, gpu_memory: int | None) -> bool:
+    """Whether the disk is large enough, and a GPU of `gpu_memory` bytes if one is named."""
+    if gpu_memory is not None and plan.sizes is not None and memory(plan.sizes, plan.choice).needed() > gpu_memory:
+        return False
+    return plan.disk <= plan.free
+
+
+def _memory_lines(plan: Plan) -> list[tuple[str, str]]:
+    if plan.sizes is None:
+        return [("memory", "unknown: this architecture cannot be run without weights")]
+    found = memory(plan.sizes, plan.choice)
+    parts = {"weights": found.weights, "adapter, gradients, optimizer": found.adapter}
+    parts["activations of a training step"] = found.activations
+    stages = {"training": found.training, "curvature": found.curvature, "certificate": found.certificate}
+    return [
+        ("memory", f"of each process's GPU: {', '.join(f'{name} {_bytes(size)}' for name, size in parts.items())}"),
+        ("stages", f"{', '.join(f'{name} {_bytes(size)}' for name, size in stages.items() if size)}; a GPU of "
+         f"{_bytes(found.needed())} is enough (without room for it, the certificate is left out)"),
+        ("host", f"{_bytes(plan.shard)} while loading, {_bytes(plan.merge_memory)} while merging, each process; "
+         "without a GPU, the stages come on top"),
+    ]  # fmt: skip
+
+
+def _verdict(plan: Plan, gpu_memory: int) -> str:
+    """Whether the recipe fits the GPU, and otherwise what to change."""
+    if plan.sizes is None:
+        return "Whether that fits the GPU is unknown."
+    needed = memory(plan.sizes, plan.choice).needed()
+    if needed <= gpu_memory:
+        return f"It fits a GPU of {_bytes(gpu_memory)}."
+    text = f"It does not fit a GPU of {_bytes(gpu_memory)}: {_bytes(needed)} are needed."
+    other = fitting(plan.sizes, plan.choice, gpu_memory)
+    if other is None:
+        return f"{text} No change of batch sizes, checkpointing, estimator and quantization is enough."
+    changes = _changes(plan.choice, other)
+    told = ", ".join(f"`{key}: {str(value).lower()}`" for key, value in changes.items())
+    return f"{text} Set {told}: that takes {_bytes(memory(plan.sizes, other).needed())}."
+
+
+def _changes(choice: Choice, other: Choice) -> dict[str, Any]:
+    return {key: value for key, value in other._asdict().items() if getattr(choice, key) != value}
+
+
+def plan_record(plan: Plan, gpu_memory: int | None = None) -> dict[str, Any]:
+    """The plan for scripts. `memory`: bytes of each stage, and of the GPU they need (`None` if unknown).
+
+    With `gpu_memory`, `fits` as [`fits`] says, and `changes`: the keys that make the recipe fit the GPU, empty if none
+    has to change, `None` if no change is enough or the memory is unknown.
+    """
+    record = {key: value for key, value in plan._asdict().items() if key not in ("sizes", "choice")}
+    found = None if plan.sizes is None else memory(plan.sizes, plan.choice)
+    record["memory"] = None if found is None else found._asdict() | {"needed": found.needed()}
+    if gpu_memory is not None:
+        other = None if plan.sizes is None else fitting(plan.sizes, plan.choice, gpu_memory)
+        record["fits"] = fits(plan, gpu_memory)
+        record["changes"] = None if other is None else _changes(plan.choice, other)
+    return record
+
+
+def _pushed_state(plan: Plan) -> str:
+    if plan.state > STATE_LIMIT:
+        return f"a state of {_bytes(plan.state)} is left out, as all over {_bytes(STATE_LIMIT)}"
+    return f"`hub_curvature: false` leaves out the {_bytes(plan.state)} of the state"
+
+
+def format_plan(plan: Plan, gpu_memory: int | None = None) -> str:
+    """The plan as text, and whether the disk and a GPU of `gpu_memory` bytes are large enough."""
     lines = [
         ("tasks", f"{len(plan.tasks)} ({', '.join(plan.tasks)}), {plan.stages} training runs, {plan.steps:,} steps"),
         ("rows", f"{sum(plan.train_rows):,} to train on, {sum(plan.test_rows):,} to score"),
@@ -196,6 +283,8 @@ def format_plan(plan: Plan) -> str:
          "merging" + (f"; a dense update of {_bytes(plan.dense)} a task" if plan.dense else "")),
         ("releases", f"{_bytes(plan.release)} the first, {_bytes(plan.releases)} all"),
         ("run folder", f"{_bytes(plan.disk)} at the end; {_bytes(plan.free)} free"),
+        ("push", f"{_bytes(plan.push)} for the first task; {_pushed_state(plan)}"),
+        *_memory_lines(plan),
     ]  # fmt: skip
     if plan.protect is not None:
         text = "text of the base, which it generates first" if plan.protect == "self" else "the text"
@@ -207,7 +296,7 @@ def format_plan(plan: Plan) -> str:
             "\nThe disk is too small. Set `release: adapter` or `none`, `curvature_history: last`, "
             "`curvature_estimator: factored`, or another `output_dir`."
         )
-    return text
+    return text if gpu_memory is None else f"{text}\n{_verdict(plan, gpu_memory)}"
 
 
 def _bytes(count: float) -> str:

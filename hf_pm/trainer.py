@@ -213,8 +213,9 @@ class PMTrainerMixin(TaskTraining):
         self.run = RunFolder(args, [stage.name for stage in self.stages], self.is_world_process_zero())
         if self.parts.measures() and len(self.run.ledger) < len(self.stages):
             # What cannot be measured must not be found after the training.
+            self._checkpoint_activations()
             inputs = not self.parts.measures().isdisjoint({"kronecker", "inputs"})
-            check_layers(self.model, self._first_rows(self.rows.test[0]), inputs)
+            check_layers(self.model, self._first_rows(self.rows.test[0], 2), inputs)
         base, names = self.run.resolve_base(self.model, self.task_type)
         folder = Folder(base, self.run.ledger, names)
         adapter = self.model.peft_config[adapters.ADAPTER]
@@ -232,6 +233,13 @@ class PMTrainerMixin(TaskTraining):
         for other in REPLACED:
             self.remove_callback(other)
         self.add_callback(self._progress)
+
+    def _checkpoint_activations(self) -> None:
+        """As `train` does later: what is measured before the first task needs it too."""
+        if self.args.activation_checkpointing:
+            settings = dict(self.args.activation_checkpointing_kwargs or {})
+            layers = {key: settings.pop(key) for key in ("every_n_layers", "offload") if key in settings}
+            self.model.activation_checkpointing_enable(settings or None, **layers)
 
     def _protect(self, folder: Folder) -> StoredState:
         """Measure the protected text on the base, with a silent adapter: the state that the first task finds.

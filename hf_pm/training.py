@@ -145,9 +145,9 @@ class TaskTraining:
             losses, counts = row_losses(*predict(self.model, batch))
         return float(losses.sum() / counts.sum())
 
-    def _first_rows(self, rows: Dataset) -> dict[str, Any]:
+    def _first_rows(self, rows: Dataset, most: int = PROBE_ROWS) -> dict[str, Any]:
         """A few rows, the same on every rank."""
-        return self.collated(rows.select(range(min(PROBE_ROWS, len(rows)))))
+        return self.collated(rows.select(range(min(most, len(rows)))))
 
     def _label(self) -> str:
         """Name of the task that is being trained, for messages."""

@@ -1,6 +1,7 @@
 """What the numerical engine costs: curvature against plain training, folding against `cp`, task 50 against task 2.
 
     python scripts/benchmark_engine.py --output engine.json
+    python scripts/benchmark_engine.py --only curvature --threads 1 --layers 2 --rows 1 --tokens 4096  # long rows
 
 Ratios are taken pair by pair, A B A B ..., since a machine's speed drifts; medians and quartiles are printed.
 Curvature is timed on a random Llama of about 35 M parameters and 128-token rows, with one torch thread and with two,
@@ -11,6 +12,10 @@ benchmark_folding.py).
 import argparse
 import json
 import platform
+import tempfile
+import time
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -19,6 +24,8 @@ from benchmark_many_tasks import flatness
 from benchmark_speed import build, paired, rows, with_answer_logits
 
 import hf_pm.methods.curvature as engine
+from hf_pm.weights import merging
+from hf_pm.weights.states import write_state
 
 
 def one_row_loop(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -39,28 +46,80 @@ def one_row_loop(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> dict
     return totals
 
 
-def curvature_ratios(rounds: int, threads: int, hidden: int, layers: int, tokens: int) -> list[dict[str, object]]:
-    """Each estimator, and the one-row loop, over a plain forward and backward pass of the same rows."""
+def curvature_ratios(
+    rounds: int, threads: int, hidden: int, layers: int, tokens: int, count: int = 8
+) -> list[dict[str, object]]:
+    """Each estimator, and the one-row loop, over a plain forward and backward pass of the same rows; and the factored
+    estimator over the diagonal one."""
     torch.set_num_threads(threads)
     model = build(hidden, layers, rank=16).eval()
     # Logits of the answers only, for both sides: otherwise the plain side pays for logits that nobody needs.
-    batch = with_answer_logits(rows(8, tokens, 4))
+    batch = with_answer_logits(rows(count, tokens, 4))
     adapted = sum(layer.get_base_layer().weight.numel() for layer in engine.lora_layers(model).values())
     total = sum(parameter.numel() for parameter in model.parameters())
-    print(f"\n{total / 1e6:.1f} M parameters, {adapted / 1e6:.1f} M adapted, 8 rows of {tokens} tokens, {threads=}")
+    sizes = f"{total / 1e6:.1f} M parameters, {adapted / 1e6:.1f} M adapted"
+    print(f"\n{sizes}, {count} rows of {tokens} tokens, {threads=}")
 
     def plain() -> None:
         model(**batch).loss.backward()
         model.zero_grad()
 
-    candidates = {
-        f"{name} / forward + backward": lambda name=name: engine.measure_curvature(model, [batch], estimator=name)
-        for name in engine.ESTIMATORS
-    } | {"one-row loop / forward + backward": lambda: one_row_loop(model, batch)}
-    return [
-        paired(name, candidate, plain, rounds) | {"threads": threads, "parameters": total, "adapted": adapted}
-        for name, candidate in candidates.items()
-    ]
+    passes = {name: partial(engine.measure_curvature, model, [batch], estimator=name) for name in engine.ESTIMATORS}
+    pairs = {f"{name} / forward + backward": (candidate, plain) for name, candidate in passes.items()}
+    pairs["one-row loop / forward + backward"] = partial(one_row_loop, model, batch), plain
+    pairs["factored / diagonal"] = passes["factored"], passes["diagonal"]
+    about = {"threads": threads, "parameters": total, "adapted": adapted, "tokens": tokens, "rows": count}
+    return [paired(name, *pair, rounds) | about for name, pair in pairs.items()]
+
+
+# Llama-3.1-8B, from its configuration alone: shape of the weight and number of matrices.
+LLAMA_8B = {
+    "q_proj, o_proj": (4096, 4096, 64),
+    "k_proj, v_proj": (1024, 4096, 64),
+    "gate_proj, up_proj": (14336, 4096, 64),
+    "down_proj": (4096, 14336, 32),
+}
+
+
+def merge_seconds(threads: int, rank: int = 8) -> list[dict[str, object]]:
+    """CPU seconds of P&M's merge of a second task at Llama-3.1-8B's shapes, measured one matrix at a time.
+
+    `solve` is the coefficient, `state` the new S and R, `write` their way to the disk with the hash of their bytes.
+    The last two happen on one process only.
+    """
+    torch.set_num_threads(threads)
+    results = []
+    for estimator in ("diagonal", "factored"):
+        total = dict.fromkeys(("solve", "state", "write"), 0.0)
+        for name, (*shape, count) in LLAMA_8B.items():
+            seconds = merge_one(estimator, *shape, rank)
+            print(f"{estimator:9} {name:20} {count} x " + "  ".join(f"{value:.3f}" for value in seconds), flush=True)
+            total = {key: value + count * one for (key, value), one in zip(total.items(), seconds, strict=True)}
+        results.append({"estimator": estimator, "threads": threads, **total})
+        print(f"{estimator}: " + ", ".join(f"{key} {value:.1f} s" for key, value in total.items()))
+    return results
+
+
+def merge_one(estimator: str, height: int, width: int, rank: int) -> list[float]:
+    """CPU seconds of `solve`, `state` and `write` of one matrix (height, width)."""
+    delta = merging.LowRank(torch.randn(height, rank), torch.randn(rank, width))
+    if estimator == "diagonal":
+        fisher, S, R = (torch.rand(height, width) for _ in range(3))
+        keeps = {"S": "dense", "R": "dense"}
+    else:
+        fisher, S = (merging.Factored(torch.rand(height), torch.rand(width)) for _ in range(2))
+        R = merging.LowRank(torch.randn(height, merging.MAX_RANK), torch.randn(merging.MAX_RANK, width))
+        keeps = {"S": "factored", "R": "low_rank"}
+    state = merging.State(S, R)
+    with tempfile.TemporaryDirectory() as folder:
+        path, times = Path(folder) / "state.safetensors", [time.process_time()]
+        merging.matrix_terms(fisher, delta, state)
+        times.append(time.process_time())
+        new = merging.update_state(state, fisher, delta, 0.5)
+        times.append(time.process_time())
+        write_state(path, keeps, {"w": (height, width)}, lambda _: new._asdict(), dtype="float32")
+        times.append(time.process_time())
+    return [after - before for before, after in pairwise(times)]
 
 
 def main() -> None:
@@ -71,8 +130,9 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--only", nargs="+", choices=["curvature", "folding", "tasks"])
+    parser.add_argument("--only", nargs="+", choices=["curvature", "folding", "tasks", "merge"])
     parser.add_argument("--mergekit", help="path of the `mergekit-yaml` of another environment, to be timed too")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
@@ -86,12 +146,16 @@ def main() -> None:
         results["curvature"] = [
             result
             for threads in options.threads
-            for result in curvature_ratios(options.rounds, threads, options.hidden, options.layers, options.tokens)
+            for result in curvature_ratios(
+                options.rounds, threads, options.hidden, options.layers, options.tokens, options.rows
+            )
         ]
     if "folding" in wanted:
         results["folding"] = compare_folding(options.fold_rounds, options.threads, mergekit=options.mergekit)
     if "tasks" in wanted:
         results["tasks"] = flatness(options.tasks)
+    if "merge" in wanted:
+        results["merge"] = [result for threads in options.threads for result in merge_seconds(threads)]
     if options.output:
         options.output.write_text(json.dumps(results, indent=2) + "\n")
 

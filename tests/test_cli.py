@@ -344,6 +344,12 @@ def test_lists_and_plans_as_json(recipe, tmp_path, capsys):
     path, values = recipe
     plan = as_json(capsys, "plan", str(path))
     assert plan["tasks"] == ["colour", "mood"] and plan["train_rows"] == [24, 24] and plan["steps"] == 12
+    assert plan["memory"]["needed"] > plan["memory"]["training"] > plan["memory"]["weights"] > 0
+    assert not plan.keys() & {"sizes", "choice", "fits", "changes"}
+    large = as_json(capsys, "plan", str(path), "--gpu_memory", "24GB")
+    assert large["fits"] and large["changes"] == {}
+    small = as_json(capsys, "plan", str(path), "--gpu_memory", "1GB", code=2)  # CUDA's own needs are more
+    assert not small["fits"] and small["changes"] is None
     methods = {record["method"]: record for record in as_json(capsys, "methods")}
     assert set(methods) == set(METHODS) and "2505.22389" in methods["pm"]["paper"]
     streams = {record["stream"]: record for record in as_json(capsys, "streams")}

@@ -7,6 +7,7 @@ from conftest import build
 from peft import LoraConfig
 from reference import directional_by_rows, fisher_by_rows, gradients_by_rows, merge_into_dense
 from transformers import MixtralConfig, MixtralForCausalLM, set_seed
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from hf_pm import PMTrainer
 from hf_pm.errors import UserError
@@ -128,9 +129,14 @@ def test_every_estimator_equals_the_row_loop(kind, normalization, batch_size):
     assert not any(p.grad is not None for p in model.parameters())
 
 
-def test_what_fillers_find_is_dropped():
-    """A rank that has run out of rows makes passes all the same; one that never had any finds zeros everywhere."""
-    model = pair("llama")[0]
+@pytest.mark.parametrize("reentrant", [None, True, False])
+def test_what_fillers_find_is_dropped(reentrant):
+    """A rank that has run out of rows makes passes all the same; one that never had any finds zeros everywhere. So it
+    is where layers are checkpointed."""
+    model = adapted("llama", "CAUSAL_LM")
+    if reentrant is not None:
+        model.activation_checkpointing_enable({"use_reentrant": reentrant})
+        model.enable_input_require_grads()
     settings = {"gradient": True, "factors": True}
 
     def find(batches):
@@ -190,18 +196,122 @@ def test_small_chunks_change_nothing(monkeypatch):
     assert all(torch.allclose(whole[name], parts[name], rtol=1e-5) for name in whole)
 
 
-@pytest.mark.parametrize("estimator", ["diagonal", "factored"])
-def test_gradient_checkpointing_and_train_mode_change_nothing(estimator):
-    model = adapted("llama", "CAUSAL_LM", lora_dropout=0.5)
-    plain = measure_curvature(model.eval(), causal_batches(2), estimator=estimator)
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize(("tokens", "by_tokens"), [(2, True), (4, True), (5, False), (40, False)])
+def test_factored_sums_take_the_cheaper_order_of_products(monkeypatch, transposed, tokens, by_tokens):
+    """16 x 24: 2 * T * (16 + 24) <= 16 * 24 up to 4 tokens; both orders equal the loop over rows in float64."""
+    generator = torch.Generator().manual_seed(tokens)
+    x, d = torch.randn(3, tokens, 24, generator=generator), torch.randn(3, tokens, 16, generator=generator)
+    weights = torch.rand(3, generator=generator)
+    expected = torch.zeros(16, 24, dtype=torch.float64)
+    for row in range(3):
+        expected += weights[row].double() * (d[row].double().T @ x[row].double()) ** 2
+    expected = expected.T if transposed else expected
+    taken = []
+    for name in ("_sums_by_tokens", "_sums_by_entries"):
+        function = getattr(curvature, name)
+        # Chunks that do not divide the matrix.
+        monkeypatch.setattr(curvature, "CHUNK", 7 * expected.shape[1])
+        monkeypatch.setattr(curvature, name, lambda *args, f=function, n=name: taken.append(n) or f(*args))
+    totals = {}
+    for times in (1, 2):
+        curvature._add_sums(totals, "q", x, d, weights, transposed)
+        assert torch.allclose(totals["q"].rows.double(), times * expected.sum(1), rtol=1e-5)
+        assert torch.allclose(totals["q"].cols.double(), times * expected.sum(0), rtol=1e-5)
+    assert taken == 2 * ["_sums_by_tokens" if by_tokens else "_sums_by_entries"]
+
+
+@pytest.mark.parametrize("labels", ["empirical", "sampled"])
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "t5"])
+def test_gradient_checkpointing_and_train_mode_change_nothing(kind, labels):
+    """Every estimator, the mean gradient and the moments, to the bit (T5's attention rounds in another way); dropout
+    stays off in layers that run twice."""
+    extra = {"fan_in_fan_out": True} if kind == "gpt2" else {}
+    model = adapted(kind, TASK_TYPES[kind], lora_dropout=0.5, **extra)
+    options = {"gradient": labels == "empirical", "factors": True}
+
+    def measured(estimator):
+        generator = torch.Generator().manual_seed(3) if labels == "sampled" else None
+        moments = Moments(2)
+        found = measure_curvature(
+            model, batches(kind, 2), estimator=estimator, generator=generator, moments=moments, **options
+        )
+        sums = {"gradient": found.gradient, "inputs": moments.inputs, "outputs": moments.outputs} | found._asdict()
+        tensors = {
+            (key, name): part
+            for key in ("curvature", "gradient", "factors", "inputs", "outputs")
+            for name, value in sums[key].items()
+            for part in curvature._parts(value)
+        }
+        return found.slope, moments.leaders, tensors
+
+    plain = {estimator: measured(estimator) for estimator in curvature.ESTIMATORS}
     for reentrant in (True, False):
-        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        model.activation_checkpointing_enable({"use_reentrant": reentrant})
         model.enable_input_require_grads()
-        other = measure_curvature(model.train(), causal_batches(2), estimator=estimator)
-        assert model.training
-        assert other.slope == pytest.approx(plain.slope, rel=1e-6)
-        for name in plain.curvature:
-            assert torch.equal(_first(plain.curvature[name]), _first(other.curvature[name]))
+        model.train()
+        for estimator, (slope, leaders, tensors) in plain.items():
+            other = measured(estimator)
+            assert (leaders, tensors.keys()) == (other[1], other[2].keys())
+            assert other[0] == pytest.approx(slope, rel=1e-5 if kind == "t5" else 1e-15)
+            for key, tensor in tensors.items():
+                close = torch.allclose(tensor, other[2][key], rtol=0, atol=1e-5 * float(tensor.abs().max()))
+                assert close if kind == "t5" else torch.equal(tensor, other[2][key]), key
+        assert all(module.training for module in model.modules())
+        layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer) and m.gradient_checkpointing]
+        assert layers and not any("_as_evaluating" in repr(m._gradient_checkpointing_func) for m in layers)
+
+
+class _Stop(Exception):
+    pass
+
+
+def bytes_held(model, forward) -> int:
+    """Bytes of all tensors but parameters that wait for the backward pass when `forward` raises `_Stop`: those that
+    autograd saves, and those that Python objects hold."""
+    gc.collect()
+    storages = {}
+
+    def note(tensor):
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor.detach()  # the result of a function, held by that function, would never be freed
+
+    before = {id(found) for found in gc.get_objects() if isinstance(found, torch.Tensor)}
+
+    def look():
+        for found in gc.get_objects():
+            if isinstance(found, torch.Tensor) and id(found) not in before:
+                note(found)
+        del found
+        raise _Stop
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), pytest.raises(_Stop):
+        forward(look)
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    return sum(size for place, size in storages.items() if place not in own)
+
+
+@pytest.mark.parametrize("estimator", curvature.ESTIMATORS)
+def test_curvature_keeps_no_more_than_checkpointed_training(estimator, monkeypatch):
+    model = adapted("llama", "CAUSAL_LM")
+    ids = torch.randint(4, 60, (4, 48), generator=torch.Generator().manual_seed(0))
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+
+    def train(look):
+        loss = model.train()(**batch).loss
+        look()
+        loss.backward()
+
+    def measure(look):
+        monkeypatch.setattr(curvature, "row_losses", lambda *args: look())
+        measure_curvature(model, [batch], estimator=estimator)
+
+    whole = bytes_held(model, measure)
+    model.activation_checkpointing_enable({"use_reentrant": False})
+    training = bytes_held(model, train)
+    checkpointed = bytes_held(model, measure)
+    assert checkpointed <= 1.5 * training
+    assert whole > 3 * checkpointed  # so that the bound above says something
 
 
 def _first(fisher):

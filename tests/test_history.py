@@ -357,9 +357,16 @@ def test_what_cannot_be_restored_leaves_nothing(run, server, tmp_path):
         from_hub("me/stream", target)
 
 
-def test_a_repository_without_curvature_gives_the_weights_only(run, server, tmp_path, base, tokenizer):
-    facts = read_json(run / "release.json")
-    (run / "release.json").write_text(json.dumps(facts | {"curvature": False}))
+@pytest.mark.parametrize("why", ["switched off", "too large"])
+def test_a_repository_without_curvature_gives_the_weights_only(
+    run, server, tmp_path, base, tokenizer, monkeypatch, why
+):
+    if why == "switched off":
+        facts = read_json(run / "release.json")
+        (run / "release.json").write_text(json.dumps(facts | {"curvature": False}))
+    else:
+        size = (run / "curvature" / "state-03.safetensors").stat().st_size
+        monkeypatch.setattr("hf_pm.hub.releases.STATE_LIMIT", size - 1)
     push_all(run)
     assert not [name for name in server.repos["me/stream"].resolve("main").files if "curvature" in name]
     with pytest.raises(UserError, match="has no curvature state .* `weights_only=True`"):

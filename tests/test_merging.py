@@ -223,6 +223,28 @@ def test_factored_state_equals_the_dense_one_below_the_rank_limit():
         assert torch.allclose(factored.R.dense(), dense.R, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("experts", [(), (3,)])
+def test_products_of_low_rank_are_those_of_dense_matrices(experts):
+    """No matrix is formed for a factored curvature and updates of low rank; the truth is dense and in float64."""
+    generator = torch.Generator().manual_seed(4)
+
+    def low_rank(k):
+        left, right = (torch.randn(*experts, *shape, generator=generator) for shape in ((7, k), (k, 5)))
+        return LowRank(left, right)
+
+    delta, R = low_rank(2), low_rank(4)
+    rows = torch.rand(*experts, 7, generator=generator)
+    cols = torch.rand(*experts, 5, generator=generator)
+    fisher = Factored(rows, cols * (rows.sum(-1) / cols.sum(-1))[..., None])
+    D, slope = (LowRank(*(part.double() for part in m)).dense() for m in (delta, R))
+    F = Factored(fisher.rows.double(), fisher.cols.double()).dense()
+    found = matrix_terms(fisher, delta, merging.State(fisher, R))
+    assert found.q == pytest.approx(float((F * D**2).sum()), rel=1e-6) == found.p
+    assert found.l == pytest.approx(float((slope * D).sum()), rel=1e-6)
+    dense = matrix_terms(F.float(), delta, merging.State(F.float(), slope.float()), slope.float())
+    assert (found.q, found.l, found.l) == pytest.approx((dense.q, dense.l, dense.g), rel=1e-5)
+
+
 def test_factored_r_is_cut_to_the_best_approximation_and_stays_constant(monkeypatch):
     monkeypatch.setattr(merging, "MAX_RANK", 5)
     generator = torch.Generator().manual_seed(7)

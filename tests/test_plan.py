@@ -1,16 +1,28 @@
 """The plan's numbers are those of the run it announces."""
 
+import gc
 import json
+import os
 import shutil
+import struct
 from pathlib import Path
 
 import pytest
+import torch
+import yaml
+from accelerate import init_empty_weights
 from conftest import COLOUR, MOOD, build, rows
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM, LlamaConfig
 
+from hf_pm import memory as counted
 from hf_pm.cli import main
 from hf_pm.config import Recipe
+from hf_pm.errors import UserError
 from hf_pm.loading import build_trainer
 from hf_pm.plan import format_plan, plan_recipe
+from hf_pm.store.ledger import write_json
+from hf_pm.weights import adapters
 
 
 @pytest.fixture
@@ -92,3 +104,158 @@ def test_command_line(recipe, tmp_path, capsys, monkeypatch):
     assert "The disk is too small" in capsys.readouterr().out
     assert main(["plan", str(tmp_path / "recipe.yaml"), "--lora_target_modules", "nothing"]) == 2
     assert "nothing" in capsys.readouterr().err
+
+
+# ---- Memory of a GPU ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "t5", "bert"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_saved_bytes_are_those_of_a_real_forward_pass(kind, checkpointing):
+    """The truth is what autograd saves on a CPU, whose attention is fused, too."""
+    task_type = {"t5": "SEQ_2_SEQ_LM", "bert": "SEQ_CLS"}.get(kind, "CAUSAL_LM")
+    lora = {"r": 3, "target_modules": "all-linear", "fan_in_fan_out": kind == "gpt2"}
+    model = adapters.attach(build(kind), LoraConfig(**lora), task_type)
+    ids = torch.full((1, 96), 5)
+    batch = {"input_ids": ids, "labels": ids[:, :1] if kind == "bert" else ids[:, :7] if kind == "t5" else ids}
+    if kind == "bert":
+        batch["labels"] = torch.tensor([1])
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0  # which keeps the attention of a CPU from being fused
+    if kind == "t5":
+        model.get_base_model().set_attn_implementation("eager")
+    if checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    gc.collect()
+    storages = {}
+    kept = []
+
+    def keep(tensor):
+        kept.append(tensor.detach())
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return kept[-1]
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = model.train()(**batch).loss
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    real = sum(size for place, size in storages.items() if place not in own)
+    del loss
+    found = counted.saved_bytes(model.to("meta"), 96, {"bert": 1, "t5": 7}.get(kind, 96), checkpointing)
+    assert found == pytest.approx(real, rel=0.15)
+
+
+SIZES = counted.Sizes(
+    plain=10**9, quantizable=7 * 10**9, itemsize=2, trainable=10**7, whole=2 * 10**9, checkpointed=10**8,
+    layer=6 * 10**7, around=2**15, sums={"diagonal": 10**10, "factored": 10**6, "directional": 10**6}, held=0,
+    releases=True,
+)  # fmt: skip
+CHOICE = counted.Choice(
+    per_device_train_batch_size=8, gradient_accumulation_steps=1, activation_checkpointing=False,
+    curvature_batch_size=8, curvature_estimator="diagonal", load_in_4bit=False, load_in_8bit=False,
+    double_quantization=False, optim="adamw_torch", max_length=512,
+)  # fmt: skip
+
+
+def test_the_stages_add_up():
+    found = counted.memory(SIZES, CHOICE)
+    assert found.weights == 16 * 10**9 and found.adapter == 16 * 10**7
+    assert found.training == found.weights + found.adapter + 16 * 10**9
+    copies = 3 * 4 * 8 * 512 * 2**15 + 4 * counted.CHUNK
+    assert found.curvature == found.weights + found.adapter + 16 * 10**9 + copies + 10**10
+    assert found.certificate == 2 * found.weights + found.adapter
+    four = counted.memory(SIZES, CHOICE._replace(load_in_4bit=True, activation_checkpointing=True))
+    assert four.weights == 2 * 10**9 + int(7e9 * (0.5 + 4 / 64)) and four.activations == 8 * 16 * 10**7
+    eight = counted.memory(SIZES, CHOICE._replace(load_in_8bit=True, optim="adamw_bnb_8bit"))
+    assert eight.weights == 9 * 10**9 and eight.adapter == 10 * 10**7
+
+
+@pytest.mark.parametrize(
+    ("limit", "changes"),
+    [
+        ("80GB", set()),
+        ("40GB", {"activation_checkpointing"}),
+        ("24GB", {"activation_checkpointing", "load_in_4bit"}),
+        ("12GB", {"activation_checkpointing", "load_in_4bit", "curvature_batch_size", "curvature_estimator"}),
+        ("8GB", {"activation_checkpointing", "load_in_4bit", "curvature_batch_size", "curvature_estimator",
+                 "per_device_train_batch_size"}),
+        ("4GB", None),
+    ],
+)  # fmt: skip
+def test_the_fewest_changes_that_fit(limit, changes):
+    size = counted.parse_bytes(limit)
+    found = counted.fitting(SIZES, CHOICE, size)
+    if changes is None:
+        assert found is None
+        return
+    assert counted.memory(SIZES, found).needed() <= size
+    differing = {key for key in CHOICE._fields if getattr(found, key) != getattr(CHOICE, key)}
+    assert differing - {"gradient_accumulation_steps"} == changes
+    rows = found.per_device_train_batch_size * found.gradient_accumulation_steps
+    assert rows == CHOICE.per_device_train_batch_size  # a step keeps its rows
+
+
+def test_sizes_of_memory_are_checked():
+    assert counted.parse_bytes("24GB") == 24 * 10**9 and counted.parse_bytes("1.5 GiB") == 3 << 29
+    for text in ("", "much", "24 G", "0GB", "-1GB"):
+        with pytest.raises(UserError, match="24GB or 80GiB"):
+            counted.parse_bytes(text)
+
+
+def test_the_command_line_says_what_makes_a_recipe_fit(recipe, tmp_path, capsys):
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe().given))
+    words = ["plan", str(tmp_path / "recipe.yaml"), "--gpu_memory"]
+    assert main([*words, "24GB"]) == 0
+    assert "It fits a GPU of 22.4 GiB" in capsys.readouterr().out
+    assert main([*words, "1GB"]) == 2
+    assert "It does not fit a GPU of 953.7 MiB" in capsys.readouterr().out
+    assert main([*words, "huge"]) == 2
+    assert "`--gpu_memory` must be" in capsys.readouterr().err
+
+
+def sparse_llama_8b(folder: Path, shard_bytes: int = 5 * 10**9) -> None:
+    """Llama-3.1-8B's configuration and the headers of its weights; the weights are holes that take no room."""
+    config = LlamaConfig(
+        vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
+        num_key_value_heads=8, max_position_embeddings=131072, dtype="bfloat16",
+    )  # fmt: skip
+    with init_empty_weights():
+        model = AutoModelForCausalLM.from_config(config)
+    config.architectures = ["LlamaForCausalLM"]
+    config.save_pretrained(folder)
+    shards = [{}]
+    for name, parameter in model.state_dict().items():
+        end = max((entry["data_offsets"][1] for entry in shards[-1].values()), default=0)
+        if end + 2 * parameter.numel() > shard_bytes:
+            shards.append({})
+            end = 0
+        entry = {"dtype": "BF16", "shape": list(parameter.shape), "data_offsets": [end, end + 2 * parameter.numel()]}
+        shards[-1][name] = entry
+    index = {}
+    for number, shard in enumerate(shards, start=1):
+        path = folder / f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        header = json.dumps(shard).encode()
+        path.write_bytes(struct.pack("<Q", len(header)) + header)
+        os.truncate(path, 8 + len(header) + max(entry["data_offsets"][1] for entry in shard.values()))
+        index |= dict.fromkeys(shard, path.name)
+    write_json(folder / "model.safetensors.index.json", {"metadata": {}, "weight_map": index})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "gpu"), [("pm", "24GB"), ("pm-bf16", "80GB")])
+def test_llama_8b_fits_by_its_own_numbers(recipe, tokenizer, tmp_path, name, gpu):
+    pytest.importorskip("bitsandbytes", reason="quantized bases need the extra `quantization`")
+    (tmp_path / "8b").mkdir()
+    sparse_llama_8b(tmp_path / "8b")
+    tokenizer.save_pretrained(tmp_path / "8b")
+    path = Path(__file__).parent.parent / "recipes" / "llama-3.1-8b" / "olora-order1" / f"{name}.yaml"
+    values = yaml.safe_load(path.read_text()) | {"model_name_or_path": str(tmp_path / "8b"), "use_cpu": True}
+    del values["stream"]
+    plan = plan_recipe(Recipe(**values | {"tasks": recipe().tasks, "output_dir": str(tmp_path / "run")}))
+    assert plan.base == pytest.approx(16.06e9, rel=0.001)  # what Llama-3.1-8B takes on the Hub
+    found = counted.memory(plan.sizes, plan.choice)
+    assert found.weights == pytest.approx(16.06e9 if name == "pm-bf16" else 6.03e9, rel=0.01)
+    assert found.needed() <= counted.parse_bytes(gpu)
+    assert f"It fits a GPU of {counted.parse_bytes(gpu) / 2**30:.1f} GiB" in format_plan(
+        plan, counted.parse_bytes(gpu)
+    )

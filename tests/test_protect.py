@@ -462,7 +462,8 @@ def test_results_report_card_and_plan_say_what_was_protected(protect, said, reci
     }
     path.write_text(yaml.safe_dump(values))
     assert main(["plan", str(path)]) == 0
-    planned = re.search(r"protect +(\d+) windows of (.*), (\d+) tokens: one forward", capsys.readouterr().out)
+    said_by_plan = " ".join(capsys.readouterr().out.split())  # lines end where the terminal does
+    planned = re.search(r"protect (\d+) windows of (.*), (\d+) tokens: one forward", said_by_plan)
     assert planned and ("generates" in planned[2]) == (protect == "self")
     assert main(["run", str(path)]) == 0
     results = json.loads((tmp_path / "run" / "results.json").read_text())

@@ -20,6 +20,8 @@ from transformers import LlamaForCausalLM, TrainerCallback
 
 from hf_pm import PMTrainer, Task, TaskStream, UserError
 from hf_pm.cli import main
+from hf_pm.evaluation.answers import predict
+from hf_pm.methods.measuring import NoMemory, measure
 from hf_pm.runs.recovery import SEAL, Interrupted, newest_checkpoint, seal
 from hf_pm.store.ledger import Ledger, read_json
 from hf_pm.store.lock import only_process
@@ -492,6 +494,69 @@ def test_memory_that_is_used_up_says_what_to_do(run_twice, exhaust):
         run_twice.start(callbacks=[Exhausts()])
     assert "1 task(s) are committed" in raised.value.__notes__[0] and "Memory is used up" in raised.value.__notes__[0]
     run_twice.finish_and_compare()
+
+
+def exhausts_beyond(monkeypatch, rows: int) -> list[int]:
+    """Memory is used up in a measuring pass over more than `rows` rows; returns the sizes that were asked for."""
+    asked = []
+
+    def limited(model, batch):
+        asked.append(len(batch["labels"]))
+        if asked[-1] > rows:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 12.00 GiB")
+        return predict(model, batch)
+
+    monkeypatch.setattr("hf_pm.methods.curvature.predict", limited)
+    return asked
+
+
+def test_a_curvature_pass_without_memory_goes_on_with_fewer_rows(model, stream, tokenizer, lora, config, monkeypatch):
+    args = config(method="kronecker", curvature_labels="sampled", method_kwargs={"kronecker_rank": 2})
+    trainer = PMTrainer(model, args, stream=stream, processing_class=tokenizer, peft_config=lora)
+    rows = trainer.rows.encoded_train(trainer.stages[0]).select(range(9))
+    found = []
+    for size, limit in ((2, 9), (8, 3)):
+        args.curvature_batch_size = size
+        asked = exhausts_beyond(monkeypatch, limit)
+        found.append(measure(trainer, rows, {"curvature", "kronecker", "gradient"}, "colour", 5))
+        assert args.curvature_batch_size == 2 and asked[: 1 if size == 2 else 3] == ([2] if size == 2 else [8, 4, 2])
+    assert found[0].exact == found[1].exact
+    for name, fisher in found[0].curvature.items():  # to the bit, the sampled labels too
+        assert torch.equal(fisher, found[1].curvature[name])
+        assert torch.equal(found[0].gradient[name], found[1].gradient[name])
+        for one, other in zip(found[0].kronecker[name], found[1].kronecker[name], strict=True):
+            assert torch.equal(one, other) if torch.is_tensor(one) else all(map(torch.equal, one, other))
+
+
+def test_a_pass_over_shards_is_not_tried_again(model, stream, tokenizer, lora, config, monkeypatch):
+    """The other ranks wait in the first one for this rank's share of the weights."""
+    args = config(curvature_batch_size=8)
+    trainer = PMTrainer(model, args, stream=stream, processing_class=tokenizer, peft_config=lora)
+    trainer.sharded = True
+    rows = trainer.rows.encoded_train(trainer.stages[0]).select(range(9))
+    asked = exhausts_beyond(monkeypatch, 3)
+    with pytest.raises(NoMemory, match="task 'colour', 8 rows at a time") as raised:
+        measure(trainer, rows, {"curvature"}, "colour", 5)
+    assert asked == [8] and "`curvature_batch_size: 4`" in raised.value.remedy
+
+
+def test_a_curvature_pass_without_any_memory_says_what_may_change(run_twice, monkeypatch):
+    short = {"max_steps": 2, "save_steps": 2, "max_eval_samples": 2, "release": "none"}
+    with monkeypatch.context() as patch:
+        patch.setattr("hf_pm.trainer.check_layers", lambda *args: None)  # two rows, for which memory is enough
+        exhausts_beyond(patch, 0)
+        with pytest.raises(MemoryError, match="task 'colour', one row at a time") as raised:
+            run_twice.start(**short)
+    note = " ".join(raised.value.__notes__)
+    assert "0 task(s) are committed" in note and "`curvature_estimator: factored`" in note
+    # The same folder goes on with another estimator, from the checkpoint of the trained task.
+    assert list(run_twice.path.glob("tasks/01-colour/checkpoints/checkpoint-2"))
+    run_twice.start(**short, curvature_estimator="factored")
+    (change,) = read_json(run_twice.path / "run.json")["changes"]
+    assert (change["from_task"], change["key"], change["new"]) == (1, "curvature_estimator", "factored")
+    # What is committed depends on it.
+    with pytest.raises(UserError, match="curvature_estimator is 'factored' there, 'diagonal' now"):
+        run_twice.start(**short)
 
 
 def test_other_errors_are_not_explained_away(run_twice):

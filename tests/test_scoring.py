@@ -57,7 +57,7 @@ def test_every_rank_gets_as_many_batches(count, world, size):
     seen, numbers = [], set()
     for rank in range(world):
         args = SimpleNamespace(process_index=rank, world_size=world, disable_tqdm=True)
-        trainer = SimpleNamespace(args=args, is_world_process_zero=lambda: False, _prepare_input=lambda batch: batch)
+        trainer = SimpleNamespace(args=args, _bars=False, _prepare_input=lambda batch: batch)
         trainer.stream_collator = lambda rows: {"labels": [row["labels"] for row in rows]}
         given = list(PMTrainer.batches(trainer, data, size, "label"))
         real = [batch for batch in given if not isinstance(batch, Filler)]

@@ -47,7 +47,8 @@ def written(recipe):  # noqa: F811
 
 
 def test_sharded_runs_have_the_bits_of_whole_ones(written, tmp_path):
-    """Also a run that is killed in its second task, and the state of a method with Kronecker factors."""
+    """Also a run that is killed in its second task, and the state of a method with Kronecker factors, whose layers are
+    checkpointed in one run."""
 
     def job(name: str, *words: str, env: dict | None = None, **more) -> dict:
         words = ["run", str(written), "--output_dir", str(tmp_path / name.partition("-")[0]), *words]
@@ -63,12 +64,13 @@ def test_sharded_runs_have_the_bits_of_whole_ones(written, tmp_path):
         job("killed-again", env=FSDP2),
         job("kwhole", *kronecker),
         job("kshards", *kronecker, env=FSDP2),
+        job("cshards", *kronecker, "--activation_checkpointing", "true", env=FSDP2),
     ]
     release = ["release", str(tmp_path / "shards"), "--task", "2", "--to", str(tmp_path / "alone")]
     jobs.append({"name": "release", "world": 1, "words": release})
     codes = run_jobs(tmp_path, jobs)
     assert codes == {
-        **dict.fromkeys(("whole", "shards", "killed-again", "kwhole", "kshards"), [0, 0]),
+        **dict.fromkeys(("whole", "shards", "killed-again", "kwhole", "kshards", "cshards"), [0, 0]),
         "killed": [-9, -9],
         "release": [0],
     }, said(tmp_path, "shards")[-4000:]
@@ -100,17 +102,16 @@ def test_sharded_runs_have_the_bits_of_whole_ones(written, tmp_path):
     )
     assert sha256_file(derived) == sha256_file(written_by_ranks)
 
-    first, second = (state_of(tmp_path / name) for name in ("kwhole", "kshards"))
-    assert first.keys() == second.keys() and len(first) > 0
-    for key, value in first.items():
-        torch.testing.assert_close(second[key], value, rtol=1e-5, atol=1e-7)
-    for task in ("01-colour", "02-mood"):
-        first, second = (
-            load_file(tmp_path / name / "tasks" / task / "adapter" / "adapter_model.safetensors")
-            for name in ("kwhole", "kshards")
-        )
+    for name in ("kshards", "cshards"):
+        first, second = state_of(tmp_path / "kwhole"), state_of(tmp_path / name)
+        assert first.keys() == second.keys() and len(first) > 0
         for key, value in first.items():
-            torch.testing.assert_close(second[key], value, rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(second[key], value, rtol=1e-5, atol=1e-7)
+        for task in ("01-colour", "02-mood"):
+            file = f"tasks/{task}/adapter/adapter_model.safetensors"
+            first, second = load_file(tmp_path / "kwhole" / file), load_file(tmp_path / name / file)
+            for key, value in first.items():
+                torch.testing.assert_close(second[key], value, rtol=1e-5, atol=1e-6)
 
 
 UNEVEN = [

@@ -1,3 +1,4 @@
+import hashlib
 import json
 import os
 import random
@@ -46,7 +47,8 @@ def same(first, second):
 
 def test_what_is_written_streaming_is_what_safetensors_reads(tmp_path):
     path, tensors = tmp_path / "streamed.safetensors", some_tensors()
-    write_streaming(path, specs(tensors), tensors.items(), {"note": "kept"})
+    digest = write_streaming(path, specs(tensors), tensors.items(), {"note": "kept"})
+    assert digest == hashlib.sha256(path.read_bytes()).hexdigest()
     loaded = load_file(path)
     assert loaded.keys() == tensors.keys()
     assert all(same(loaded[name], tensors[name]) for name in tensors)

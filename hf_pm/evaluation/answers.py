@@ -43,6 +43,9 @@ def predict(model: nn.Module, batch: Mapping[str, Any]) -> tuple[torch.Tensor, t
     inputs = {key: value for key, value in batch.items() if key not in ("labels", "shift_labels")}
     if model.config.is_encoder_decoder:
         inputs["decoder_input_ids"] = _decoder_inputs(model, batch["labels"])
+    # One pass needs no keys and values of another, and checkpointed layers would add theirs twice.
+    if "use_cache" in inspect.signature(_plain(model).forward).parameters:
+        inputs["use_cache"] = False
     return aligned(model(**inputs).logits, batch, model.config.is_encoder_decoder)
 
 

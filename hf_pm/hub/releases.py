@@ -37,6 +37,9 @@ PIPELINE_TAGS = {
     "SEQ_CLS": "text-classification",
 }
 FACTS = "release.json"
+# Bytes of a state file beyond which it is not pushed. The Hub takes no file of more than 50 GB, and a push of one that
+# is nearly that large would take longer than many a task.
+STATE_LIMIT = 20 * 10**9
 DATA_FILES = (".jsonl", ".json", ".parquet", ".csv")
 # Lists of results.json with one element for each training run.
 PER_STAGE = ("coefficients", "coefficient_terms", "per_task")
@@ -381,8 +384,9 @@ class Releases:
                 link(record, part / "hf_pm" / "tasks" / f"{k:02d}.json")
             newest = self.ledger.entries[number - 1]
             restorable = newest.state is None
-            if newest.state is not None and self.facts.curvature and (self.path / newest.state).is_file():
-                link(self.path / newest.state, part / "hf_pm" / newest.state)
+            state = self.path / newest.state if newest.state is not None and self.facts.curvature else None
+            if state is not None and state.is_file() and state.stat().st_size <= STATE_LIMIT:
+                link(state, part / "hf_pm" / newest.state)
                 restorable = True
             run, facts = read_json(self.path / "run.json"), replace(self.facts, repo_id=repo_id)
             run["recipe"] = public_recipe(run["recipe"], facts)

@@ -21,13 +21,14 @@ multiplies its tokens with it.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from peft import PeftModel
 from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..errors import UserError
 from ..evaluation.answers import Filler, evaluating, predict
@@ -210,6 +211,65 @@ def mean_gradient(
     return totals, rows
 
 
+class _Watched(torch.autograd.Function):
+    """The tensor `out` itself, whose gradient is shown to `see(gradient, held)` in the backward pass.
+
+    `held` is saved as activations are: where checkpointing drops them, it is computed again with them. A hook that
+    holds it would keep it through the whole pass.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, out: torch.Tensor, held: torch.Tensor, see: Callable[..., None]) -> torch.Tensor:
+        ctx.save_for_backward(held)
+        ctx.see = see
+        if out.is_leaf:
+            return out.view_as(out)
+        ctx.mark_dirty(out)  # the model may change it in place, but not a view of it
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        ctx.see(gradient.detach(), *ctx.saved_tensors)
+        return gradient, None, None
+
+
+@contextmanager
+def _checkpointing(model: PeftModel) -> Iterator[None]:
+    """Checkpoint the layers that the training checkpoints, though they are in evaluation mode.
+
+    transformers checkpoints a layer only while its `training` is set. It is set here on these layers alone, and not
+    while they compute, so that their dropout stays off.
+    """
+    layers = [
+        module
+        for module in model.modules()
+        if isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing
+    ]
+    before = [(layer, layer._gradient_checkpointing_func) for layer in layers]
+    for layer, function in before:
+        layer._gradient_checkpointing_func = partial(_as_evaluating, layer, function)
+        layer.training = True
+    try:
+        yield
+    finally:
+        for layer, function in before:
+            layer._gradient_checkpointing_func = function
+            layer.training = False
+
+
+def _as_evaluating(layer: nn.Module, checkpoint: Callable[..., Any], forward: Callable[..., Any], *args: Any) -> Any:
+    """What `checkpoint` gives for `forward`, which runs now and once more in the backward pass."""
+
+    def evaluated(*args: Any) -> Any:
+        layer.training = False
+        try:
+            return forward(*args)
+        finally:
+            layer.training = True
+
+    return checkpoint(evaluated, *args)
+
+
 class _Batch(NamedTuple):
     """Result of one backward pass: w_n (rows,), <G_n, delta> (rows,) of each matrix, rows seen so far."""
 
@@ -239,6 +299,8 @@ def _row_gradients(
     norms: torch.Tensor = torch.empty(0)
     lengths: set[int] = set()
     products: set[str] = set()  # bare parameters whose inputs were seen
+    leading: dict[str, bool] = {}
+    forward = True
     seen = rows = 0
     counts_for_nothing = False  # the batch is a filler
 
@@ -248,18 +310,23 @@ def _row_gradients(
     def by_targets(power: int) -> torch.Tensor:
         return 1.0 / counts**power
 
-    def on_output(name: str, transposed: bool, module: nn.Module, args: tuple[torch.Tensor, ...], out: Any) -> None:
-        if not out.requires_grad or counts_for_nothing:
-            return
-        # Detached: a hook that holds a tensor of the graph it hangs on is a cycle that nobody collects.
-        inputs = args[0].detach()
-        # Found out here, where all readers of a tensor hold it; summed up in the backward pass, which comes by once,
-        # also where checkpointing runs the forward pass twice.
-        leads = moments is not None and moments.leads(name, args[0])
-        mask = padding.mask(name, inputs) if leads else None
+    def leads_in_batch(name: str, tensor: torch.Tensor) -> bool:
+        # Found out where all readers of a tensor hold it. In the backward pass each checkpointed layer has a copy.
+        if forward:
+            leading[name] = moments.leads(name, tensor)
+        return leading.get(name, False)
 
-        def on_gradient(gradient: torch.Tensor) -> None:
-            d = by_row(name, gradient.detach())
+    def on_output(name: str, transposed: bool, module: nn.Module, args: tuple[torch.Tensor, ...], out: Any) -> Any:
+        if counts_for_nothing:
+            return out
+        leads = moments is not None and leads_in_batch(name, args[0])
+        if not out.requires_grad:
+            return out
+        # Summed up in the backward pass, which comes by once, also where checkpointing runs the forward pass twice.
+        mask = padding.mask(name, args[0]) if leads else None
+
+        def on_gradient(gradient: torch.Tensor, inputs: torch.Tensor) -> None:
+            d = by_row(name, gradient)
             squares = d.square()
             norms.add_(squares.sum((1, 2)))
             x = by_row(name, inputs) if collectors or leads else None
@@ -271,18 +338,21 @@ def _row_gradients(
             if leads:
                 moments.add_input(name, _real_tokens(x, mask))
 
-        out.register_hook(on_gradient)
+        return _Watched.apply(out, args[0].detach(), on_gradient)
 
-    def on_down_projection(name: str, module: nn.Module, args: tuple[torch.Tensor, ...], out: torch.Tensor) -> None:
-        if torch.is_grad_enabled():
-            out.requires_grad_()  # the factors are frozen, so the graph begins here
-        low = out.detach()
+    def on_down_projection(
+        name: str, module: nn.Module, args: tuple[torch.Tensor, ...], out: torch.Tensor
+    ) -> torch.Tensor:
+        if not torch.is_grad_enabled():
+            return out
+        out.requires_grad_()  # the factors are frozen, so the graph begins here
+        if counts_for_nothing:
+            return out
 
-        def on_gradient(gradient: torch.Tensor) -> None:
-            slopes[name] = (by_row(name, low) * by_row(name, gradient.detach())).sum((1, 2))
+        def on_gradient(gradient: torch.Tensor, low: torch.Tensor) -> None:
+            slopes[name] = (by_row(name, low) * by_row(name, gradient)).sum((1, 2))
 
-        if out.requires_grad and not counts_for_nothing:
-            out.register_hook(on_gradient)
+        return _Watched.apply(out, out.detach(), on_gradient)
 
     def on_experts(name: str, layer: nn.Module, module: nn.Module, args: tuple[Any, ...]) -> None:
         # The adapted weight, which PEFT computes once per forward pass and caches.
@@ -304,9 +374,12 @@ def _row_gradients(
 
     def on_product(name: str, x: torch.Tensor, out: torch.Tensor) -> None:
         products.add(name.partition("[")[0])
-        if not out.requires_grad or counts_for_nothing:
+        if counts_for_nothing:
             return
-        inputs, leads = x.detach(), moments.leads(name, x)
+        leads = leads_in_batch(name, x)
+        if not out.requires_grad:
+            return
+        inputs = x.detach()
 
         def on_gradient(gradient: torch.Tensor) -> None:
             routed = _routed(inputs)
@@ -340,6 +413,7 @@ def _row_gradients(
                 hooks.callback(handle.remove)
         hooks.callback(model.zero_grad, set_to_none=True)
         hooks.enter_context(evaluating(model))
+        hooks.enter_context(_checkpointing(model))
         for batch in _one_by_one(batches, model.config.is_encoder_decoder) if experts else batches:
             _refuse_packed(batch, task_name)
             rows = len(batch["labels"])
@@ -347,8 +421,10 @@ def _row_gradients(
             counts_for_nothing = isinstance(batch, Filler)
             if padding is not None:
                 padding.new_batch(batch)
+            forward = True
             with autocast():
                 logits, targets = predict(model, batch)
+            forward = False
             losses, counts = row_losses(logits, targets, generator)
             if counts_for_nothing:
                 if losses.requires_grad:
@@ -501,22 +577,47 @@ def _add_squares(totals, name, x, d, weights, transposed) -> None:  # noqa: ANN0
 
 
 def _add_sums(totals, name, x, d, weights, transposed) -> None:  # noqa: ANN001
-    """Row and column sums of w_n * G_n^2 without forming G_n where tokens are fewer than features.
+    """Row and column sums of w_n * G_n^2, in the order of products that multiplies less.
 
-    With G = D' X: sum_j G_ij^2 = sum_t D_ti (X X' D)_ti, and likewise for the columns.
+    Forming G = D' X takes T * out * in multiplications for a row of T tokens. Where tokens are few, none is formed:
+    sum_j G_ij^2 = sum_t D_ti (X X' D)_ti, and likewise for the columns, take 2 * T^2 * (out + in).
     """
     if x is None:
         squared = d.square().mul_(float(weights))
         rows, cols = squared.sum(-1), squared.sum(-2)
     else:
         left, right = (x, d) if transposed else (d, x)
-        scaled = left * weights[:, None, None]
-        rows = (scaled * ((right @ right.mT) @ left)).sum((0, 1))
-        cols = (right * ((left @ scaled.mT) @ right)).sum((0, 1))
+        few = 2 * x.shape[1] * (left.shape[-1] + right.shape[-1]) <= left.shape[-1] * right.shape[-1]
+        rows, cols = (_sums_by_tokens if few else _sums_by_entries)(left, right, weights)
     old = totals.get(name)
     # Sums of squares: a negative value can only be rounding.
     rows, cols = rows.clamp_(min=0), cols.clamp_(min=0)
     totals[name] = Factored(rows, cols) if old is None else Factored(old.rows + rows, old.cols + cols)
+
+
+def _sums_by_tokens(
+    left: torch.Tensor, right: torch.Tensor, weights: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Row and column sums of sum_n w_n (left_n' right_n)^2 from products of tokens with tokens."""
+    scaled = left * weights[:, None, None]
+    rows = (scaled * ((right @ right.mT) @ left)).sum((0, 1))
+    cols = (right * ((left @ scaled.mT) @ right)).sum((0, 1))
+    return rows, cols
+
+
+def _sums_by_entries(
+    left: torch.Tensor, right: torch.Tensor, weights: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same from the entries of left_n' right_n, a chunk of them at a time."""
+    left = left * weights.sqrt()[:, None, None]
+    rows, cols = left.new_zeros(left.shape[-1]), left.new_zeros(right.shape[-1])
+    step = max(1, CHUNK // right.shape[-1])
+    for row in range(len(weights)):
+        for start in range(0, left.shape[-1], step):
+            squared = (left[row, :, start : start + step].T @ right[row]).square_()
+            rows[start : start + step] += squared.sum(1)
+            cols += squared.sum(0)
+    return rows, cols
 
 
 def _add_gradients(totals, name, x, d, weights, transposed) -> None:  # noqa: ANN001

@@ -1,26 +1,76 @@
 """The measuring pass at the end of a task: what the parts of a method want, all in one forward and backward."""
 
+import logging
 import math
-from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
+from accelerate.utils.memory import clear_device_cache
 from datasets import Dataset
 
 from ..errors import UserError
+from ..store.environment import memory_is_used_up
 from ..weights import adapters, kronecker
 from ..weights.merging import Curvature, Factored, mean_entry, quadratic, scaled
 from .contract import Measured
-from .curvature import mean_gradient, measure_curvature, remedy, see_inputs, source_of
+from .curvature import Measurement, mean_gradient, measure_curvature, remedy, see_inputs, source_of
 from .moments import Moments, expert_name
 
 
+logger = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
 # What a part may ask for (`Part.measures`), by matrix: the curvature F as `curvature_estimator` keeps it, the mean
 # gradient of the task's loss on the data's own labels, the Kronecker factors of F, the second moments of the inputs,
 # which need no backward pass if nothing else is wanted, and the diagonal curvature of the adapter's A and B.
 MEASURES = ("curvature", "gradient", "kronecker", "inputs", "factors")
+
+
+class NoMemory(MemoryError):
+    """Raised when memory is used up in a pass that is not tried again. `remedy` says what the recipe can change."""
+
+    remedy = (
+        "Memory is used up: set `activation_checkpointing: true`, a smaller `max_length` in another `output_dir`, or, "
+        "while no task is committed, `curvature_estimator: factored`; or take a machine with more"
+    )
+
+
+def within_memory(trainer: Any, task_name: str | None, attempt: Callable[[int], Result]) -> Result:
+    """Result of `attempt(rows per forward pass)`, with half as many rows each time that memory is used up.
+
+    Starts at `curvature_batch_size`, and leaves there what was enough. Numbers of rows change the rounding only. Ranks
+    need not agree: a pass asks no other rank for anything. Where the model is sharded, its passes gather weights, and
+    the other ranks would wait: there is one attempt.
+
+    Raises:
+        NoMemory: If one row at a time is too much, or the model is sharded.
+    """
+    args = trainer.args
+    while True:
+        try:
+            return attempt(args.curvature_batch_size)
+        except (MemoryError, RuntimeError) as error:
+            if not memory_is_used_up(error):
+                raise
+            size = args.curvature_batch_size
+            if size == 1 or trainer.sharded:
+                rows = "one row" if size == 1 else f"{size} rows"
+                where = f"the curvature pass of {source_of(task_name)}, {rows} at a time"
+                problem = NoMemory(f"There is not enough memory for {where} ({error}).")
+                if size > 1:
+                    problem.remedy = f"Memory is used up: set `curvature_batch_size: {size // 2}`"
+                raise problem from error
+        # Outside, where the error no longer holds the tensors of its frames.
+        args.curvature_batch_size //= 2
+        logger.warning(
+            "There is not enough memory for the curvature pass of %s; again with `curvature_batch_size: %d`.",
+            source_of(task_name),
+            args.curvature_batch_size,
+        )
+        clear_device_cache(garbage_collection=True)
 
 
 def measure(
@@ -50,31 +100,40 @@ def measure(
     args, accelerator = trainer.args, trainer.accelerator
     sampled = (labels or args.curvature_labels) == "sampled"
     normalization = normalization or args.curvature_normalization
-    generator = torch.Generator().manual_seed(seed + args.process_index) if sampled else None
     sums = not {"kronecker", "inputs"}.isdisjoint(wanted)
-    moments = Moments(trainer.parts.cut_rank, accelerator.device) if sums else None
     estimator = args.curvature_estimator
     if "curvature" not in wanted:
         estimator = "directional"  # its one number costs nothing
     elif estimator == "directional":
         estimator = "factored"
     settings = {"autocast": accelerator.autocast, "task_name": task_name}
-    found = measure_curvature(
-        trainer.model,
-        trainer.batches(rows, args.curvature_batch_size, "curvature" if task_name is not None else "protecting"),
-        # The exact form of the new task needs no memory of its own; what later tasks need of it is the factored one.
-        estimator=estimator,
-        normalization=normalization,
-        generator=generator,
-        gradient="gradient" in wanted and not sampled,
-        moments=moments,
-        factors="factors" in wanted,
-        **settings,
-    )
+
+    def one_pass(batch_size: int) -> tuple[Measurement, Moments | None]:
+        moments = Moments(trainer.parts.cut_rank, accelerator.device) if sums else None
+        generator = torch.Generator().manual_seed(seed + args.process_index) if sampled else None
+        found = measure_curvature(
+            trainer.model,
+            trainer.batches(rows, batch_size, "curvature" if task_name is not None else "protecting"),
+            # The exact form of the new task needs no memory of its own; what later tasks need of it is the factored
+            # one.
+            estimator=estimator,
+            normalization=normalization,
+            generator=generator,
+            gradient="gradient" in wanted and not sampled,
+            moments=moments,
+            factors="factors" in wanted,
+            **settings,
+        )
+        return found, moments
+
+    found, moments = within_memory(trainer, task_name, one_pass)
     gradients = found.gradient
     if "gradient" in wanted and sampled:  # of other labels than the curvature's: a pass of its own
-        batches = trainer.batches(rows, args.curvature_batch_size, "gradient")
-        gradients, _ = mean_gradient(trainer.model, batches, **settings)
+
+        def gradient_pass(batch_size: int) -> dict[str, torch.Tensor]:
+            return mean_gradient(trainer.model, trainer.batches(rows, batch_size, "gradient"), **settings)[0]
+
+        gradients = within_memory(trainer, task_name, gradient_pass)
 
     def total(tensor: torch.Tensor) -> torch.Tensor:
         return accelerator.reduce(tensor).cpu()
@@ -104,7 +163,7 @@ def measure(
         measured = measured._replace(kronecker=pairs, inputs=inputs)
     measured = measured._replace(factors={key: total(square).div_(count) for key, square in found.factors.items()})
     if curvature and args.curvature_estimator == "directional":
-        along = math.fsum(quadratic(fisher, measured.delta(name).dense()) for name, fisher in curvature.items())
+        along = math.fsum(quadratic(fisher, measured.delta(name)) for name, fisher in curvature.items())
         measured = measured._replace(calibration=exact / along if along > 0 else 1.0)
     factor_of_f = factor * measured.calibration
     if factor_of_f == 1:
@@ -127,10 +186,15 @@ def measure_inputs(trainer: Any, rows: Dataset, task_name: str | None) -> dict[s
     Returns:
         `dict`: As [`mean_inputs`] does.
     """
-    args, accelerator = trainer.args, trainer.accelerator
-    moments = Moments(trainer.parts.cut_rank, accelerator.device)
-    batches = trainer.batches(rows, args.curvature_batch_size, "inputs")
-    see_inputs(trainer.model, batches, moments, autocast=accelerator.autocast, task_name=task_name)
+    accelerator = trainer.accelerator
+
+    def one_pass(batch_size: int) -> Moments:
+        moments = Moments(trainer.parts.cut_rank, accelerator.device)
+        batches = trainer.batches(rows, batch_size, "inputs")
+        see_inputs(trainer.model, batches, moments, autocast=accelerator.autocast, task_name=task_name)
+        return moments
+
+    moments = within_memory(trainer, task_name, one_pass)
     return mean_inputs(moments, adapters.updates(trainer.model), accelerator, task_name)
 
 

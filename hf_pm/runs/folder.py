@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel
 
-from ..config import DEALING_FIELDS, LATER_TASKS_FIELDS, RUN_INVARIANT_FIELDS, PMConfig, settings
+from ..config import BEFORE_COMMIT_FIELDS, DEALING_FIELDS, LATER_TASKS_FIELDS, RUN_INVARIANT_FIELDS, PMConfig, settings
 from ..errors import UserError
 from ..evaluation.scoring import Cell, metric_of
 from ..methods.contract import Ended
@@ -251,8 +251,8 @@ class RunFolder:
         number, merged = ended.number, ended.merged
         task_dir, base = self.task_dir(number), self.folder.base
         adapters.save(model, task_dir / "adapter", base.model_id, base.revision)
-        dense_file = self._write_dense(task_dir, ended) if merged.dense is not None else None
-        state_file = self._write_state(ended, parts)
+        dense_file, dense_sha256 = self._write_dense(task_dir, ended) if merged.dense is not None else (None, None)
+        state_file, state_sha256 = self._write_state(ended, parts)
         record = {
             "name": self.stages[number - 1],
             "coefficient": merged.alpha,
@@ -274,9 +274,9 @@ class RunFolder:
                 start=parts.start.weights,
                 terms=merged.record,
                 state=str(state_file.relative_to(self.path)) if state_file else None,
-                state_sha256=sha256_file(state_file) if state_file else None,
+                state_sha256=state_sha256,
                 dense=str(dense_file.relative_to(self.path)) if dense_file else None,
-                dense_sha256=sha256_file(dense_file) if dense_file else None,
+                dense_sha256=dense_sha256,
                 # An expert joins those before it, though it starts from the base as they did.
                 replaces=merged.dense is not None
                 or (merged.expert is None and parts.start.on_base and not parts.merge.adds),
@@ -292,21 +292,20 @@ class RunFolder:
         self._forget_states()
         shutil.rmtree(task_dir / "checkpoints", ignore_errors=True)
 
-    def _write_dense(self, task_dir: Path, ended: Ended) -> Path:
+    def _write_dense(self, task_dir: Path, ended: Ended) -> tuple[Path, str]:
         path, shapes = task_dir / "update.safetensors", self.folder.shapes()
         specs = {name: (torch.float32, shape) for name, shape in shapes.items()}
-        write_streaming(path, specs, ((name, ended.merged.dense(name)) for name in shapes))
-        return path
+        return path, write_streaming(path, specs, ((name, ended.merged.dense(name)) for name in shapes))
 
-    def _write_state(self, ended: Ended, parts: Parts) -> Path | None:
+    def _write_state(self, ended: Ended, parts: Parts) -> tuple[Path, str] | tuple[None, None]:
         beside = parts.end(ended)
         if not self.keeps and not beside:
-            return None
+            return None, None
         path = self.path / "curvature" / f"state-{ended.number:02d}.safetensors"
         path.parent.mkdir(exist_ok=True)
         # In the order in which the matrices were measured, as earlier versions wrote them: the same bytes.
         names = (ended.measured.curvature if ended.measured is not None else None) or ended.updates
-        write_state(
+        digest = write_state(
             path,
             self.keeps,
             {name: ended.updates[name].shape() for name in names} if self.keeps else {},
@@ -314,7 +313,7 @@ class RunFolder:
             dtype=self.args.curvature_dtype,
             beside=beside,
         )
-        return path
+        return path, digest
 
     def record_base(self, cells: list[Cell | None], general: dict[str, Any] | None) -> None:
         """The scores and the general ability of the untouched base; `None` for what is known already."""
@@ -414,6 +413,8 @@ def _changes(
     # More or fewer processes with the same rows in every step: a task in its middle goes on with the rows it lacks.
     allowed = {"world_size"} | ({"epochs", "tasks", "data_fingerprint"} if goes_on else set())
     done, count = len(run.ledger), len(run.stages)
+    if not done:
+        allowed |= BEFORE_COMMIT_FIELDS
     if goes_on or "tasks" not in different:
         # A task that has begun goes on as it began.
         begun = done + (done < count and any((run.task_dir(done + 1) / "checkpoints").glob("checkpoint-*")))
@@ -434,8 +435,9 @@ def _changes(
         raise UserError(
             f"{str(run.path)!r} belongs to another recipe: {told}. Use the same settings to continue that run, or "
             "another `output_dir`. What may change between two tasks, for those to come: "
-            f"{', '.join(sorted(LATER_TASKS_FIELDS))}; tasks may be added at the end; and what concerns logging, "
-            "saving and the Hub may change at any time."
+            f"{', '.join(sorted(LATER_TASKS_FIELDS))}; tasks may be added at the end; while no task is committed, "
+            f"{', '.join(sorted(BEFORE_COMMIT_FIELDS))} may change; and what concerns logging, saving and the Hub may "
+            "change at any time."
         )
     return different
 

@@ -254,8 +254,8 @@ def _arrange(tree: Path, path: Path, repo_id: str, weights_only: bool) -> None:
         _check_file(path, newest.state, newest.state_sha256, newest.name)
     elif newest.state is not None and not weights_only:
         raise UserError(
-            f"This revision of {repo_id!r} has no curvature state (it was pushed with `hub_curvature: false`), so "
-            "that the stream cannot go on. Pass `weights_only=True` to restore the rest."
+            f"This revision of {repo_id!r} has no curvature state (it was pushed with `hub_curvature: false`, or was "
+            "larger than 20 GB), so that the stream cannot go on. Pass `weights_only=True` to restore the rest."
         )
     (path / "tokenizer").mkdir()
     for name in facts.tokenizer:

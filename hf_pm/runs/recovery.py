@@ -19,6 +19,7 @@ import torch.distributed as dist
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..errors import UserError
+from ..methods.measuring import NoMemory
 from ..store.disk import disk_is_full
 from ..store.environment import memory_is_used_up
 from ..store.ledger import Ledger, read_json, sha256_file, sync_folder, write_json
@@ -155,6 +156,8 @@ def _remedy(error: Exception, args: TrainingArguments) -> str | None:
     nothing_left = unclear and shutil.disk_usage(args.output_dir).free < ALMOST_NOTHING
     if nothing_left or any(map(disk_is_full, (error, error.__cause__))):
         return "The disk is full: make room"
+    if isinstance(error, NoMemory):
+        return error.remedy
     if memory_is_used_up(error):
         return "Memory is used up: free some, or take a machine with more"
     gone = isinstance(error, dist.DistError) or any(name in str(error) for name in COLLECTIVES)

@@ -6,6 +6,7 @@ mapped pages count as resident memory for as long as the file is open.
 """
 
 import errno
+import hashlib
 import json
 import math
 import os
@@ -122,7 +123,7 @@ def write_streaming(
     specs: Mapping[str, tuple[torch.dtype, Sequence[int]]],
     tensors: Iterable[tuple[str, torch.Tensor]],
     metadata: dict[str, str] | None = None,
-) -> None:
+) -> str:
     """Write a safetensors file with one tensor in memory at a time; `path` appears whole or not at all.
 
     ```python
@@ -135,6 +136,9 @@ def write_streaming(
         specs (`Mapping[str, tuple]`): Name -> dtype and shape of every tensor, in the order in which they come.
         tensors (`Iterable[tuple[str, torch.Tensor]]`): The tensors in that order, on any device.
         metadata (`dict[str, str]`, *optional*): Kept in the header; `{"format": "pt"}` by default.
+
+    Returns:
+        `str`: sha256 of the file, of the bytes as they were written.
 
     Raises:
         ValueError: If a tensor is missing, comes twice, out of order or with another dtype or shape.
@@ -152,7 +156,13 @@ def write_streaming(
     expected = iter(specs.items())
     try:
         with open(temporary, "wb") as handle:
-            handle.write(struct.pack("<Q", len(raw)) + raw)
+            digest = hashlib.sha256()
+
+            def write(data: bytes | memoryview) -> None:
+                handle.write(data)
+                digest.update(data)
+
+            write(struct.pack("<Q", len(raw)) + raw)
             for name, tensor in tensors:
                 wanted, (dtype, shape) = next(expected, (None, (None, ())))
                 if (name, tensor.dtype, tuple(tensor.shape)) != (wanted, dtype, tuple(shape)):
@@ -160,7 +170,7 @@ def write_streaming(
                         f"Expected the tensor {wanted!r} of {dtype} {tuple(shape)}, but got {name!r} of "
                         f"{tensor.dtype} {tuple(tensor.shape)}."
                     )
-                handle.write(as_bytes(tensor))
+                write(as_bytes(tensor))
                 del tensor  # before the next one is made
             missing = next(expected, None)
             if missing is not None:
@@ -172,6 +182,7 @@ def write_streaming(
         temporary.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+    return digest.hexdigest()
 
 
 def overwrite(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:

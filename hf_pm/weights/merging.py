@@ -17,8 +17,8 @@ from ..errors import UserError
 
 # Rank at which the factored R is cut off; below it nothing is lost.
 MAX_RANK = 64
-# Elements that are widened to float64 at a time.
-BLOCK = 1 << 20
+# Elements that are worked on at a time: in float64 a few blocks of them stay in a core's cache.
+BLOCK = 1 << 16
 
 
 class LowRank(NamedTuple):
@@ -81,21 +81,32 @@ def _dense(matrix: Update | Factored) -> torch.Tensor:
 def _blocks(*tensors: torch.Tensor) -> Iterator[list[torch.Tensor]]:
     flat = [tensor.reshape(-1) for tensor in tensors]
     for start in range(0, flat[0].numel(), BLOCK):
-        yield [tensor[start : start + BLOCK].double() for tensor in flat]
+        # Copies, which the caller may change.
+        yield [tensor[start : start + BLOCK].to(torch.float64, copy=True) for tensor in flat]
 
 
-def inner(a: Update, b: torch.Tensor) -> float:
+def inner(a: Update, b: Update) -> float:
     """<a, b> in float64."""
-    return math.fsum(float((x * y).sum()) for x, y in _blocks(_dense(a), b))
+    if isinstance(a, LowRank) and isinstance(b, LowRank):
+        # <L R, L' R'> = <L^T L', R R'^T>, of the size of the ranks.
+        return float(((a.left.double().mT @ b.left.double()) * (a.right.double() @ b.right.double().mT)).sum())
+    return math.fsum(float(x.dot(y)) for x, y in _blocks(_dense(a), _dense(b)))
 
 
-def quadratic(curvature: Curvature, delta: torch.Tensor) -> float:
-    """<F, delta^2> in float64, for a dense `delta` (..., out, in)."""
+def quadratic(curvature: Curvature, delta: Update) -> float:
+    """<F, delta^2> in float64, for `delta` (..., out, in)."""
+    if isinstance(curvature, Factored) and isinstance(delta, LowRank):
+        # For F = r c^T / sum(r) and delta = L R: <L^T diag(r) L, R diag(c) R^T> / sum(r).
+        left, right = delta.left.double(), delta.right.double()
+        cols = curvature.cols.double() / curvature.total().double()
+        rows = left.mT @ (left * curvature.rows.double()[..., :, None])
+        return float((rows * ((right * cols[..., None, :]) @ right.mT)).sum())
+    delta = _dense(delta)
     if isinstance(curvature, Factored):
         cols = curvature.cols.double() / curvature.total().double()
         squared = delta.double().square()
         return float(((squared @ cols[..., :, None])[..., 0] * curvature.rows.double()).sum())
-    return math.fsum(float((fisher * d.square()).sum()) for fisher, d in _blocks(curvature, delta))
+    return math.fsum(float(fisher.dot(d.square_())) for fisher, d in _blocks(curvature, delta))
 
 
 def trace(curvature: Curvature) -> float:
@@ -131,7 +142,8 @@ def matrix_terms(
         state (`State`, *optional*): S and R of the tasks before; `None` before the first.
         gradient (`torch.Tensor`, *optional*): Mean gradient of the task's loss, for the first-order correction.
     """
-    delta = _dense(delta)
+    if isinstance(curvature, torch.Tensor):
+        delta = _dense(delta)
     return Terms(
         q=quadratic(curvature, delta),
         p=0.0 if state is None else quadratic(state.S, delta),
@@ -196,7 +208,10 @@ def update_state(
         new = State(fisher.clone(), (1 - alpha) * fisher * delta)
     else:
         S, R = state.S.float(), state.R.float()
-        new = State(S + fisher, R + delta * ((1 - alpha) * fisher - alpha * S))
+        new = State(S + fisher, torch.empty_like(R))
+        flat = [tensor.reshape(-1).split(BLOCK) for tensor in (new.R, R, delta, fisher, S)]
+        for target, r, d, f, s in zip(*flat, strict=True):
+            torch.add(r, d * ((1 - alpha) * f - alpha * s), out=target)
     return new if gradient is None else State(new.S, new.R - gradient.float())
 
 

@@ -148,8 +148,8 @@ def write_state(
     *,
     dtype: str,
     beside: Mapping[str, torch.Tensor] | None = None,
-) -> None:
-    """Write the state after a task; `path` appears whole or not at all.
+) -> str:
+    """Write the state after a task and return the sha256 of the file; `path` appears whole or not at all.
 
     Args:
         path (`Path`): A safetensors file.
@@ -180,7 +180,7 @@ def write_state(
 
     specs = {f"{key}/{name}": (stored, tuple(shapes[name])) for name in shapes for key in dense}
     specs |= {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in small.items()}
-    write_streaming(path, specs, tensors(), {"format": "pt", SAME: json.dumps(same)} if same else None)
+    return write_streaming(path, specs, tensors(), {"format": "pt", SAME: json.dumps(same)} if same else None)
 
 
 def _parts(form: str, value: Value) -> Iterator[tuple[str, torch.Tensor]]:
