@@ -14,7 +14,7 @@ import torch
 import yaml
 from conftest import COLOUR, MOOD, build, rows
 
-from hf_pm.cli import _demo_model, main
+from hf_pm.cli import _demo_model, _print_json, main
 from hf_pm.config import parse_recipe
 from hf_pm.loading import build_trainer, recipe_stream
 from hf_pm.methods.table import METHODS
@@ -338,6 +338,12 @@ def as_json(capsys, *words, code=0):
     capsys.readouterr()
     assert main([*words, "--json"]) == code
     return json.loads(capsys.readouterr().out)
+
+
+def test_json_has_no_numbers_that_are_none(capsys):
+    _print_json({"a": float("nan"), "b": (1.5, [float("inf")], None, True), 3: "é"})
+    printed = capsys.readouterr().out
+    assert json.loads(printed) == {"a": None, "b": [1.5, [None], None, True], "3": "é"} and "é" in printed
 
 
 def test_lists_and_plans_as_json(recipe, tmp_path, capsys):

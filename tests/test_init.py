@@ -191,6 +191,16 @@ def test_a_hub_dataset_keeps_its_splits_and_drops_hidden_answers(init, here, mon
     assert main(["plan", "recipe.yaml"]) == 0
 
 
+def test_hidden_answers_in_a_file_are_no_test_rows(init, here):
+    lines = [(f"thing {i}", i % 2) for i in range(30)]
+    table(here / "glue-train.csv", ("sentence", "label"), lines)
+    table(here / "glue-test.csv", ("sentence", "label"), [(f"other {i}", -1) for i in range(6)])
+    assert init("glue-train.csv", "glue-test.csv") == 0
+    (task,) = recipe_of()["tasks"]
+    assert task["options"] == ["0", "1"] and task["test"] == "recipe-data/glue/test.jsonl"
+    assert "other" not in (here / task["test"]).read_text()
+
+
 def answer(monkeypatch, *answers):
     """A person at a terminal; returns the questions asked."""
     left, asked = list(answers), []
