@@ -337,7 +337,7 @@ class PMConfig(TrainingArguments):
         check_environment(os.environ)
         check_deepspeed(os.environ, self.deepspeed)
         self.sharded = take_fsdp(os.environ, self.fsdp, self.fsdp_config)
-        self.fsdp = self.fsdp_config = None  # `TrainingArguments` would ask accelerate for it
+        vars(self).update(fsdp=None, fsdp_config=None)  # `TrainingArguments` would ask accelerate for it
         if self.sharded:
             self._check_sharded()
         if self.use_cpu:
