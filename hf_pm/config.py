@@ -337,7 +337,8 @@ class PMConfig(TrainingArguments):
         check_environment(os.environ)
         check_deepspeed(os.environ, self.deepspeed)
         self.sharded = take_fsdp(os.environ, self.fsdp, self.fsdp_config)
-        vars(self).update(fsdp=None, fsdp_config=None)  # `TrainingArguments` would ask accelerate for it
+        for name in ("fsdp", "fsdp_config"):  # `TrainingArguments` would ask accelerate for it
+            setattr(self, name, None)
         if self.sharded:
             self._check_sharded()
         if self.use_cpu:
