@@ -126,6 +126,7 @@ def test_a_wide_table_is_cut_at_the_width_of_the_terminal():
     assert format_table(results, 10).count("base") == 16  # never less than one column
 
 
+@pytest.mark.slow
 def test_three_doors_give_the_same_results(recipe, tmp_path):
     """`hf-pm run`, `accelerate launch scripts/train.py` and the Python API, each in a process of its own."""
     path, values = recipe

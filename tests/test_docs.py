@@ -115,7 +115,13 @@ PROGRAMS = [
 ]
 
 
-@pytest.mark.parametrize(("page", "code"), PROGRAMS, ids=[page for page, _ in PROGRAMS])
+@pytest.mark.parametrize(
+    ("page", "code"),
+    [
+        pytest.param(*program, id=program[0], marks=[] if program[0] == "README.md" else pytest.mark.slow)
+        for program in PROGRAMS
+    ],
+)
 def test_python_of_the_pages_runs(page, code, tmp_path):
     code = code.replace("runs/", f"{tmp_path}/")
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}

@@ -655,7 +655,7 @@ LIMITS = settings(
 
 def test_any_sequence_keeps_the_promises(world):
     run_state_machine_as_test(
-        partial(LedgerMachine, world), settings=settings(LIMITS, max_examples=15, stateful_step_count=12)
+        partial(LedgerMachine, world), settings=settings(LIMITS, max_examples=10, stateful_step_count=10)
     )
 
 

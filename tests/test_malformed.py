@@ -555,7 +555,9 @@ PROCESSES = {
 }
 
 
-@pytest.mark.parametrize("name", PROCESSES)
+@pytest.mark.parametrize(
+    "name", [name if "home" in name else pytest.param(name, marks=pytest.mark.slow) for name in PROCESSES]
+)
 def test_a_real_process_says_the_same(name, world):
     change, message = PROCESSES[name]
     change(world)

@@ -43,10 +43,7 @@ from hf_pm.weights.states import StoredState, write_state
 
 NEW = ("ewc", "lwf", "replay", "ties", "kronecker", "spectral", "subspace", "sd-lora")
 # One of each kind by default: a penalty with state, rows, a dense payload, a mixed adapter.
-SOME_SLOW = [
-    name if name in ("kronecker", "replay", "ties", "subspace") else pytest.param(name, marks=pytest.mark.slow)
-    for name in NEW
-]
+SOME_SLOW = [name if name in ("kronecker", "replay") else pytest.param(name, marks=pytest.mark.slow) for name in NEW]
 SETTINGS = {"ewc": {"ewc_strength": 50.0}, "replay": {"replay_fraction": 0.3}}
 
 
@@ -106,7 +103,9 @@ def test_ewc_has_nothing_to_keep_before_the_first_task(adapted):
     assert part.loss(step_of(adapted)) is None
 
 
-@pytest.mark.parametrize("name", ["ewc", "lwf", "kronecker"])
+@pytest.mark.parametrize(
+    "name", [*(pytest.param(name, marks=pytest.mark.slow) for name in ("ewc", "lwf")), "kronecker"]
+)
 def test_a_penalty_of_strength_zero_is_sequential_to_the_bit(name, model, stream, tokenizer, lora, config):
     plain = config(output_dir=config().output_dir + "-plain", method="sequential")
     trained(again(model), stream, tokenizer, lora, plain)
