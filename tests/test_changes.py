@@ -129,6 +129,7 @@ class Died(Exception):
     pass
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "place, stage",
     [

@@ -570,6 +570,7 @@ def test_a_run_with_dense_updates_is_pushed_restored_and_goes_on(start, base, to
         counterfactual(run, "mood", tmp_path / "without", None)
 
 
+@pytest.mark.slow
 def test_a_mixture_is_pushed_restored_and_goes_on(base, tokenizer, server, tmp_path):
     """SMILE: the payload of an entry is its adapter, and the repository brings the code of the model."""
     run = tmp_path / "mixture"

@@ -333,6 +333,7 @@ def test_the_kept_sums_are_in_units_of_the_mean_price(model, stream, tokenizer, 
 # ---- Merge ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_spectral_without_old_tasks_is_sequential(model, stream, tokenizer, lora, config):
     plain = config(output_dir=config().output_dir + "-plain", method="sequential")
     plain_trainer, _ = trained(again(model), stream, tokenizer, lora, plain)
@@ -391,6 +392,7 @@ def test_subspace_end_to_end(model, stream, tokenizer, lora, config):
     assert costs[1] < costs[0]
 
 
+@pytest.mark.slow
 def test_a_penalty_and_a_merge_keep_one_state(model, stream, tokenizer, lora, config):
     args = config(method="pm", penalty="kronecker", merge="spectral", release="none")
     _, results = trained(again(model), stream, tokenizer, lora, args)

@@ -465,6 +465,7 @@ def test_layers_that_store_their_weight_transposed(row, run, tmp_path, lora):
 LIKE = ("task-arithmetic", "dare", "opcm", "cofima", "became", "fisher", "iso-c")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "row",
     [

@@ -118,6 +118,7 @@ def test_a_penalty_of_strength_zero_is_sequential_to_the_bit(name, model, stream
     assert logged and not any(logged)
 
 
+@pytest.mark.slow
 def test_a_strong_penalty_freezes_the_weights(model, stream, tokenizer, lora, config):
     norms = {}
     for strength in (0.0, 1e3, 1e8):
@@ -311,6 +312,7 @@ def reference_ties(run: Path, model, density: float, starts_on_base: bool) -> di
     return {f"{name}.weight": base[f"{name}.weight"].double() + update for name, update in payload.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("start", ["base", "merged"])
 def test_ties_end_to_end(start, model, stream, tokenizer, lora, config):
     args = config(method="ties", start=start, method_kwargs={"ties_density": 0.4})

@@ -218,6 +218,7 @@ def test_the_base_counts_as_one_task_in_the_sums(model, stream, tokenizer, lora,
         assert torch.allclose(factors[name][1], (A0 + A) / 2, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_stopped_and_started_again_gives_the_same_bits(model, stream, tokenizer, lora, config):
     """Before the first commit, where the text is generated and measured again, and after it."""
     settings = {"method": "subspace", "penalty": "kronecker", "protect": "self", "release": "none", "max_length": 32}

@@ -160,6 +160,7 @@ class DiesWriting(PMTrainer):
         super()._save_optimizer_and_scheduler(output_dir)
 
 
+@pytest.mark.slow
 def test_a_half_written_checkpoint_is_passed_over(run_twice, caplog):
     with pytest.raises(KeyboardInterrupt):
         run_twice.start(DiesWriting)
@@ -569,6 +570,7 @@ def test_other_errors_are_not_explained_away(run_twice):
     assert not getattr(raised.value, "__notes__", [])
 
 
+@pytest.mark.slow
 def test_a_base_that_is_gone_after_the_second_task(recipe, tmp_path, capsys):  # noqa: F811
     path, values = recipe
     third = values["tasks"][0] | {"name": "again"}

@@ -216,6 +216,7 @@ def test_the_last_entry_weighs_those_before_it(tmp_path):
     assert Entry("c", 1.0, "tasks/c", "", earlier={"a": {"m": 1}}).problem() is None
 
 
+@pytest.mark.slow
 def test_stopped_in_a_task_and_started_again_gives_the_same_bits(run):  # noqa: F811
     settings = {"method": "sd-lora", "save_strategy": "steps", "save_steps": 2, "learning_rate": 5e-2}
     whole = run("whole", **settings)

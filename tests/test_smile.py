@@ -251,6 +251,7 @@ def test_the_experts_are_silent_while_a_task_is_trained(model, stream, tokenizer
         assert (Path(args.output_dir) / path.relative_to(bank.output_dir)).read_bytes() == path.read_bytes()
 
 
+@pytest.mark.slow
 def test_stopped_in_the_second_task_and_started_again_gives_the_same_bits(model, stream, tokenizer, lora, config):
     settings = {"save_strategy": "steps", "save_steps": 3, "method": "smile", "method_kwargs": {"smile_top_k": 2}}
     whole = config(output_dir=config().output_dir + "-whole", **settings)

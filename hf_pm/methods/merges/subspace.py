@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from ...weights import kronecker
-from ...weights.merging import LowRank
+from ...weights.merging import MAX_RANK, LowRank
 from ...weights.states import Value
 from ..contract import Ended, Merge, Merged, Setting
 from ..kronecker_state import DAMPING, KroneckerState
@@ -22,7 +22,7 @@ class Subspace(KroneckerState, Merge):
     """
 
     mixes = True
-    growth = KroneckerState.growth + ", and R at low rank"
+    growth = KroneckerState.growth + f", and R, whose rank grows to at most {MAX_RANK}"
     settings = KroneckerState.settings | {
         "subspace_mu": Setting(1.0, "must be at least 0", lambda value: value >= 0),
         "kronecker_damping": DAMPING,
