@@ -107,18 +107,18 @@ def _parser() -> argparse.ArgumentParser:
     methods.add_argument("--markdown", action="store_true", help="as a table, as in docs/methods.md")
     streams = add("streams", streams_command, "List the published streams: tasks, where their rows are, papers.")
     streams.add_argument("stream", nargs="?", help="id of a stream: list its tasks")
+    base = "folder or Hub id of the base, if it is not where the run found it"
     text = "Write report.html of a run; with --analysis, what its features hold after each task too."
     report = add("report", report_command, text, "hf-pm report RUN [--json] [--analysis [--key value ...]]")
     report.add_argument("run", help="a run folder")
     report.add_argument("--analysis", action="store_true", help="probes, CKA and the head's gap, into analysis.json")
     report.add_argument("--analysis_rows", type=int, metavar="N", help="training and test rows a task; 200 by default")
-    report.add_argument("--base", help="folder or Hub id of the base, if it is not where the run found it")
+    report.add_argument("--base", help=base)
     compare = add("compare", compare_command, "Compare runs: one table and one page.")
     compare.add_argument("runs", nargs="+", help="run folders; seeds of one method are averaged")
     compare.add_argument("--output", default="compare.html", help="the page to write; tables go beside it")
     compare.add_argument("--baseline", help="method that the others are compared with; the first by default")
 
-    base = "folder or Hub id of the base, if it is not where the run found it"
     release = add("release", release_command, "Write the release of a task, from base and ledger.")
     release.add_argument("run", help="a run folder")
     release.add_argument("--task", type=int, required=True, metavar="N", help="counted from 1")

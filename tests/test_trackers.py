@@ -3,7 +3,6 @@
 import io
 import sys
 from importlib.machinery import ModuleSpec
-from importlib.util import find_spec
 from types import ModuleType
 
 import numpy as np
@@ -16,7 +15,6 @@ from transformers import TrainerCallback
 SETTINGS = {"method": "sequential", "release": "none", "num_train_epochs": 1, "logging_steps": 2}
 
 
-@pytest.mark.skipif(find_spec("tensorboard") is None, reason="tensorboard is not installed")
 def test_tensorboard_shows_the_matrix_after_every_task(model, stream, tokenizer, lora, config, tmp_path, monkeypatch):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

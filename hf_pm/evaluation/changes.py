@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..errors import UserError
 from ..metrics.task_metrics import TASK_METRICS
 from ..store.ledger import read_json, write_json
 from ..store.results import EXAMPLES, as_number, as_record
@@ -114,7 +115,8 @@ class Changes:
             return []
         try:
             return [_cut(answer) for answer in self.scorer.answers(task_index, rows)]
-        except Exception as error:  # no example is worth a training run
+        # What models raise that cannot generate, or have no memory left for it: no example is worth a training run.
+        except (RuntimeError, MemoryError, ValueError, TypeError, AttributeError, UserError) as error:
             logger.warning("The examples in the report have no answers: %s: %s", type(error).__name__, error)
             return [None] * len(rows)
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.autograd.function import once_differentiable
 
-from .merging import LowRank, Terms, _cut
+from .merging import LowRank, Terms, _cut, inner
 
 
 # Side up to which a matrix is decomposed exactly; beyond it by subspace iteration, which is then faster.
@@ -376,6 +376,6 @@ def matrix_terms(delta: LowRank, old: Factors | None, new: Factors, R: LowRank |
 
     q = <D, F_t D>, p = <D, F_o D> and l = <R, D>; before the first task p = l = 0.
     """
-    left, right = delta = LowRank(delta.left.double(), delta.right.double())
-    slope = 0.0 if R is None else float(((R.left.double().mT @ left) * (R.right.double() @ right.mT)).sum())
+    delta = LowRank(delta.left.double(), delta.right.double())
+    slope = 0.0 if R is None else inner(R, delta)
     return Terms(q=float(price(*new, delta)), p=0.0 if old is None else float(price(*old, delta)), l=slope)
