@@ -80,6 +80,8 @@ def test_the_settings_ask_too(fsdp, tmp_path):
         take_fsdp({"WORLD_SIZE": "2"}, fsdp, str(tmp_path / "fsdp.json"))
     with pytest.raises(UserError, match="must be a JSON file"):
         take_fsdp({"WORLD_SIZE": "2"}, fsdp, str(tmp_path / "none.json"))
+    with pytest.raises(UserError, match="`deepspeed` must be a JSON file"):
+        check_deepspeed({}, str(tmp_path / "none.json"))
 
 
 @pytest.mark.parametrize(

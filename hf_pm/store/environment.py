@@ -154,15 +154,17 @@ def take_fsdp(environment: MutableMapping[str, str], fsdp: Any, config: Any) -> 
 def _fsdp_settings(config: Any) -> dict[str, Any]:
     """`fsdp_config` without the prefix of its keys; a path is read."""
     if isinstance(config, str):
-        try:
-            config = json.loads(Path(config).read_text())
-        except (OSError, ValueError) as error:
-            raise UserError(
-                f"`fsdp_config` must be a JSON file, but {config!r} is none: {error}. Correct it."
-            ) from error
+        config = _json_file("fsdp_config", config)
     if not isinstance(config or {}, dict):
         raise UserError(f"`fsdp_config` must map settings to values, but got {config!r}. Correct it.")
     return {"version": "2"} | {str(key).removeprefix("fsdp_"): value for key, value in (config or {}).items()}
+
+
+def _json_file(setting: str, path: str) -> Any:
+    try:
+        return json.loads(Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"`{setting}` must be a JSON file, but {path!r} is none: {error}. Correct it.") from error
 
 
 def check_deepspeed(environment: Mapping[str, str], config: Any) -> None:
@@ -181,12 +183,7 @@ def check_deepspeed(environment: Mapping[str, str], config: Any) -> None:
         config = [config, environment.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")]
     for given in config if isinstance(config, list) else [config]:
         if isinstance(given, str) and given not in ("", "none"):
-            try:
-                given = json.loads(Path(given).read_text())
-            except (OSError, ValueError) as error:
-                raise UserError(
-                    f"The DeepSpeed settings {given!r} cannot be read: {error}. Name a JSON file."
-                ) from error
+            given = _json_file("deepspeed", given)
         if isinstance(given, dict):
             stages.append((given.get("zero_optimization") or {}).get("stage"))
     if any(str(stage) == "3" for stage in stages):
