@@ -125,7 +125,7 @@ def test_stage_3_is_refused_wherever_it_stands(tmp_path):
     ):
         with pytest.raises(UserError, match="ZeRO stage 3 is not supported"):
             check_deepspeed(variables, config)
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="`deepspeed` must be a JSON file, but .*none.json"):
         check_deepspeed({}, str(tmp_path / "none.json"))
     check_deepspeed(launched | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}, str(tmp_path / "zero2.json"))
     check_deepspeed({"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}, None)  # left over, and not in use
