@@ -260,7 +260,8 @@ class PMTrainerMixin(TaskTraining):
             for _ in tqdm(made, total=text.windows, desc="generating", unit="text", leave=False, disable=hidden):
                 pass
         settings = {"labels": "sampled", "normalization": "token"}
-        measured = measure(self, text.rows, {"kronecker"}, None, self._task_seed(0), **settings)
+        wanted = self.parts.measures() & {"kronecker", "inputs"}
+        measured = measure(self, text.rows, wanted, None, self._task_seed(0), **settings)
         self.run.results["protect"] |= {"windows": len(text.rows), "tokens": text.tokens}
         return HeldState({name: self.parts.protect_matrix(measured, name) for name in names})
 

@@ -319,7 +319,7 @@ def _row_gradients(
     def on_output(name: str, transposed: bool, module: nn.Module, args: tuple[torch.Tensor, ...], out: Any) -> Any:
         if counts_for_nothing:
             return out
-        leads = moments is not None and leads_in_batch(name, args[0])
+        leads = moments is not None and moments.sees_inputs and leads_in_batch(name, args[0])
         if not out.requires_grad:
             return out
         # Summed up in the backward pass, which comes by once, also where checkpointing runs the forward pass twice.
@@ -327,14 +327,12 @@ def _row_gradients(
 
         def on_gradient(gradient: torch.Tensor, inputs: torch.Tensor) -> None:
             d = by_row(name, gradient)
-            squares = d.square()
-            norms.add_(squares.sum((1, 2)))
-            x = by_row(name, inputs) if collectors or leads else None
+            norms.add_(d.square().sum((1, 2)))
+            x = by_row(name, inputs) if collectors or moments is not None else None
             for collect, totals, power in collectors:
                 collect(totals, name, x, d, by_targets(power), transposed)
-            if moments is not None:
-                by_token = weights.repeat_interleave(d.shape[1])
-                moments.add_gradient(name, d.flatten(0, 1), by_token, squares.flatten(0, 1))
+            if moments is not None and moments.sees_gradients:
+                moments.add_gradients(name, x, d, weights)
             if leads:
                 moments.add_input(name, _real_tokens(x, mask))
 
@@ -376,22 +374,23 @@ def _row_gradients(
         products.add(name.partition("[")[0])
         if counts_for_nothing:
             return
-        leads = leads_in_batch(name, x)
+        leads = moments.sees_inputs and leads_in_batch(name, x)
         if not out.requires_grad:
             return
         inputs = x.detach()
 
         def on_gradient(gradient: torch.Tensor) -> None:
             routed = _routed(inputs)
-            d = gradient.detach()[routed].float()
-            moments.add_gradient(name, d, weights.expand(len(d)), d.square())
+            tokens = inputs[routed].float()
+            if moments.sees_gradients:  # rows come one by one
+                moments.add_gradients(name, tokens[None], gradient.detach()[routed].float()[None], weights)
             if leads:
-                moments.add_input(name, inputs[routed].float())
+                moments.add_input(name, tokens)
 
         out.register_hook(on_gradient)
 
     with ExitStack() as hooks:
-        padding = _Padding(model, hooks) if moments is not None else None
+        padding = _Padding(model, hooks) if moments is not None and moments.sees_inputs else None
         if moments is not None and experts:
             watch_experts(model, on_product, hooks)
         for name, layer in layers.items():
@@ -434,6 +433,8 @@ def _row_gradients(
             _require_finite(losses, "loss", seen, task_name)
             counts = counts.clamp(min=1).to(losses.dtype)
             weights = by_targets(power)
+            if moments is not None:
+                moments.begin_batch(rows)
             norms = torch.zeros_like(losses.detach())
             slopes = {}
             if losses.requires_grad:  # unless every adapter is frozen

@@ -20,8 +20,9 @@ DAMPING = Setting(1e-3, "must lie in (0, 1]", lambda value: 0 < value <= 1)
 
 
 class KroneckerState(Part):
-    """Keeps G_old, the sum over tasks of G_i / c_i, and A_old, the sum of A_i. The old tasks' curvature is
-    G_old (x) A_old / t.
+    """Keeps the second moments of the old tasks' gradients: G_old, the sum over tasks of those of the outputs over c_i,
+    and A_old of those of the inputs. Their curvature is G_old (x) A_old / tr(A_old), see `Moments`: the sums are what
+    they would be if the rows of all tasks had been measured together.
 
     c_i is the mean over tasks j = 1 ... i of 1/2 <D_j, F_j D_j>, summed over all matrices: the price, in nats, of
     undoing a task as its own quadratic sees it. So the quadratic of an average task is 1 at its own update, whatever
@@ -30,7 +31,7 @@ class KroneckerState(Part):
     `kronecker_rank` leading eigenpairs and the diagonal of the rest; smaller matrices stay whole. Online structured
     Laplace: Ritter, Botev and Barber 2018, arXiv 1805.07810.
 
-    With `protect` the base is task 0: i runs from 0, and the mean of A is over t + 1. F_0 has labels drawn from the
+    With `protect` the base is task 0: i runs from 0. F_0 has labels drawn from the
     model and counts every token once, so that 1/2 <D, F_0 D> estimates, to second order, the Kullback-Leibler
     divergence in nats per token of the protected text that an update D makes between the base and the changed model.
     There is no update to undo: c_0 = `protect_tolerance`, the divergence that costs as much as undoing one task.
@@ -43,6 +44,7 @@ class KroneckerState(Part):
         "protect_tolerance": Setting(1.0, "must be more than 0", lambda value: value > 0),
     }
     measures = frozenset({"kronecker"})
+    keys = ("G", "A")
     growth = "constant: two cut square matrices for every matrix"
     protects = True
 
@@ -69,25 +71,31 @@ class KroneckerState(Part):
         return int(self["kronecker_rank"])
 
     def keeps(self) -> dict[str, str]:
-        return {"G": "rows", "A": "columns"}
+        return dict(zip(self.keys, ("rows", "columns"), strict=True))
 
-    def old(self, before: StoredState, name: str, number: int) -> Factors | None:
-        """Factors of the summed curvature of the tasks before task `number`, the protected base among them; `None` if
-        there are none."""
-        G, A = before.get("G", name), before.get("A", name)
-        tasks = number - 1 + (self.args.protect is not None)
-        return None if G is None else (G, kronecker.scaled(A, 1 / tasks))
+    def old(self, before: StoredState, name: str) -> Factors | None:
+        """Factors of the summed curvature of the tasks so far, the protected base among them; `None` if there are
+        none."""
+        G, A = (before.get(key, name) for key in self.keys)
+        return None if G is None else kronecker.split(G, A)
+
+    def factors(self, measured: Measured, name: str) -> Factors:
+        """Those of the task just measured."""
+        return measured.kronecker[name]
 
     def new(self, ended: Ended, name: str) -> Factors:
-        """Factors of the new task's curvature, on the same scale."""
-        G, A = ended.measured.kronecker[name]
+        """Factors of the new task's curvature, on the scale of the sums."""
+        G, A = self.factors(ended.measured, name)
         return kronecker.scaled(G, 1 / self.unit(ended)), A
 
     def prices(self, ended: Ended) -> torch.Tensor:
         """1/2 <D_i, F_i D_i> of the tasks up to this one, (number,) float64."""
         measured = ended.measured
         if getattr(self, "_measured", None) is not measured:
-            costs = {n: float(kronecker.price(*pair, measured.delta(n))) for n, pair in measured.kronecker.items()}
+            costs = {
+                name: float(kronecker.price(*self.factors(measured, name), measured.delta(name)))
+                for name in measured.kronecker
+            }
             price = 0.5 * sum(costs.values())
             if not math.isfinite(price):
                 worst = next((n for n, cost in costs.items() if not math.isfinite(cost)), max(costs, key=costs.get))
@@ -109,14 +117,14 @@ class KroneckerState(Part):
         return {f"{PRICES}/tasks": self.prices(ended)}
 
     def protect_matrix(self, measured: Measured, name: str) -> dict[str, Value]:
-        G, A = measured.kronecker[name]
-        scaled = kronecker.scaled(G, 1 / self["protect_tolerance"])
-        return {"G": kronecker.cut(scaled, self.cut_rank), "A": kronecker.cut(A, self.cut_rank)}
+        G, A = self.factors(measured, name)
+        pair = kronecker.pooled(kronecker.scaled(G, 1 / self["protect_tolerance"]), A)
+        return {key: kronecker.cut(matrix, self.cut_rank) for key, matrix in zip(self.keys, pair, strict=True)}
 
     @torch.no_grad()
     def end_matrix(self, ended: Ended, name: str) -> dict[str, Value]:
-        G, A = self.new(ended, name)
+        pair = kronecker.pooled(*self.new(ended, name))
         return {
-            "G": kronecker.add(ended.before.get("G", name), G, self.cut_rank),
-            "A": kronecker.add(ended.before.get("A", name), A, self.cut_rank),
+            key: kronecker.add(ended.before.get(key, name), matrix, self.cut_rank)
+            for key, matrix in zip(self.keys, pair, strict=True)
         }

@@ -109,7 +109,10 @@ def measure(
     settings = {"autocast": accelerator.autocast, "task_name": task_name}
 
     def one_pass(batch_size: int) -> tuple[Measurement, Moments | None]:
-        moments = Moments(trainer.parts.cut_rank, accelerator.device) if sums else None
+        moments = None
+        if sums:
+            place = {"first": args.process_index, "step": args.world_size}
+            moments = Moments(trainer.parts.cut_rank, accelerator.device, wanted, seed, **place)
         generator = torch.Generator().manual_seed(seed + args.process_index) if sampled else None
         found = measure_curvature(
             trainer.model,
@@ -158,9 +161,10 @@ def measure(
         factor = 1 / mean if mean > 0 else 1.0
     measured = Measured(curvature, gradient, updates, exact, 1.0)
     if moments is not None:
-        inputs = mean_inputs(moments, updates, accelerator, task_name)
-        pairs = means(moments, inputs, updates, count, accelerator, task_name) if "kronecker" in wanted else {}
-        measured = measured._replace(kronecker=pairs, inputs=inputs)
+        if moments.sees_inputs:
+            measured = measured._replace(inputs=mean_inputs(moments, updates, accelerator, task_name))
+        if moments.sees_gradients:
+            measured = measured._replace(kronecker=factors(moments, updates, count, accelerator, task_name))
     measured = measured._replace(factors={key: total(square).div_(count) for key, square in found.factors.items()})
     if curvature and args.curvature_estimator == "directional":
         along = math.fsum(quadratic(fisher, measured.delta(name)) for name, fisher in curvature.items())
@@ -189,7 +193,7 @@ def measure_inputs(trainer: Any, rows: Dataset, task_name: str | None) -> dict[s
     accelerator = trainer.accelerator
 
     def one_pass(batch_size: int) -> Moments:
-        moments = Moments(trainer.parts.cut_rank, accelerator.device)
+        moments = Moments(trainer.parts.cut_rank, accelerator.device, {"inputs"})
         batches = trainer.batches(rows, batch_size, "inputs")
         see_inputs(trainer.model, batches, moments, autocast=accelerator.autocast, task_name=task_name)
         return moments
@@ -226,9 +230,8 @@ def mean_inputs(
     return found
 
 
-def means(
+def factors(
     moments: Moments,
-    inputs: Mapping[str, kronecker.Symmetric],
     updates: Mapping[str, adapters.Update],
     rows: float,
     accelerator: Accelerator,
@@ -236,9 +239,11 @@ def means(
 ) -> dict[str, kronecker.Factors]:
     """Matrix name -> its Kronecker factors over all ranks, in the orientation of the live weight, on the CPU.
 
+    What counts rows has the trace of the curvature, what counts inputs the trace 1; both are 0 where no row has a
+    gradient.
+
     Args:
         moments (`Moments`): Of this rank.
-        inputs (`Mapping`): The result of [`mean_inputs`], which is their A.
         updates (`Mapping`): Matrix name -> its update.
         rows (`float`): Number of rows of all ranks.
         accelerator (`Accelerator`): Adds up.
@@ -249,11 +254,14 @@ def means(
     """
     found = {}
     for name, update in updates.items():
-        count, side = _experts(update), update.B.shape[-2]
+        count, out, width = _experts(update), update.B.shape[-2], update.A.shape[-1]
         ones = torch.ones(count or 1, dtype=torch.float64)
-        G = _over_ranks(moments, moments.outputs, name, count, side, ones / rows, accelerator)
-        _require_finite(G, name, task_name)
-        found[name] = (inputs[name], G) if update.transposed else (G, inputs[name])
+        G = _over_ranks(moments, moments.G, name, count, out, ones / rows, accelerator)
+        A = _over_ranks(moments, moments.A, name, count, width, ones / rows, accelerator)
+        for matrix in (G, A):
+            _require_finite(matrix, name, task_name)
+        A = kronecker.unit_trace(A)
+        found[name] = (A, G) if update.transposed else (G, A)
     return found
 
 

@@ -1,11 +1,11 @@
-"""Second moments of what a layer reads and of the gradients of what it gives: the Kronecker factors of its curvature.
+"""Second moments of the rows' gradients, the Kronecker factors of a layer's curvature, and of what a layer reads.
 
 [`Moments`] sums them up in the passes of `curvature.py`. [`watch_experts`] shows the products of experts, whose
 weights have no module of their own.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -19,29 +19,63 @@ from ..weights import kronecker
 from ..weights.adapters import is_experts, lora_layers
 
 
-class Moments:
-    """Sums of the Kronecker factors over the rows of one process, as the pass comes by the layers.
+# Random directions in which a row's gradient is looked at: their mean over some hundred rows is within a few per cent
+# of the whole gradients'.
+PROBES = 8
 
-    For one layer W (out, in) with input x_t and d_t = d l / d(W x_t) at token t, where l is the sum of a row's answer
-    losses: A = sum over real tokens (prompt too, padding not) of x x^T, and G = sum over rows of w_n sum_t d d^T. With
-    the means of both, F ~ G (x) A (Ritter et al. 2018, arXiv 1805.07810). Float32. Small matrices are summed up whole,
-    the others as a `kronecker.Sketch`: one process or many, the sums are those of all rows.
+
+class Moments:
+    """Sums over the rows of one process, as the pass comes by the layers. Float32.
+
+    A row n whose tokens t read x_t, with d_t = d l / d(W x_t) for the sum l of its answer losses, has the gradient
+    J_n = sum_t d_t x_t^T (out, in). With G = sum_n w_n J_n J_n^T and A = sum_n w_n J_n^T J_n, both of the trace
+    tau = sum_n w_n ||J_n||^2, the curvature sum_n w_n vec(J_n) vec(J_n)^T is close to G (x) A / tau: one round of the
+    power iteration for the nearest Kronecker product (Morwani et al. 2024, arXiv 2406.17748). Factors that take the
+    tokens for independent (Ritter et al. 2018, arXiv 1805.07810) also hold inputs that no answer depends on.
+
+    J_n is never formed. For a random vector z of signs J_n^T z (J_n^T z)^T has the mean J_n^T J_n, so that A is
+    estimated from `PROBES` products D_n (X_n^T z) a row, and G likewise: signs of a row's own, from its number among
+    the rows of all processes, so that batches and numbers of processes do not matter.
+
+    What layers read is summed up apart: `inputs`, the sum over real tokens (prompt too, padding not) of x x^T.
+
+    Small matrices are summed up whole, the others as a `kronecker.Sketch`: one process or many, the sums are those of
+    all rows.
 
     Args:
         rank (`int`): Directions of each matrix that are wanted.
         device (`torch.device`, *optional*, defaults to `"cpu"`): Of the model.
+        wanted (`Collection[str]`, *optional*): `kronecker`, for G and A, and `inputs`.
+        seed (`int`, *optional*, defaults to 0): Of the signs.
+        first, step (`int`, *optional*, default to 0 and 1): Number of this process's first row, and from one of its
+            rows to the next.
 
     Attributes:
-        outputs (`dict`): Layer -> G, (out, out). Every expert is a layer of its own, see [`expert_name`].
-        inputs (`dict`): Layer -> A, (in, in). Layers that read the same tensor (q, k, v) share one object.
+        G (`dict`): Layer -> the sum, (out, out). Every expert is a layer of its own, see [`expert_name`].
+        A (`dict`): Layer -> the sum, (in, in).
+        inputs (`dict`): Layer -> (in, in). Layers that read the same tensor (q, k, v) share one object.
         tokens (`dict`): Layer -> number of real tokens.
         leaders (`dict`): Layer -> the first layer that reads the same tensor.
     """
 
-    def __init__(self, rank: int, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        rank: int,
+        device: torch.device | str = "cpu",
+        wanted: Collection[str] = ("kronecker", "inputs"),
+        seed: int = 0,
+        first: int = 0,
+        step: int = 1,
+    ) -> None:
         self.rank = rank
         self.device = device
-        self.outputs: dict[str, torch.Tensor | kronecker.Sketch] = {}
+        self.sees_gradients = "kronecker" in wanted
+        self.sees_inputs = "inputs" in wanted
+        self.G: dict[str, torch.Tensor | kronecker.Sketch] = {}
+        self.A: dict[str, torch.Tensor | kronecker.Sketch] = {}
+        self._seed, self._next, self._step = seed, first, step
+        self._rows: list[int] = []
+        self._signs: dict[int, torch.Tensor] = {}
         self._sums: dict[str, torch.Tensor | kronecker.Sketch] = {}
         self._counts: dict[str, int] = {}
         self.leaders: dict[str, str] = {}
@@ -73,10 +107,32 @@ class Moments:
         self._sums[name] = kronecker.add_outer(self._sums.get(name), x, self.columns(x.shape[-1]))
         self._counts[name] = self._counts.get(name, 0) + len(x)
 
-    def add_gradient(self, name: str, d: torch.Tensor, weights: torch.Tensor, squares: torch.Tensor) -> None:
-        """Add d (tokens, out), each token with its weight (tokens,); `squares` are those of d."""
-        total, columns = self.outputs.get(name), self.columns(d.shape[-1])
-        self.outputs[name] = kronecker.add_outer(total, d, columns, weights, squares)
+    def begin_batch(self, rows: int) -> None:
+        """The next `rows` rows of this process come by."""
+        self._rows = [self._next + i * self._step for i in range(rows)]
+        self._next += rows * self._step
+        self._signs.clear()
+
+    def signs(self, n: int) -> torch.Tensor:
+        """The random vectors of the batch's rows, (rows, n, `PROBES`)."""
+        if n not in self._signs:
+            self._signs[n] = torch.stack([random_signs(self._seed, row, n) for row in self._rows]).to(self.device)
+        return self._signs[n]
+
+    def add_gradients(self, name: str, x: torch.Tensor, d: torch.Tensor, weights: torch.Tensor) -> None:
+        """Add rows by x (rows, tokens, in) and d (rows, tokens, out), each with its weight (rows,)."""
+        of_inputs = x.mT @ (d @ self.signs(d.shape[-1]).to(d.dtype))  # (rows, in, probes)
+        of_outputs = d.mT @ (x @ self.signs(x.shape[-1]).to(x.dtype))
+        each = (weights / PROBES).repeat_interleave(PROBES)
+        for sums, products in ((self.A, of_inputs), (self.G, of_outputs)):
+            vectors = products.mT.flatten(0, 1)
+            sums[name] = kronecker.add_outer(sums.get(name), vectors, self.columns(vectors.shape[-1]), each)
+
+
+def random_signs(seed: int, row: int, n: int) -> torch.Tensor:
+    """The signs of one row for matrices of side n, (n, `PROBES`) float32; the same on every machine."""
+    generator = torch.Generator().manual_seed(((seed * 1_000_003 + row) * 1_000_003 + n) % 2**63)
+    return torch.randint(0, 2, (n, PROBES), generator=generator).mul_(2).sub_(1).float()
 
 
 def expert_name(name: str, expert: int) -> str:

@@ -58,15 +58,34 @@ def diagonal(matrix: Symmetric) -> torch.Tensor:
 
 
 def trace(matrix: Symmetric) -> torch.Tensor:
-    """The trace of each matrix, (...)."""
-    return diagonal(matrix).sum(-1)
+    """The trace of each matrix, (...) float64."""
+    return diagonal(matrix).double().sum(-1)
 
 
-def scaled(matrix: Symmetric, factor: float) -> Symmetric:
-    """factor * matrix, for a factor of at least 0."""
+def scaled(matrix: Symmetric, factor: float | torch.Tensor) -> Symmetric:
+    """factor * matrix, for factors (...) of at least 0."""
+    factor = torch.as_tensor(factor, dtype=torch.float64)
     if isinstance(matrix, Cut):
-        return Cut(matrix.roots * factor**0.5, matrix.diagonal * factor)
-    return matrix * factor
+        roots, rest = factor.sqrt()[..., None, None], factor[..., None]
+        return Cut(matrix.roots * roots.to(matrix.roots), matrix.diagonal * rest.to(matrix.diagonal))
+    return matrix * factor[..., None, None].to(matrix)
+
+
+def unit_trace(matrix: Symmetric) -> Symmetric:
+    """The matrix over its trace; zero stays zero."""
+    whole = trace(matrix)
+    return scaled(matrix, torch.where(whole > 0, 1 / whole, 0.0))
+
+
+def pooled(G: Symmetric, A: Symmetric) -> Factors:
+    """Both factors with the trace of G (x) A. Sums of such pairs over tasks, [`split`], are what [`Moments`] would be
+    of the rows of all of them."""
+    return scaled(G, trace(A)), scaled(A, trace(G))
+
+
+def split(G: Symmetric, A: Symmetric) -> Factors:
+    """The factors of the curvature that a pair of sums of [`pooled`] stands for: G (x) A over their trace."""
+    return G, unit_trace(A)
 
 
 def mean_diagonal(matrix: Symmetric) -> Cut:

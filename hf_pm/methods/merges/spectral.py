@@ -31,7 +31,7 @@ class Spectral(KroneckerState, Merge):
         @torch.no_grad()
         def dense(name: str) -> torch.Tensor:
             vector = ended.task_vector(name, ended.number)
-            old = self.old(ended.before, name, ended.number)
+            old = self.old(ended.before, name)
             if old is None:
                 return vector
             delta, new = ended.measured.delta(name), self.new(ended, name)

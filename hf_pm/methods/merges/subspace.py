@@ -38,7 +38,7 @@ class Subspace(KroneckerState, Merge):
     def solve(self, ended: Ended) -> Merged:
         mixing = {}
         for name in ended.updates:
-            old = self.old(ended.before, name, ended.number)
+            old = self.old(ended.before, name)
             if old is not None:
                 mixing[name] = kronecker.subspace(
                     ended.measured.delta(name),
@@ -56,6 +56,6 @@ class Subspace(KroneckerState, Merge):
     def end_matrix(self, ended: Ended, name: str) -> dict[str, Value]:
         delta, mixing = ended.measured.delta(name), ended.merged.mixing
         kept = delta if mixing is None else LowRank(delta.left @ mixing[name], delta.right)
-        old = self.old(ended.before, name, ended.number)
+        old = self.old(ended.before, name)
         slope = kronecker.remaining(ended.before.get("R", name), kept, delta, old, self.new(ended, name))
         return super().end_matrix(ended, name) | {"R": slope}

@@ -7,12 +7,12 @@ import torch
 from ...weights import kronecker
 from ...weights.kronecker import Cut, Factors
 from ...weights.merging import LowRank
-from ..contract import Penalty, Setting, Step, Task
+from ..contract import Measured, Penalty, Setting, Step, Task
 from ..kronecker_state import KroneckerState
 
 
 class Kronecker(KroneckerState, Penalty):
-    """loss + (`kronecker_strength` / 2) sum over matrices of <D, F_old D> / t, D = s B A_l the update since the merge.
+    """loss + (`kronecker_strength` / 2) sum over matrices of <D, F_old D>, D = s B A_l the update since the merge.
 
     F_old = G_old (x) A_old, so that <D, F_old D> = tr((B' G_old B)(A_l A_old A_l')) s^2: two thin products for each
     matrix and r^2 numbers, no product with the tokens. The old tasks' gradient is taken as 0 at the merged weights.
@@ -28,19 +28,15 @@ class Kronecker(KroneckerState, Penalty):
         # Matrices of one shape are one product a step: a model has a few shapes in many layers.
         groups: dict[Any, list[tuple[str, Factors]]] = {}
         for name in task.matrices:
-            pair = self.old(task.before, name, task.number)
+            pair = self.old(task.before, name)
             if pair is not None:
-                G, A = (_moved(matrix, task.model.device) for matrix in self.weighing(pair))
+                G, A = (_moved(matrix, task.model.device) for matrix in pair)
                 groups.setdefault((_shape(G), _shape(A)), []).append((name, (G, A)))
         self.groups: list[tuple[list[str], Factors]] = []
         for group in groups.values():
             names, pairs = zip(*group, strict=True)
             G, A = (kronecker.stacked(matrices) for matrices in zip(*pairs, strict=True))
             self.groups.append((list(names), (G, A)))
-
-    def weighing(self, factors: Factors) -> Factors:
-        """The factors that enter the penalty."""
-        return factors
 
     def loss(self, step: Step) -> torch.Tensor | None:
         if not self.groups:
@@ -54,12 +50,18 @@ class Kronecker(KroneckerState, Penalty):
 
 
 class Gram(Kronecker):
-    """The same with the mean diagonal of G_old in its place: only the inputs tell directions apart."""
+    """The same where only the inputs tell directions apart: the trace of each matrix's curvature, spread over outputs
+    evenly and over inputs as the second moments of its tokens are."""
 
     name = "gram"
+    measures = frozenset({"kronecker", "inputs"})
+    keys = ("gram_G", "gram_A")
 
-    def weighing(self, factors: Factors) -> Factors:
-        return kronecker.mean_diagonal(factors[0]), factors[1]
+    def factors(self, measured: Measured, name: str) -> Factors:
+        pair, inputs = measured.kronecker[name], kronecker.unit_trace(measured.inputs[name])
+        if measured.updates[name].transposed:
+            return inputs, kronecker.mean_diagonal(pair[1])
+        return kronecker.mean_diagonal(pair[0]), inputs
 
 
 def _moved(matrix: kronecker.Symmetric, device: torch.device) -> kronecker.Symmetric:
