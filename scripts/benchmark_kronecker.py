@@ -25,7 +25,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArgumen
 from hf_pm import PMConfig, PMTrainer
 from hf_pm.methods.contract import Ended, Measured, Merged, Task
 from hf_pm.methods.curvature import measure_curvature
-from hf_pm.methods.measuring import means
+from hf_pm.methods.measuring import factors, mean_inputs
 from hf_pm.methods.merges.subspace import Subspace
 from hf_pm.methods.moments import Moments
 from hf_pm.plan import method_bytes
@@ -50,16 +50,19 @@ def step_ratio(rounds: int, hidden: int, layers: int, method: str) -> dict[str, 
         ours = PMTrainer(model=build(hidden, layers, rank=16), args=PMConfig(folder, method=method, **common))
         (penalty,) = ours.parts.penalties
         batch = {key: value.to(ours.args.device) for key, value in batch.items()}
-        moments = Moments(penalty.cut_rank, ours.args.device)
-        measure_curvature(ours.model, [batch], estimator="directional", moments=moments)
-        found = means(moments, adapters.updates(ours.model), 16, ours.accelerator, "first")
-        shapes = {name: update.shape() for name, update in adapters.updates(ours.model).items()}
-        state = {
-            name: dict(
-                zip(("G", "A"), (kronecker.add(None, matrix, penalty.cut_rank) for matrix in pair), strict=True)
-            )
-            for name, pair in found.items()
-        }
+        moments = Moments(penalty.cut_rank, ours.args.device, penalty.measures)
+        measured = measure_curvature(ours.model, [batch], estimator="directional", moments=moments)
+        updates = adapters.updates(ours.model)
+        measured = Measured({}, {}, updates, measured.slope, 1.0)
+        measured = measured._replace(kronecker=factors(moments, updates, 16, ours.accelerator, "first"))
+        if moments.sees_inputs:
+            measured = measured._replace(inputs=mean_inputs(moments, updates, ours.accelerator, "first"))
+        shapes = {name: update.shape() for name, update in updates.items()}
+        state = {}
+        for name in shapes:
+            pair = kronecker.pooled(*penalty.factors(measured, name))
+            cut = (kronecker.cut(matrix, penalty.cut_rank) for matrix in pair)
+            state[name] = dict(zip(penalty.keys, cut, strict=True))
         write_state(Path(folder) / "state", penalty.keeps(), shapes, state.get, dtype="float32")
         penalty.begin(Task(2, "second", ours.model, list(shapes), StoredState(Path(folder) / "state"), None, 0))
 
@@ -77,7 +80,7 @@ def measuring_ratio(rounds: int, hidden: int, layers: int, rank: int) -> dict[st
     """The measuring pass for Kronecker factors alone, over a forward and backward pass: 8 rows of 128 tokens."""
     model = build(hidden, layers, rank=16).eval()
     batch = with_answer_logits(rows(8, 128, 4))
-    moments = Moments(rank)
+    moments = Moments(rank, wanted={"kronecker"})
 
     def plain() -> None:
         model(**batch).loss.backward()
@@ -105,16 +108,9 @@ def random_cut(n: int, rank: int, generator: torch.Generator) -> kronecker.Cut:
 def random_factors(
     shapes: dict[str, tuple[int, ...]], rank: int, generator: torch.Generator
 ) -> dict[str, kronecker.Factors]:
-    """Factors of one layer, as the measuring pass gives them: what reads one input shares A."""
-    inputs: dict[str, kronecker.Cut] = {}
-    found = {}
-    for name, (rows_, columns) in shapes.items():
-        last = name.rsplit(".", 1)[-1]
-        shared = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}.get(last, last)
-        if shared not in inputs:
-            inputs[shared] = random_cut(columns, kronecker.sketch_size(rank), generator)
-        found[name] = random_cut(rows_, kronecker.sketch_size(rank), generator), inputs[shared]
-    return found
+    """Factors of one layer, as the measuring pass gives them."""
+    size = kronecker.sketch_size(rank)
+    return {name: tuple(random_cut(n, size, generator) for n in shape) for name, shape in shapes.items()}
 
 
 def ended(shapes: dict[str, tuple[int, ...]], lora: int, folder: Path, generator: torch.Generator) -> Ended:
@@ -187,12 +183,9 @@ def state_sizes(lora: int, rank: int) -> dict[str, object]:
         state = {}
         for number in range(LLAMA_8B.num_hidden_layers):
             layer = {name: shape for name, shape in shapes.items() if f".layers.{number}." in name}
-            cache: dict[int, kronecker.Cut] = {}
             for name, pair in random_factors(layer, rank, generator).items():
-                for matrix in pair:
-                    if id(matrix) not in cache:
-                        cache[id(matrix)] = kronecker.Cut(matrix.roots[:, :rank].clone(), matrix.diagonal)
-                state[name] = {"G": cache[id(pair[0])], "A": cache[id(pair[1])]}
+                G, A = (kronecker.Cut(matrix.roots[:, :rank].clone(), matrix.diagonal) for matrix in pair)
+                state[name] = {"G": G, "A": A}
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "state"
             write_state(path, {"G": "rows", "A": "columns"}, shapes, state.get, dtype=dtype)

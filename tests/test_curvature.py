@@ -150,7 +150,8 @@ def test_what_fillers_find_is_dropped(reentrant):
         mine, theirs = getattr(found, kind), getattr(expected, kind)
         assert list(mine) == list(theirs) and all(torch.equal(mine[name], theirs[name]) for name in theirs), kind
     assert filled.tokens == sums.tokens
-    for mine, theirs in ((filled.inputs, sums.inputs), (filled.outputs, sums.outputs)):
+    for key in ("inputs", "G", "A"):
+        mine, theirs = getattr(filled, key), getattr(sums, key)
         assert mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in theirs)
 
     nothing, empty = find([Filler(real[0])])
@@ -236,10 +237,10 @@ def test_gradient_checkpointing_and_train_mode_change_nothing(kind, labels):
         found = measure_curvature(
             model, batches(kind, 2), estimator=estimator, generator=generator, moments=moments, **options
         )
-        sums = {"gradient": found.gradient, "inputs": moments.inputs, "outputs": moments.outputs} | found._asdict()
+        sums = {"inputs": moments.inputs, "G": moments.G, "A": moments.A} | found._asdict()
         tensors = {
             (key, name): part
-            for key in ("curvature", "gradient", "factors", "inputs", "outputs")
+            for key in ("curvature", "gradient", "factors", "inputs", "G", "A")
             for name, value in sums[key].items()
             for part in curvature._parts(value)
         }

@@ -194,7 +194,7 @@ def dense(matrix):
 
 
 def test_the_base_counts_as_one_task_in_the_sums(model, stream, tokenizer, lora, config):
-    """State after the first task = task 0 + task 1, and the mean of A is over both."""
+    """Sums after the first task = task 0 + task 1, each with the trace of its curvature."""
     args = config(method="kronecker", protect="self", method_kwargs={"kronecker_rank": 32}, release="none")
     measured = []
 
@@ -207,15 +207,17 @@ def test_the_base_counts_as_one_task_in_the_sums(model, stream, tokenizer, lora,
             super()._begin(number)
             if number == 2:
                 penalty, before = self.parts.penalties[0], self.run.read_state()
-                measured.append({name: penalty.old(before, name, 2) for name in self.parts.layers})
+                measured.append({name: penalty.old(before, name) for name in self.parts.layers})
                 measured.append(before.beside(PRICES)["tasks"])
 
     trainer, _ = trained(model, stream, tokenizer, lora, args, cls=Watches)
     first, factors, (cost,) = measured[:3]
     for name, (G, A) in first.kronecker.items():
         G0, A0 = (trainer._before_first.get(key, name) for key in "GA")
+        both = A0 + A * G.trace() / cost
+        assert A0.trace().item() == pytest.approx(G0.trace().item(), rel=1e-3)
         assert torch.allclose(factors[name][0], G0 + G / cost, rtol=1e-4, atol=1e-6)
-        assert torch.allclose(factors[name][1], (A0 + A) / 2, rtol=1e-4, atol=1e-6)
+        assert torch.allclose(factors[name][1], both / both.trace(), rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.slow

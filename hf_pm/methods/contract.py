@@ -49,10 +49,10 @@ class Measured(NamedTuple):
     the task, cross terms between entries and matrices included: it costs nothing beside any estimator, and shows what
     a diagonal loses. `calibration` is what the factored curvature was multiplied with to agree with it
     (`curvature_estimator: directional`), else 1. `kronecker` has the Kronecker factors (rows x rows, columns x
-    columns) of a matrix, in the orientation of the live weight; layers that read the same input share one object.
+    columns) of a matrix, in the orientation of the live weight.
     `factors` has the diagonal curvature of the entries of A and B, under `name.A` (r, in) and `name.B` (out, r).
-    `inputs` has the second moment of what a layer reads, (..., in, in) whatever the orientation, shared likewise. If
-    it is all that is wanted, `exact` is 0.
+    `inputs` has the second moment of what a layer reads, (..., in, in) whatever the orientation; layers that read
+    the same input share one object. If it is all that is wanted, `exact` is 0.
     """
 
     curvature: dict[str, Curvature]
