@@ -24,9 +24,9 @@ from transformers import AutoModelForCausalLM
 
 from hf_pm import PMTrainer, UserError
 from hf_pm.cli import main
+from hf_pm.methods import moments as moments_module
 from hf_pm.methods.contract import Measured, Task
 from hf_pm.methods.curvature import measure_curvature
-from hf_pm.methods import moments as moments_module
 from hf_pm.methods.moments import Moments, expert_name, random_signs
 from hf_pm.methods.penalties.kronecker import Gram, Kronecker
 from hf_pm.runs.doctor import examine

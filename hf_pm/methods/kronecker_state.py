@@ -20,9 +20,9 @@ DAMPING = Setting(1e-3, "must lie in (0, 1]", lambda value: 0 < value <= 1)
 
 
 class KroneckerState(Part):
-    """Keeps the second moments of the old tasks' gradients: G_old, the sum over tasks of those of the outputs over c_i,
-    and A_old of those of the inputs. Their curvature is G_old (x) A_old / tr(A_old), see `Moments`: the sums are what
-    they would be if the rows of all tasks had been measured together.
+    """Keeps the second moments of the old tasks' gradients: G_old and A_old, the sums over tasks of G_i / c_i and
+    A_i / c_i as `Moments` has them. Their curvature is G_old (x) A_old / tr(A_old): the sums are what they would be if
+    the rows of all tasks had been measured together.
 
     c_i is the mean over tasks j = 1 ... i of 1/2 <D_j, F_j D_j>, summed over all matrices: the price, in nats, of
     undoing a task as its own quadratic sees it. So the quadratic of an average task is 1 at its own update, whatever
