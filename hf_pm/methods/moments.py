@@ -19,9 +19,8 @@ from ..weights import kronecker
 from ..weights.adapters import is_experts, lora_layers
 
 
-# Random directions in which a row's gradient is looked at: their mean over some hundred rows is within a few per cent
-# of the whole gradients'.
-PROBES = 8
+# Random directions in which a row's gradient is looked at, a mean over which stands for all of it.
+PROBES = 32
 
 
 class Moments:
