@@ -180,7 +180,10 @@ def test_other_architectures_by_recipe(kind, task_type, recipe, tmp_path, seq2se
 
 # (change of the recipe, words of the message); each must exit with 2 and one line, before anything is written.
 QUANTIZED = {
-    "nf4, twice": ("--load_in_4bit", "{bnb_4bit_use_double_quant: true, bnb_4bit_compute_dtype: float32}"),
+    "nf4, twice": (
+        "--load_in_4bit",
+        "{bnb_4bit_use_double_quant: true, bnb_4bit_compute_dtype: float32, bnb_4bit_quant_storage: bfloat16}",
+    ),
     "int8, head and one layer left": ("--load_in_8bit", "{llm_int8_skip_modules: [lm_head, v_proj]}"),
 }
 

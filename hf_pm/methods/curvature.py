@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 
 import torch
 from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -154,7 +155,7 @@ def measure_curvature(
         # an unknown one.
         for name, layer in lora_layers(model).items():
             if name not in curvature:
-                curvature[name] = _nothing(base_weight(layer), estimator)
+                curvature[name] = _nothing(layer, estimator)
     if gradient:
         _add_missing(model, sums)
     for name, square in (*curvature.items(), *squares_of_factors.items()):
@@ -701,11 +702,12 @@ def _add_missing(model: PeftModel, gradients: dict[str, torch.Tensor]) -> None:
     """No gradient where no row came by: ranks add up the same matrices, whatever rows they have."""
     for name, layer in lora_layers(model).items():
         if name not in gradients:
-            gradients[name] = torch.zeros(base_weight(layer).shape, device=base_weight(layer).device)
+            gradients[name] = _nothing(layer, "diagonal")
 
 
-def _nothing(weight: torch.Tensor, estimator: str) -> Curvature:
+def _nothing(layer: LoraLayer, estimator: str) -> Curvature:
+    # The update has the shape of the weight before quantization; the live one is packed.
+    shape, device = live_update(layer, 1.0).shape(), base_weight(layer).device
     if estimator == "diagonal":
-        return torch.zeros(weight.shape, device=weight.device)
-    shapes = weight.shape[:-1], (*weight.shape[:-2], weight.shape[-1])
-    return Factored(*(torch.zeros(shape, device=weight.device) for shape in shapes))
+        return torch.zeros(shape, device=device)
+    return Factored(*(torch.zeros(side, device=device) for side in (shape[:-1], (*shape[:-2], shape[-1]))))

@@ -35,7 +35,7 @@ from ..store.tensorfiles import (
     read_tensor,
     write_at,
 )
-from .adapters import StoredAdapter, base_weight, lora_layers, save_stacked, silence
+from .adapters import StoredAdapter, base_weight, lora_layers, quantized_to, save_stacked, silence
 from .bases import BaseCheckpoint, Names, Piece
 from .sharding import free_gathered, rows_here
 
@@ -307,7 +307,7 @@ class Folder:
                     rows = torch.empty(here.shape, dtype=here.dtype)
                     self._fill_rows(rows, first, name, adapters)
                     here.copy_(rows)
-            elif not weight.is_floating_point():
+            elif quantized_to(layer) is not None:
                 _requantize(layer.get_base_layer(), self._fill(self._empty(name, self._dtype(name)), name, adapters))
             elif weight.device.type == "cpu":
                 self._fill(weight.data, name, adapters)
@@ -328,12 +328,12 @@ class Folder:
         """How the live weights come from the sum, for the record."""
         said = set()
         for name, layer in lora_layers(model).items():
-            weight = base_weight(layer)
-            if weight.is_floating_point():
+            weight, kind = base_weight(layer), quantized_to(layer)
+            if kind is None:
                 rounded = "" if weight.dtype == torch.float32 else f", rounded once to {_short(weight.dtype)}"
                 said.add(f"float32 sum{rounded}")
             else:
-                dtype, kind = self._dtype(name), getattr(weight, "quant_type", "int8")
+                dtype = self._dtype(name)
                 rounded = "" if dtype == torch.float32 else f", rounded to {_short(dtype)}"
                 said.add(f"float32 sum of the full-precision base{rounded}, quantized once to {kind}")
         return "; ".join(sorted(said))
