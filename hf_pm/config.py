@@ -6,6 +6,7 @@ import dataclasses
 import math
 import os
 import typing
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from importlib.util import find_spec
@@ -533,6 +534,20 @@ class Recipe(PMConfig):
                 choose(f"`{name}`", given[name], allowed)
         if "bnb_4bit_quant_type" in given:
             choose("`bnb_4bit_quant_type`", given["bnb_4bit_quant_type"], ("nf4", "fp4"))
+        twice, threshold, skipped = (
+            given.get(name, usual)
+            for name, usual in (
+                ("bnb_4bit_use_double_quant", False),
+                ("llm_int8_threshold", 6.0),
+                ("llm_int8_skip_modules", []),
+            )
+        )
+        _require(isinstance(twice, bool), "bnb_4bit_use_double_quant", twice, "must be true or false", "Correct it.")
+        right = type(threshold) in (int, float) and threshold >= 0
+        _require(right, "llm_int8_threshold", threshold, "must be a number of at least 0", "Leave it out for 6.")
+        right = isinstance(skipped, list) and all(isinstance(name, str) for name in skipped)
+        rule, remedy = "must be a list of names of modules", "For example `[lm_head]`."
+        _require(right, "llm_int8_skip_modules", skipped, rule, remedy)
 
 
 # How the base is spread over processes: the adapters have the same bits, and nothing of it is recorded.
@@ -556,6 +571,17 @@ LATER_TASKS_FIELDS = frozenset(
 BEFORE_COMMIT_FIELDS = frozenset({"curvature_estimator", "curvature_dtype", "curvature_num_samples"})
 # How the rows of a step are dealt out. What counts is how many they are: `effective_batch_size`.
 DEALING_FIELDS = frozenset({"per_device_train_batch_size", "gradient_accumulation_steps", "global_batch_size"})
+
+
+def quantization_arguments(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of `BitsAndBytesConfig` that the keys of a recipe ask for; empty for a base that is not quantized."""
+    if recipe.get("load_in_4bit"):
+        usual = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": "bfloat16"}
+    elif recipe.get("load_in_8bit"):
+        usual = {"load_in_8bit": True}
+    else:
+        return {}
+    return usual | dict(recipe.get("quantization_kwargs") or {})
 
 
 def settings(config: PMConfig) -> dict[str, Any]:
