@@ -6,7 +6,6 @@ import dataclasses
 import math
 import os
 import typing
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from importlib.util import find_spec
@@ -571,17 +570,6 @@ LATER_TASKS_FIELDS = frozenset(
 BEFORE_COMMIT_FIELDS = frozenset({"curvature_estimator", "curvature_dtype", "curvature_num_samples"})
 # How the rows of a step are dealt out. What counts is how many they are: `effective_batch_size`.
 DEALING_FIELDS = frozenset({"per_device_train_batch_size", "gradient_accumulation_steps", "global_batch_size"})
-
-
-def quantization_arguments(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of `BitsAndBytesConfig` that the keys of a recipe ask for; empty for a base that is not quantized."""
-    if recipe.get("load_in_4bit"):
-        usual = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": "bfloat16"}
-    elif recipe.get("load_in_8bit"):
-        usual = {"load_in_8bit": True}
-    else:
-        return {}
-    return usual | dict(recipe.get("quantization_kwargs") or {})
 
 
 def settings(config: PMConfig) -> dict[str, Any]:

@@ -11,9 +11,10 @@ from httpx2 import HTTPError
 from huggingface_hub.errors import HFValidationError
 from peft import LoraConfig
 
-from .config import Recipe, quantization_arguments
+from .config import Recipe
 from .errors import UserError, cause_of
 from .hub.publishing import explain
+from .recipefiles import quantization_arguments
 from .tasks.benchmarks import load_stream
 from .tasks.stream import TaskStream
 from .trainer import PMTrainer

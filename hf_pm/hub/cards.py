@@ -12,9 +12,9 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.utils import validate_repo_id
 from jinja2 import Environment, StrictUndefined, Template
 
-from ..config import quantization_arguments
 from ..errors import UserError
 from ..metrics.continual import FORMULAS, summarize
+from ..recipefiles import quantization_arguments
 from ..store.hub_metadata import LICENSES, is_hub_id, last_part
 from ..store.results import METRICS, as_record, metric_of, quantized_of, record_of, released_of
 
