@@ -296,7 +296,7 @@ class Parity:
 
         found = self._spared(number, shares, "scores of the release")
         # A rank without memory has no share, and the others must not wait for it.
-        if not bool(trainer.accelerator.gather(torch.tensor([found is not None], device=device)).all()):
+        if not bool(trainer.accelerator.gather(torch.tensor([int(found is not None)], device=device)).all()):
             return
         dtype, parts = found
         row: list[float | None] = [None] * (max(stage.scores) + 1)
