@@ -12,10 +12,13 @@ from pathlib import Path
 import pytest
 import yaml
 from safetensors.torch import load_file
-from test_cli import ROOT, environment, recipe  # noqa: F401 - recipe is a fixture
+from test_cli import ROOT, environment, greedy_score, recipe  # noqa: F401 - recipe is a fixture
 from test_launchers import launched_by
 from test_sharding import run_jobs, said
+from transformers import AutoModelForCausalLM
 
+from hf_pm.config import parse_recipe
+from hf_pm.loading import build_trainer
 from hf_pm.runs.recovery import SEAL
 
 
@@ -86,6 +89,23 @@ def test_zero2_ends_where_ddp_does(recipe, tmp_path, monkeypatch):  # noqa: F811
         assert first.keys() == second.keys()
         for key, value in first.items():
             assert (second[key] - value).abs().max() < 1e-5, key
+
+
+def test_two_ranks_score_the_release_of_a_quantized_base(recipe, tmp_path):  # noqa: F811
+    """Each scores its share of the rows on a copy of the release; the scores are those of plain transformers."""
+    pytest.importorskip("bitsandbytes", reason="needs the quantization extra")
+    path, values = recipe
+    path.write_text(yaml.safe_dump(values | {"num_train_epochs": 12, "load_in_4bit": True}))
+    words = ["--quantization_kwargs", "{bnb_4bit_compute_dtype: float32}", "--per_device_train_batch_size", "4"]
+    job = {"name": "four", "world": 2, "words": ["run", str(path), "--output_dir", str(tmp_path / "four"), *words]}
+    assert run_jobs(tmp_path, [job]) == {"four": [0, 0]}, said(tmp_path, "four")[-4000:]
+    results = json.loads((tmp_path / "four" / "results.json").read_text())
+    rows = build_trainer(parse_recipe(path, words)).rows.test
+    for number, record in enumerate(results["per_task"], start=1):
+        (release,) = (tmp_path / "four" / "releases").glob(f"task-{number:02d}-*")
+        model = AutoModelForCausalLM.from_pretrained(release)
+        assert record["released"]["scores"] == [greedy_score(model, split) for split in rows[:number]]
+    assert results["matrix"] != [record["released"]["scores"] for record in results["per_task"]]
 
 
 def run_stream(path, tmp_path, folder, processes, *words):
