@@ -533,6 +533,20 @@ class Recipe(PMConfig):
                 choose(f"`{name}`", given[name], allowed)
         if "bnb_4bit_quant_type" in given:
             choose("`bnb_4bit_quant_type`", given["bnb_4bit_quant_type"], ("nf4", "fp4"))
+        twice, threshold, skipped = (
+            given.get(name, usual)
+            for name, usual in (
+                ("bnb_4bit_use_double_quant", False),
+                ("llm_int8_threshold", 6.0),
+                ("llm_int8_skip_modules", []),
+            )
+        )
+        _require(isinstance(twice, bool), "bnb_4bit_use_double_quant", twice, "must be true or false", "Correct it.")
+        right = type(threshold) in (int, float) and threshold >= 0
+        _require(right, "llm_int8_threshold", threshold, "must be a number of at least 0", "Leave it out for 6.")
+        right = isinstance(skipped, list) and all(isinstance(name, str) for name in skipped)
+        rule, remedy = "must be a list of names of modules", "For example `[lm_head]`."
+        _require(right, "llm_int8_skip_modules", skipped, rule, remedy)
 
 
 # How the base is spread over processes: the adapters have the same bits, and nothing of it is recorded.

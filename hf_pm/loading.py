@@ -14,6 +14,7 @@ from peft import LoraConfig
 from .config import Recipe
 from .errors import UserError, cause_of
 from .hub.publishing import explain
+from .recipefiles import quantization_arguments
 from .tasks.benchmarks import load_stream
 from .tasks.stream import TaskStream
 from .trainer import PMTrainer
@@ -115,13 +116,8 @@ def build_trainer(recipe: Recipe, cls: type[PMTrainer] = PMTrainer) -> PMTrainer
     loading |= {"dtype": recipe.dtype, "use_safetensors": True}
     if recipe.attn_implementation is not None:
         loading["attn_implementation"] = recipe.attn_implementation
-    if recipe.load_in_4bit or recipe.load_in_8bit:
-        usual = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": "bfloat16"} if recipe.load_in_4bit else {}
-        loading["quantization_config"] = transformers.BitsAndBytesConfig(
-            load_in_4bit=recipe.load_in_4bit,
-            load_in_8bit=recipe.load_in_8bit,
-            **(usual | (recipe.quantization_kwargs or {})),
-        )
+    if arguments := quantization_arguments(vars(recipe)):
+        loading["quantization_config"] = transformers.BitsAndBytesConfig(**arguments)
         loading["device_map"] = {"": recipe.device}
     architecture = ARCHITECTURES[recipe.task_type]
     try:

@@ -16,6 +16,8 @@ from .memory import Choice, Sizes, choice_of, fitting, memory, sizes_of
 from .methods.moments import moment_bytes
 from .methods.parts import Parts
 from .methods.protection import Protection
+from .probe import Seconds, probe_recipe, unknown_because
+from .progress import clock
 from .tasks.encoding import IGNORE_INDEX, Encoder
 from .tasks.rows import StreamRows
 from .weights import adapters
@@ -32,7 +34,9 @@ class Plan(NamedTuple):
     measured of every matrix, and what is kept of the largest one. `protect` says which text is protected, `windows`
     and `protected_tokens` how many of its windows and tokens (at most, where the base generates them) are read forward
     and backward before the first task. `sizes` and `choice` are what the memory of a GPU follows from (`memory.py`);
-    `push` is what the first task sends to the Hub, `shard` the largest file of the base.
+    `push` is what the first task sends to the Hub, `shard` the largest file of the base. `seconds` is the estimate of
+    `probe.py`; `untimed` says why there is none. `released_rows` are scored once more, on the releases of a quantized
+    base.
     """
 
     tasks: list[str]
@@ -59,8 +63,11 @@ class Plan(NamedTuple):
     protected_tokens: int = 0
     push: int = 0
     shard: int = 0
+    released_rows: int = 0
     sizes: Sizes | None = None
     choice: Choice | None = None
+    seconds: Seconds | None = None
+    untimed: str = "`--probe` loads the model, times a few steps, and estimates it"
 
 
 class MethodBytes(NamedTuple):
@@ -96,8 +103,13 @@ def method_bytes(shapes: Mapping[str, Sequence[int]], config: PMConfig) -> Metho
     )
 
 
-def plan_recipe(recipe: Recipe) -> Plan:
+def plan_recipe(recipe: Recipe, probe: bool = False) -> Plan:
     """Read the data and the headers of the base, build the model without weights, and count.
+
+    Args:
+        recipe (`Recipe`): The settings.
+        probe (`bool`, *optional*, defaults to `False`): Load the model, time a few steps, and estimate the time of the
+            whole stream, if that is possible here.
 
     Raises:
         UserError: Whatever in the recipe cannot work; the same checks as before training.
@@ -120,6 +132,11 @@ def plan_recipe(recipe: Recipe) -> Plan:
     shard = max((base.folder / file).stat().st_size for file in base.files)
     sizes = sizes_of(recipe, model, shapes, _predictions(recipe, rows))
     plan = plan._replace(shard=shard, sizes=sizes, choice=choice_of(recipe))
+    if (recipe.load_in_4bit or recipe.load_in_8bit) and recipe.release != "none":
+        plan = plan._replace(released_rows=plan.scored_rows - sum(plan.test_rows))
+    if probe:
+        reason = unknown_because(recipe, base)
+        plan = plan._replace(untimed=reason) if reason else plan._replace(seconds=probe_recipe(recipe))
     if recipe.protect is None:
         return plan
     rank = Parts(recipe.resolved_method(), recipe).cut_rank
@@ -256,6 +273,9 @@ def plan_record(plan: Plan, gpu_memory: int | None = None) -> dict[str, Any]:
     has to change, `None` if no change is enough or the memory is unknown.
     """
     record = {key: value for key, value in plan._asdict().items() if key not in ("sizes", "choice")}
+    record["seconds"] = None if plan.seconds is None else plan.seconds._asdict()
+    if plan.seconds is not None:
+        del record["untimed"]
     found = None if plan.sizes is None else memory(plan.sizes, plan.choice)
     record["memory"] = None if found is None else found._asdict() | {"needed": found.needed()}
     if gpu_memory is not None:
@@ -276,7 +296,8 @@ def format_plan(plan: Plan, gpu_memory: int | None = None) -> str:
     lines = [
         ("tasks", f"{len(plan.tasks)} ({', '.join(plan.tasks)}), {plan.stages} training runs, {plan.steps:,} steps"),
         ("rows", f"{sum(plan.train_rows):,} to train on, {sum(plan.test_rows):,} to score"),
-        ("scores", f"{plan.cells} cells, {plan.scored_rows:,} rows in all"),
+        ("scores", f"{plan.cells} cells, {plan.scored_rows:,} rows in all" + (
+         f"; {plan.released_rows:,} rows more on releases, which are not quantized" if plan.released_rows else "")),
         ("adapted", f"{plan.matrices} matrices, {plan.adapted_weights:,} weights; one adapter {_bytes(plan.adapter)}"),
         ("base", _bytes(plan.base)),
         ("state", f"{_bytes(plan.state)} a file, {plan.state_files} kept; {_bytes(plan.merge_memory)} of memory while "
@@ -285,6 +306,7 @@ def format_plan(plan: Plan, gpu_memory: int | None = None) -> str:
         ("run folder", f"{_bytes(plan.disk)} at the end; {_bytes(plan.free)} free"),
         ("push", f"{_bytes(plan.push)} for the first task; {_pushed_state(plan)}"),
         *_memory_lines(plan),
+        ("time", _time(plan)),
     ]  # fmt: skip
     if plan.protect is not None:
         text = "text of the base, which it generates first" if plan.protect == "self" else "the text"
@@ -297,6 +319,16 @@ def format_plan(plan: Plan, gpu_memory: int | None = None) -> str:
             "`curvature_estimator: factored`, or another `output_dir`."
         )
     return text if gpu_memory is None else f"{text}\n{_verdict(plan, gpu_memory)}"
+
+
+def _time(plan: Plan) -> str:
+    if plan.seconds is None:
+        return f"unknown: {plan.untimed}"
+    parts = ", ".join(f"{name} {clock(value)}" for name, value in plan.seconds._asdict().items())
+    return (
+        f"about {clock(sum(plan.seconds))}: {parts}. Estimated from a few steps on this machine, the longest and the "
+        "shortest rows: a fixed time a step, and a time a token. Loading, merging and writing files come on top"
+    )
 
 
 def _bytes(count: float) -> str:

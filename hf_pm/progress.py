@@ -68,7 +68,7 @@ class StreamProgress(TrainerCallback):
     def _left(self, done: float) -> str:
         """Time left for the whole stream, its measuring and scoring included, at the pace of this process so far."""
         started, before = self._begun
-        return "?" if done <= before else _clock((time.monotonic() - started) * (1 - done) / (done - before))
+        return "?" if done <= before else clock((time.monotonic() - started) * (1 - done) / (done - before))
 
 
 class StreamBar(StreamProgress, ProgressCallback):
@@ -144,12 +144,13 @@ def task_lines(label: str, results: Mapping[str, Any], seconds: float) -> str:
     items = [f"{cut_text(n, 24)} {fixed_text(score)}" for n, score in zip(results["tasks"], scores, strict=False)]
     items.append(f"mean {fixed_text(average_accuracy([scores]))}")
     text = "  ".join(item.replace(" ", "\0") for item in items)  # a score stays on the line of its task
-    head = f"{label}  done in {_clock(seconds)}:  "
+    head = f"{label}  done in {clock(seconds)}:  "
     lines = textwrap.wrap(head + text, WIDTH, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
     return "\n".join(lines).replace("\0", " ")
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """Seconds for people: `2m05s`, `1h07m`."""
     whole = int(seconds)
     if whole >= 3600:
         return f"{whole // 3600}h{whole % 3600 // 60:02d}m"

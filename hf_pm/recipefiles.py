@@ -9,6 +9,7 @@ import math
 import re
 import types
 import typing
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -193,3 +194,14 @@ def coerce(key: str, value: Any, hint: Any) -> Any:
             shown = "something else" if key.endswith("token") else repr(value)
             raise UserError(f"`{key}` must be {rule}, but got {shown}. Correct the recipe or the command line.")
     return value
+
+
+def quantization_arguments(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of `BitsAndBytesConfig` that the keys of a recipe ask for; empty for a base that is not quantized."""
+    if recipe.get("load_in_4bit"):
+        usual = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": "bfloat16"}
+    elif recipe.get("load_in_8bit"):
+        usual = {"load_in_8bit": True}
+    else:
+        return {}
+    return usual | dict(recipe.get("quantization_kwargs") or {})

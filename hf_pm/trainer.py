@@ -221,6 +221,8 @@ class PMTrainerMixin(TaskTraining):
         adapter = self.model.peft_config[adapters.ADAPTER]
         self.run.open(folder, self.rows, adapter, self.task_type, self.parts, self.protection)
         self._before_first = StoredState(None) if self.protection is None else self._protect(folder)
+        if kinds := {kind for layer in self.parts.layers.values() if (kind := adapters.quantized_to(layer))}:
+            self.run.results["quantized"] = ", ".join(sorted(kinds))
         self.run.adopt()
         repo_id = self.hub_model_id if args.push_to_hub else None
         self.outbox = Outbox.prepare(self.run, args, self.processing_class, self.stream, self.task_type, repo_id)
@@ -453,18 +455,24 @@ class PMTrainerMixin(TaskTraining):
 
     def _publish(self, number: int) -> None:
         """Write the release of a task, and let the outbox push it while the next task trains."""
-        if self.sharded:
+        if self.sharded or "quantized" in self.run.results:
             self._publish_together(number)
         else:
             self.outbox.release(number, lambda folder: self.parity.certify_release(number, folder))
         self.outbox.start()
 
+    def _certify(self, number: int, release: Path) -> None:
+        """Compare a release with the live model, and score it where that is another one."""
+        self.parity.certify_release(number, release)
+        if "quantized" in self.run.results:
+            self.parity.score_release(number, release)
+
     def _publish_together(self, number: int) -> None:
-        """The main process writes the release; to load it in shards, it calls the others."""
+        """The main process writes the release; to load it in shards, or to score it, it calls the others."""
         if not self.is_world_process_zero():
             (folder,) = broadcast_object_list([None])
             if folder is not None:
-                self.parity.certify_release(number, Path(folder))
+                self._certify(number, Path(folder))
             return
         called = False
 
@@ -472,7 +480,7 @@ class PMTrainerMixin(TaskTraining):
             nonlocal called
             called = True
             broadcast_object_list([str(folder)])
-            self.parity.certify_release(number, folder)
+            self._certify(number, folder)
 
         try:
             self.outbox.release(number, certify)

@@ -71,7 +71,8 @@ def run(words: list[str], rank: int) -> int:
         base = {name: p for name, p in trainer.model.named_parameters() if ".lora_" not in name}
         shards = {name: p for name, p in base.items() if isinstance(p, DTensor)}
         here = sum((p.to_local() if isinstance(p, DTensor) else p).numel() for p in base.values())
-        told = {"rank": rank, "base": len(base), "sharded": len(shards), "here": here}
+        engine = trainer.accelerator.distributed_type.value
+        told = {"rank": rank, "engine": engine, "base": len(base), "sharded": len(shards), "here": here}
         print("SHARDS", json.dumps(told | {"whole": sum(p.numel() for p in base.values())}), flush=True)
         return go(trainer)
 

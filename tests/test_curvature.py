@@ -13,7 +13,7 @@ from hf_pm import PMTrainer
 from hf_pm.errors import UserError
 from hf_pm.evaluation.answers import Filler
 from hf_pm.methods import curvature
-from hf_pm.methods.curvature import mean_gradient, measure_curvature, row_losses, see_inputs
+from hf_pm.methods.curvature import draw_labels, mean_gradient, measure_curvature, row_losses, see_inputs
 from hf_pm.methods.moments import Moments
 from hf_pm.weights import adapters
 from hf_pm.weights.adapters import attach, base_weight, live_delta, lora_layers
@@ -362,6 +362,9 @@ def quantized_pair(bits: int, tmp_path):
 @pytest.mark.parametrize("bits", [4, 8])
 def test_quantized_base_gives_the_curvature_of_its_dequantized_weights(bits, tmp_path):
     model, plain = quantized_pair(bits, tmp_path)
+    # Also of layers that no row reaches, whose live weights are packed.
+    empty, rows = mean_gradient(model, [])
+    assert rows == 0 and all(empty[n].shape == base_weight(layer).shape for n, layer in lora_layers(plain).items())
     found, expected = measure_curvature(model, causal_batches(2)), measure_curvature(plain, causal_batches(2))
     # int8 layers also round their inputs.
     tolerance = {4: 0.05, 8: 0.3}[bits]
@@ -617,3 +620,14 @@ def test_the_second_head_of_distilbert_is_trained_whole_and_not_adapted():
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad and "lora" not in name}
     assert {name.split(".")[2] for name in trained} == {"classifier", "pre_classifier"}
     adapters.reset(model, 0)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.slow)])
+def test_labels_are_drawn_where_their_probabilities_are(device):
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    expected = torch.tensor([0.2, 0.0, 0.3, 0.5])
+    probabilities = expected.repeat(30_000, 1).to(device)
+    first, again, other = (draw_labels(probabilities, torch.Generator().manual_seed(seed)) for seed in (3, 3, 4))
+    assert first.device.type == device and torch.equal(first, again) and not torch.equal(first, other)
+    assert first.bincount(minlength=4).cpu() / len(first) == pytest.approx(expected, abs=0.015)

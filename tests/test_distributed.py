@@ -6,13 +6,19 @@ import socket
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import yaml
 from safetensors.torch import load_file
-from test_cli import ROOT, environment, recipe  # noqa: F401 - recipe is a fixture
+from test_cli import ROOT, environment, greedy_score, recipe  # noqa: F401 - recipe is a fixture
+from test_launchers import launched_by
+from test_sharding import run_jobs, said
+from transformers import AutoModelForCausalLM
 
+from hf_pm.config import parse_recipe
+from hf_pm.loading import build_trainer
 from hf_pm.runs.recovery import SEAL
 
 
@@ -51,6 +57,55 @@ def test_two_processes_agree_with_one(recipe, tmp_path):  # noqa: F811
         )
         for key, value in first.items():
             assert (second[key] - value).norm() <= 0.05 * value.norm() + 1e-4, key
+
+
+@pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs deepspeed, which no extra installs")
+def test_zero2_ends_where_ddp_does(recipe, tmp_path, monkeypatch):  # noqa: F811
+    """The config that comes with the project, on two ranks: each holds its part of the optimizer's states."""
+    path, values = recipe
+    values |= {"per_device_train_batch_size": 4, "num_train_epochs": 4, "average_tokens_across_devices": True}
+    values |= {"release": "none", "report_examples": 0}
+    path.write_text(yaml.safe_dump(values))
+    with monkeypatch.context() as patch:
+        asked = launched_by("zero2.yaml", patch)
+    zero2 = {name: value for name, value in asked.items() if name.startswith(("ACCELERATE_", "DS_"))}
+    assert zero2["ACCELERATE_DEEPSPEED_ZERO_STAGE"] == "2"
+    zero2 |= {"DS_ACCELERATOR": "cpu"}
+    jobs = [
+        {"name": name, "world": 2, "env": env, "words": ["run", str(path), "--output_dir", str(tmp_path / name)]}
+        for name, env in (("ddp", {}), ("zero2", zero2))
+    ]
+    codes = run_jobs(tmp_path, jobs)
+    assert codes == {"ddp": [0, 0], "zero2": [0, 0]}, said(tmp_path, "zero2")[-4000:]
+    # Both would agree, too, if nobody had asked for DeepSpeed.
+    assert said(tmp_path, "zero2").count('"engine": "DEEPSPEED"') == 2
+    assert "DEEPSPEED" not in said(tmp_path, "ddp")
+    ddp, other = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("ddp", "zero2"))
+    assert other["matrix"] == ddp["matrix"]
+    assert other["coefficients"] == pytest.approx(ddp["coefficients"], abs=1e-5)
+    for task in ("01-colour", "02-mood"):
+        file = f"tasks/{task}/adapter/adapter_model.safetensors"
+        first, second = load_file(tmp_path / "ddp" / file), load_file(tmp_path / "zero2" / file)
+        assert first.keys() == second.keys()
+        for key, value in first.items():
+            assert (second[key] - value).abs().max() < 1e-5, key
+
+
+def test_two_ranks_score_the_release_of_a_quantized_base(recipe, tmp_path):  # noqa: F811
+    """Each scores its share of the rows on a copy of the release; the scores are those of plain transformers."""
+    pytest.importorskip("bitsandbytes", reason="needs the quantization extra")
+    path, values = recipe
+    path.write_text(yaml.safe_dump(values | {"num_train_epochs": 12, "load_in_4bit": True}))
+    words = ["--quantization_kwargs", "{bnb_4bit_compute_dtype: float32}", "--per_device_train_batch_size", "4"]
+    job = {"name": "four", "world": 2, "words": ["run", str(path), "--output_dir", str(tmp_path / "four"), *words]}
+    assert run_jobs(tmp_path, [job]) == {"four": [0, 0]}, said(tmp_path, "four")[-4000:]
+    results = json.loads((tmp_path / "four" / "results.json").read_text())
+    rows = build_trainer(parse_recipe(path, words)).rows.test
+    for number, record in enumerate(results["per_task"], start=1):
+        (release,) = (tmp_path / "four" / "releases").glob(f"task-{number:02d}-*")
+        model = AutoModelForCausalLM.from_pretrained(release)
+        assert record["released"]["scores"] == [greedy_score(model, split) for split in rows[:number]]
+    assert results["matrix"] != [record["released"]["scores"] for record in results["per_task"]]
 
 
 def run_stream(path, tmp_path, folder, processes, *words):

@@ -31,8 +31,8 @@ PACKAGE = ROOT / "hf_pm"
 # Lowest first: a wing (a folder, or a module at the top) may import those before it, never those after it.
 WINGS = [
     *("errors", "metrics", "store", "weights", "tasks", "evaluation", "methods", "recipefiles", "config", "report"),
-    *("hub", "runs", "progress", "training", "trainer", "trl", "loading", "memory", "plan", "newrecipe", "completion"),
-    "cli",
+    *("hub", "runs", "progress", "training", "trainer", "trl", "loading", "memory", "probe", "plan", "newrecipe"),
+    *("completion", "cli"),
 ]
 # Modules that must load in a moment, and on a machine without models.
 FREE_OF_TRANSFORMERS = {

@@ -433,6 +433,18 @@ def test_a_recipe_names_parameters_ranks_and_scales():
             {"load_in_4bit": True, "quantization_kwargs": {"bnb_4bit_quant_type": "int4"}},
             "`bnb_4bit_quant_type` 'int4'",
         ),
+        (
+            {"load_in_8bit": True, "quantization_kwargs": {"llm_int8_skip_modules": "lm_head"}},
+            "`llm_int8_skip_modules` must be a list of names of modules, but got 'lm_head'",
+        ),
+        (
+            {"load_in_8bit": True, "quantization_kwargs": {"llm_int8_threshold": -1}},
+            "`llm_int8_threshold` must be a number of at least 0, but got -1",
+        ),
+        (
+            {"load_in_4bit": True, "quantization_kwargs": {"bnb_4bit_use_double_quant": "nested"}},
+            "`bnb_4bit_use_double_quant` must be true or false, but got 'nested'",
+        ),
     ],
 )
 def test_recipes_that_say_it_wrongly_are_refused(keys, message):

@@ -481,6 +481,11 @@ def test_how_live_weights_come_from_the_sum_is_said(tmp_path):
 QUANTISED = {
     "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.float32},
     "nf4, twice": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
+    "nf4, stored as bfloat16": {
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_quant_storage": torch.bfloat16,
+    },
     "int8": {"load_in_8bit": True},
 }
 
@@ -499,7 +504,8 @@ def numbers(layer):
     if state is None:  # int8 keeps its scales with the weight until it is used, then with the layer
         return [layer.weight.data, layer.state.SCB if layer.weight.SCB is None else layer.weight.SCB]
     nested = [state.state2.absmax, state.offset] if state.nested else []
-    return [layer.weight.data, state.absmax, torch.empty(0, dtype=state.dtype), *nested]
+    packed = layer.weight.data.view(torch.uint8)  # as a float, some of the packed bytes are NaN
+    return [packed, state.absmax, torch.empty(0, dtype=state.dtype), *nested]
 
 
 def equal(some, others):

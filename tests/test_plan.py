@@ -12,6 +12,8 @@ import torch
 import yaml
 from accelerate import init_empty_weights
 from conftest import COLOUR, MOOD, build, rows
+from hypothesis import given
+from hypothesis import strategies as st
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -21,8 +23,10 @@ from hf_pm.config import Recipe
 from hf_pm.errors import UserError
 from hf_pm.loading import build_trainer
 from hf_pm.plan import format_plan, plan_recipe
+from hf_pm.probe import line_through, padded, unknown_because
 from hf_pm.store.ledger import write_json
 from hf_pm.weights import adapters
+from hf_pm.weights.bases import BaseCheckpoint
 
 
 @pytest.fixture
@@ -104,6 +108,99 @@ def test_command_line(recipe, tmp_path, capsys, monkeypatch):
     assert "The disk is too small" in capsys.readouterr().out
     assert main(["plan", str(tmp_path / "recipe.yaml"), "--lora_target_modules", "nothing"]) == 2
     assert "nothing" in capsys.readouterr().err
+
+
+# ---- Time -----------------------------------------------------------------------------------------------------------
+
+
+@given(
+    fixed=st.floats(0, 10), each=st.floats(0, 1), few=st.integers(1, 1000), more=st.integers(1, 1000),
+    steps=st.integers(0, 100), tokens=st.integers(0, 10**6),
+)  # fmt: skip
+def test_a_line_gives_back_what_it_was_drawn_through(fixed, each, few, more, steps, tokens):
+    many = few + more
+    line = line_through((few, fixed + each * few), (many, fixed + each * many))
+    assert line.total(steps, tokens) == pytest.approx(fixed * steps + each * tokens, rel=1e-6, abs=1e-6 * (1 + tokens))
+
+
+@pytest.mark.parametrize(
+    ("few", "many", "line"),
+    [
+        ((10, 2.0), (20, 1.0), (2.0, 0.0)),  # a larger batch cannot be faster: it was the machine
+        ((10, 1.0), (10, 3.0), (3.0, 0.0)),  # rows of one length
+        ((10, 1.0), (20, 4.0), (0.0, 0.2)),  # nothing begins below zero
+    ],
+)
+def test_a_line_has_no_negative_part(few, many, line):
+    assert line_through(few, many) == pytest.approx(line)
+
+
+def test_padded_tokens_are_those_of_the_batches():
+    assert padded([3, 5, 2, 9, 1], 2) == (3, 2 * 5 + 2 * 9 + 1)
+
+
+class Ticks:
+    """A clock that only the model moves: a second a forward pass, and a hundredth for each token of it."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def watch(self, module, args, kwargs):
+        self.now += 1 + kwargs["input_ids"].numel() / 100
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [{}, pytest.param({"method": "ewc", "gradient_accumulation_steps": 2}, marks=pytest.mark.slow)],
+    ids=["pm", "penalty"],
+)
+def test_the_probe_predicts_a_run_that_costs_what_it_assumes(recipe, tmp_path, monkeypatch, overrides):
+    clock = Ticks()
+    monkeypatch.setattr("hf_pm.probe.time.monotonic", lambda: clock.now)
+    build_real = build_trainer
+
+    def built(recipe):
+        trainer = build_real(recipe)
+        trainer.model.get_base_model().register_forward_pre_hook(clock.watch, with_kwargs=True)
+        return trainer
+
+    monkeypatch.setattr("hf_pm.probe.build_trainer", built)
+    keys = {"release": "none", "report_examples": 0, **overrides}
+    plan = plan_recipe(recipe(**keys), probe=True)
+    assert not (tmp_path / "run").exists()
+    trainer = built(recipe(**keys))
+    spent = {}
+
+    def timed(stage, real):
+        def run(*args):
+            before = clock.now
+            found = real(*args)
+            spent[stage] = spent.get(stage, 0) + clock.now - before
+            return found
+
+        monkeypatch.setattr(trainer, stage, run)
+
+    timed("_train", trainer._train)
+    timed("_measure", trainer._measure)
+    clock.now = 0.0
+    results = trainer.train_stream()
+    assert len(results["matrix"]) == 2
+    assert plan.seconds.training == pytest.approx(spent["_train"], rel=0.03)
+    assert plan.seconds.curvature == pytest.approx(spent["_measure"], rel=0.03)
+    # The certificate and the first check of the layers are forward passes, too.
+    assert plan.seconds.scoring == pytest.approx(clock.now - sum(spent.values()), rel=0.15)
+    assert "time        about " in format_plan(plan)
+
+
+def test_time_is_unknown_where_the_weights_are_not(recipe, tmp_path):
+    assert "unknown: `--probe` loads the model" in format_plan(plan_recipe(recipe()))
+    path = tmp_path / "model" / "model.safetensors"
+    size = path.stat().st_size
+    header = path.read_bytes()[: 8 + int.from_bytes(path.read_bytes()[:8], "little")]
+    path.write_bytes(header)
+    os.truncate(path, size)
+    reason = unknown_because(recipe(), BaseCheckpoint(tmp_path / "model"))
+    assert reason.endswith("hold no weights")
 
 
 # ---- Memory of a GPU ------------------------------------------------------------------------------------------------
@@ -251,7 +348,8 @@ def test_llama_8b_fits_by_its_own_numbers(recipe, tokenizer, tmp_path, name, gpu
     path = Path(__file__).parent.parent / "recipes" / "llama-3.1-8b" / "olora-order1" / f"{name}.yaml"
     values = yaml.safe_load(path.read_text()) | {"model_name_or_path": str(tmp_path / "8b"), "use_cpu": True}
     del values["stream"]
-    plan = plan_recipe(Recipe(**values | {"tasks": recipe().tasks, "output_dir": str(tmp_path / "run")}))
+    plan = plan_recipe(Recipe(**values | {"tasks": recipe().tasks, "output_dir": str(tmp_path / "run")}), True)
+    assert plan.seconds is None and plan.untimed.endswith("hold no weights")
     assert plan.base == pytest.approx(16.06e9, rel=0.001)  # what Llama-3.1-8B takes on the Hub
     found = counted.memory(plan.sizes, plan.choice)
     assert found.weights == pytest.approx(16.06e9 if name == "pm-bf16" else 6.03e9, rel=0.01)

@@ -58,6 +58,22 @@ def test_heat_map_has_each_score_and_interval_in_its_row_and_column(page):
     assert "95 % interval over the test rows (recorded with the score)" in page.visible
 
 
+def test_scores_of_quantized_models_and_of_their_releases_stand_apart(full):
+    assert "quantized" not in Page(render_report(full)).visible
+    page = Page(render_report(full | {"quantized": "nf4"}))
+    assert "whose weights are quantized to nf4, as they were trained. The releases hold" in page.visible
+    assert len(page.root.all("table", "heat")) == 1
+    full["per_task"] = [{"name": name} for name in full["tasks"]]
+    for place, row in {0: [0.85], 2: [0.7, 0.8, None]}.items():  # there was no memory for the second release
+        full["per_task"][place]["released"] = {"dtype": "bfloat16", "scores": row}
+    page = Page(render_report(full | {"quantized": "nf4"}))
+    assert "Scores of the releases, in bfloat16, as plain transformers loads them" in page.visible
+    assert "which were not scored" not in page.visible
+    _, second = page.root.all("table", "heat")
+    rows = [[cell.text.strip() for cell in row.all("td")] for row in second.all("tr")[1:]]
+    assert rows == [["0.850", "–", "–", "0.850"], ["–", "–", "–", "–"], ["0.700", "0.800", "–", "–"]]
+
+
 def test_without_recorded_intervals_shares_get_wilsons(full):
     del full["cells"]
     page = Page(render_report(full))

@@ -26,7 +26,7 @@ from hf_pm.methods.contract import Perturbation
 from hf_pm.methods.perturbation import Gaussian
 from hf_pm.metrics import continual as cl_metrics
 from hf_pm.runs.doctor import examine
-from hf_pm.store.ledger import Ledger
+from hf_pm.store.ledger import Ledger, write_json
 from hf_pm.store.tensorfiles import overwrite
 from hf_pm.weights.adapters import StoredAdapter, lora_layers
 from hf_pm.weights.folding import Folder
@@ -682,8 +682,13 @@ def test_four_bit_base_is_quantized_once_from_the_full_precision_sum(model, stre
     released = load_file(release / "model.safetensors")
     name, stored = next(iter(trainer.run.folder.names.items()))
     assert torch.equal(released[stored], trainer.run.folder.merged(name))
-    # The card says which of the two models its scores are of.
-    assert (
-        "scores of the model with its weights quantized to nf4, as it was trained"
-        in (release / "README.md").read_text()
-    )
+    # The card says which of the two models its scores are of; and which they are without those of the release.
+    card = (release / "README.md").read_text()
+    assert "These are scores of the weights that were released after each task, in float32, loaded as above." in card
+    assert "The model was trained with its weights quantized to nf4." in card
+    for record in results["per_task"]:
+        del record["released"]
+    write_json(Path(args.output_dir) / "results.json", results)
+    card = trainer.outbox.releases.card(2, "merged", None).render()
+    assert "scores of the model with its weights quantized to nf4, as it was trained" in card
+    assert "which were not scored" in card and "loaded as above." not in card

@@ -103,13 +103,13 @@ def exact_matches(
         batches (`Iterable[Mapping]`): Model inputs with `labels` (-100 outside the answer), on the model's device.
         autocast (`Callable`, *optional*): Context manager factory for the forward pass.
     """
-    verdicts: list[bool] = []
+    found: list[torch.Tensor] = []
     with evaluating(model):
         for batch in batches:
             with autocast():
                 logits, targets = predict(model, batch)
-            verdicts += ((logits.argmax(-1) == targets) | (targets == IGNORE_INDEX)).all(1).tolist()
-    return verdicts
+            found.append(((logits.argmax(-1) == targets) | (targets == IGNORE_INDEX)).all(1))
+    return _listed(found)
 
 
 @torch.no_grad()
@@ -121,13 +121,18 @@ def correct_classes(
     autocast: Callable[[], Any] = nullcontext,
 ) -> list[bool]:
     """Whether a classification head's best class among the task's first `num_classes` is the label of each row."""
-    verdicts: list[bool] = []
+    found: list[torch.Tensor] = []
     with evaluating(model):
         for batch in batches:
             with autocast():
                 logits, targets = predict(model, batch)
-            verdicts += (logits[:, :num_classes].argmax(-1) == targets).tolist()
-    return verdicts
+            found.append(logits[:, :num_classes].argmax(-1) == targets)
+    return _listed(found)
+
+
+def _listed(found: Sequence[torch.Tensor]) -> list[bool]:
+    """Verdicts of all batches, which stay on the device until the last: no batch waits for the one before."""
+    return torch.cat(list(found)).tolist() if found else []
 
 
 def _plain(model: nn.Module) -> nn.Module:
@@ -310,12 +315,12 @@ def option_log_likelihoods(
     targets = torch.full((len(options), max(map(len, options))), IGNORE_INDEX)
     for row, option in zip(targets, options, strict=True):
         row[: len(option)] = torch.tensor(option)
-    found = [torch.empty(0, len(options))]
+    found: list[torch.Tensor] = []
     with evaluating(model):
         for batch in batches:
             with autocast():
-                found.append(score(inner, batch, targets.to(batch["input_ids"].device), pad_token_id).cpu())
-    return torch.cat(found)
+                found.append(score(inner, batch, targets.to(batch["input_ids"].device), pad_token_id))
+    return torch.cat(found).cpu() if found else torch.empty(0, len(options))
 
 
 def _log_likelihoods(logits: torch.Tensor, targets: torch.Tensor, rows: int) -> torch.Tensor:

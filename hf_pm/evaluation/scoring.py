@@ -1,12 +1,14 @@
 """Scores of the live merged model on the rows of a stream."""
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from datasets import Dataset
+from torch import nn
 
 from ..errors import UserError
 from ..metrics.continual import bootstrap_interval
@@ -91,14 +93,19 @@ class Scorer:
         trainer (`PMTrainerMixin`): Gives the model, this rank's batches and the accelerator.
         rows (`StreamRows`): The test rows.
         path (`Path`, *optional*): File of the cells scored so far. Every rank reads it, the main process writes it.
+        model (`nn.Module`, *optional*): Scored in the place of the live model, without the run's autocast: a release
+            as its user has it.
 
     Attributes:
         state_key (`str`, *optional*): Names the live weights. With one, a cell that was scored on the same weights,
             data and metric before is not scored again; without, nothing is remembered.
     """
 
-    def __init__(self, trainer: Any, rows: StreamRows, path: Path | None = None) -> None:
+    def __init__(
+        self, trainer: Any, rows: StreamRows, path: Path | None = None, model: nn.Module | None = None
+    ) -> None:
         self.trainer = trainer
+        self._model = model
         self.rows = rows
         self.path = path
         self.state_key: str | None = None
@@ -106,6 +113,16 @@ class Scorer:
         self._cells: dict[str, dict[str, Any]] = {}
         if path is not None and path.is_file():
             self._cells = read_json(path)["cells"]
+
+    @property
+    def model(self) -> nn.Module:
+        """The model that is scored."""
+        return self.trainer.model if self._model is None else self._model
+
+    @property
+    def autocast(self) -> Callable[[], Any]:
+        """Context manager factory for its forward passes."""
+        return self.trainer.accelerator.autocast if self._model is None else nullcontext
 
     def score(self, task_index: int) -> float:
         """The score of [`score_task`] alone."""
@@ -116,7 +133,7 @@ class Scorer:
         cell = self.cached(task_index)
         if cell is None:
             started = time.monotonic()
-            scores = self._gather(self._share_of_scores(task_index), len(self.rows.test[task_index]))
+            scores = self.gather(task_index, self.share(task_index))
             cell = Cell(
                 score=sum(scores) / len(scores),
                 interval=bootstrap_interval(scores),
@@ -160,9 +177,9 @@ class Scorer:
 
     # ---- Scores of rows -----------------------------------------------------------------------------------------
 
-    def _gather(self, share: list[float], total: int) -> list[float]:
+    def gather(self, task_index: int, share: list[float]) -> list[float]:
         """Scores of all rows in their order, from this rank's: rank r of W has rows r, r + W, ..."""
-        accelerator = self.trainer.accelerator
+        accelerator, total = self.trainer.accelerator, len(self.rows.test[task_index])
         world = accelerator.num_processes
         if world == 1:
             return share
@@ -171,18 +188,18 @@ class Scorer:
         padded[: len(share)] = torch.tensor(share, dtype=torch.float64)
         return accelerator.gather(padded).view(world, longest).T.flatten()[:total].tolist()
 
-    def _share_of_scores(self, task_index: int) -> list[float]:
-        """Scores of this rank's rows."""
+    def share(self, task_index: int) -> list[float]:
+        """Scores of this rank's rows; asks no other rank for anything."""
         trainer, task, metric = self.trainer, self.rows.stream[task_index], self.metrics[task_index]
-        autocast = trainer.accelerator.autocast
+        model, autocast = self.model, self.autocast
         mine = range(trainer.args.process_index, len(self.rows.test[task_index]), trainer.args.world_size)
         # What comes after this rank's rows are those of fillers (see `PMTrainerMixin.batches`).
         if trainer.task_type == "SEQ_CLS":
-            right = correct_classes(trainer.model, self._batches(task_index), len(task.options), autocast=autocast)
+            right = correct_classes(model, self._batches(task_index), len(task.options), autocast=autocast)
             return [float(verdict) for verdict in right[: len(mine)]]
         needs = TASK_METRICS[metric].needs
         if needs == "teacher_forced":
-            right = exact_matches(trainer.model, self._batches(task_index), autocast=autocast)
+            right = exact_matches(model, self._batches(task_index), autocast=autocast)
             return [float(verdict) for verdict in right[: len(mine)]]
         rows = self.rows.test_rows[task_index].select(mine)
         if needs == "options":
@@ -226,21 +243,16 @@ class Scorer:
     @torch.no_grad()
     def _best_classes(self, batch: Any, num_classes: int) -> list[int]:
         """The best class of each row among a task's own."""
-        with evaluating(self.trainer.model), self.trainer.accelerator.autocast():
-            logits, _ = predict(self.trainer.model, batch)
+        with evaluating(self.model), self.autocast():
+            logits, _ = predict(self.model, batch)
         return logits[:, :num_classes].argmax(-1).tolist()
 
     def _best_options(self, task_index: int, batches: Iterable[Any]) -> list[str]:
         """The option with the largest likelihood of each row."""
         trainer, task, metric = self.trainer, self.rows.stream[task_index], self.metrics[task_index]
         options = self._option_tokens(task_index)
-        sums = option_log_likelihoods(
-            trainer.model,
-            batches,
-            options,
-            trainer.encoder.tokenizer.pad_token_id,
-            autocast=trainer.accelerator.autocast,
-        )
+        pad_token_id = trainer.encoder.tokenizer.pad_token_id
+        sums = option_log_likelihoods(self.model, batches, options, pad_token_id, autocast=self.autocast)
         if metric == "accuracy_normalized":
             sums = sums / torch.tensor([len(option) for option in options])
         return [task.options[best] for best in sums.argmax(1).tolist()]
@@ -266,15 +278,15 @@ class Scorer:
 
     def _generated(self, task_index: int, batches: Iterable[Any], more: int = 0) -> list[str]:
         """The greedy answer to each row, cut at the length of the longest reference and `more` tokens."""
-        trainer, tokenizer = self.trainer, self.trainer.encoder.tokenizer
+        tokenizer = self.trainer.encoder.tokenizer
         labels = [_answer(labels) for labels in self.rows.test[task_index]["labels"]]
         return generate_answers(
-            trainer.model,
+            self.model,
             batches,
             tokenizer,
             TASK_METRICS[self.metrics[task_index]].max_new_tokens or max(map(len, labels)) + more,
             stops=stop_tokens(tokenizer, labels),
-            autocast=trainer.accelerator.autocast,
+            autocast=self.autocast,
         )
 
 

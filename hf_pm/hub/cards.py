@@ -13,9 +13,10 @@ from huggingface_hub.utils import validate_repo_id
 from jinja2 import Environment, StrictUndefined, Template
 
 from ..errors import UserError
-from ..metrics.continual import FORMULAS
+from ..metrics.continual import FORMULAS, summarize
+from ..recipefiles import quantization_arguments
 from ..store.hub_metadata import LICENSES, is_hub_id, last_part
-from ..store.results import METRICS, metric_of, record_of
+from ..store.results import METRICS, as_record, metric_of, quantized_of, record_of, released_of
 
 
 METHOD_NAMES = {"pm": "Perturb-and-Merge"}
@@ -192,7 +193,9 @@ class Card:
     def metadata(self) -> ModelCardData:
         """The front matter, with every score after this task as `model-index`."""
         method_tags = ["perturb-and-merge"] if self.results["method"] == "pm" else []
-        scores = zip(self.seen, self.results["matrix"][self.task_number - 1], strict=True)
+        # Of what the repository holds; the matrix may be that of models whose weights are quantized.
+        row = released_of(self.results).get(self.task_number) or self.results["matrix"][self.task_number - 1]
+        scores = zip(self.seen, row, strict=True)
         return ModelCardData(
             base_model=self.base_model,
             # A relation says nothing without the model it relates to.
@@ -227,6 +230,11 @@ class Card:
         metrics = {"average_accuracy": _mean(rows[-1])}
         if number == len(results["matrix"]):
             metrics = {**results["metrics"], **metrics}
+        released = released_of(results) if number in released_of(results) else {}
+        stages = [released.get(step, [None] * step) for step in range(1, number + 1)]
+        ours = {"average_accuracy": _mean(released[number])} if released else {}
+        if len(released) == number == len(results["matrix"]) and not any(None in row for row in stages):
+            ours = summarize(stages, [], counts=results.get("eval_samples")) | ours
         recipe = None
         if self.recipe:
             recipe = yaml.safe_dump(public(self.recipe), sort_keys=False, allow_unicode=True, width=100).rstrip()
@@ -244,7 +252,10 @@ class Card:
             auto_class=AUTO_CLASSES.get(self.pipeline_tag, ""),
             metric=", ".join(dict.fromkeys(str(metric_of(results, j)) for j in range(number))),
             # A row of the triangle is shorter than the table: the tasks that were still to come stay blank.
-            rows=[(t, row + [""] * (number - t), _mean(row)) for t, row in enumerate(rows, start=1)],
+            rows=_table(rows),
+            released=_table(stages) if released else [],
+            dtype=_dtype_of(results) if released else None,
+            arguments=quantization_arguments(self.recipe or {}),
             base_row=base_row,
             base_mean=_mean(base_row),
             alphas=self._alphas(),
@@ -253,10 +264,15 @@ class Card:
             alpha_rule=ALPHA.get(self.merge or "", None),
             protect=results["protect"] if isinstance(results.get("protect"), Mapping) else None,
             parity=_parity([record_of(results, "per_task", j).get("parity") for j in range(number)], seen),
-            quantized=_quantized(record_of(results, "per_task", number - 1).get("parity")),
+            quantized=quantized_of(results),
             picture=PICTURE if self.picture else None,
             metrics=[
-                (METRICS.get(key, (key.replace("_", " ").capitalize(),))[0], FORMULAS.get(key, ""), value)
+                (
+                    METRICS.get(key, (key.replace("_", " ").capitalize(),))[0],
+                    FORMULAS.get(key, ""),
+                    value,
+                    ours.get(key),
+                )
                 for key, value in metrics.items()
                 if key == "average_accuracy" or value is not None
             ],
@@ -364,10 +380,15 @@ def public(value: Any) -> Any:
     return last_part(text) if _LOCAL_PATH.match(text) else text
 
 
-def _quantized(parity: Any) -> str | None:
-    """The form that the scored weights were quantized to; `None` if they were not."""
-    policy = parity.get("policy") if isinstance(parity, Mapping) else None
-    return policy.partition("quantized once to ")[2].split(";")[0] or None if isinstance(policy, str) else None
+def _table(rows: Sequence[Sequence[float | None]]) -> list[tuple[int, list[Any], float | None]]:
+    """Rows of the triangle, filled up with blanks for the tasks that were still to come, and their means."""
+    return [(t, list(row) + [""] * (len(rows) - t), _mean(row)) for t, row in enumerate(rows, start=1)]
+
+
+def _dtype_of(results: Mapping[str, Any]) -> Any:
+    """Dtype in which the newest release was scored."""
+    newest = record_of(results, "per_task", len(results["per_task"]) - 1)
+    return as_record(newest.get("released")).get("dtype")
 
 
 def _parity(records: Sequence[Any], seen: Sequence[str]) -> tuple[list[str], list[list[str]]]:
@@ -408,7 +429,7 @@ def _template() -> Template:
     environment = Environment(
         trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, undefined=StrictUndefined
     )
-    environment.filters |= {"md": _markdown, "score": _score, "number": _number}
+    environment.filters |= {"md": _markdown, "score": _score, "number": _number, "literal": repr}
     return environment.from_string((files(__package__) / "templates" / "model_card.md.jinja").read_text("utf-8"))
 
 

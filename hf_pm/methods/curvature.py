@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 
 import torch
 from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -83,11 +84,22 @@ def row_losses(
     chosen = chosen if chosen.dtype == torch.float64 else chosen.float()
     if generator is not None:
         # Where logits are not finite, neither is the loss, which names the row; any label will do.
-        probabilities = chosen.detach().softmax(-1).nan_to_num(nan=1.0).cpu()
-        wanted = torch.multinomial(probabilities, 1, generator=generator)[:, 0].to(chosen.device)
+        wanted = draw_labels(chosen.detach().softmax(-1).nan_to_num(nan=1.0), generator)
     losses = nn.functional.cross_entropy(chosen, wanted, reduction="none")
     rows = torch.arange(len(targets), device=targets.device)[:, None].expand_as(targets)[mask]
     return torch.zeros(len(targets), device=losses.device, dtype=losses.dtype).index_add(0, rows, losses), mask.sum(1)
+
+
+def draw_labels(probabilities: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """A label for each row of `probabilities` (rows, labels), drawn where these are.
+
+    On another device than the generator's, a generator of that device takes its seed from it, so that one number
+    travels and not the whole vocabulary. Its draws are others than those of the CPU.
+    """
+    if probabilities.device != generator.device:
+        seed = int(torch.randint(2**62, (), generator=generator))
+        generator = torch.Generator(probabilities.device).manual_seed(seed)
+    return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
 
 
 def measure_curvature(
@@ -143,18 +155,18 @@ def measure_curvature(
             squares_of_factors |= {f"{name}.A": torch.zeros_like(update.A), f"{name}.B": torch.zeros_like(update.B)}
         collectors.append((partial(_add_factor_squares, live), squares_of_factors, power))
     for gradients in _row_gradients(model, batches, collectors, generator, autocast, task_name, power, moments):
-        weights = gradients.weights.double().cpu()
-        values = {name: value.double().cpu() for name, value in gradients.slopes.items()}
-        for name, value in values.items():
+        # One copy a batch, whatever the number of layers; widened to float64 on the host.
+        weights, *values = _on_host([gradients.weights, *gradients.slopes.values()])
+        for name, value in zip(gradients.slopes, values, strict=True):
             slopes[name] = slopes.get(name, 0.0) + (weights * value.square()).sum()
-        together += (weights * sum(values.values(), torch.zeros_like(weights)).square()).sum()
+        together += (weights * sum(values, torch.zeros_like(weights)).square()).sum()
         rows = gradients.last_row
     if collect is not None:
         # A layer that no row reaches (an expert, an empty share of a rank) has no curvature, which is not the same as
         # an unknown one.
         for name, layer in lora_layers(model).items():
             if name not in curvature:
-                curvature[name] = _nothing(base_weight(layer), estimator)
+                curvature[name] = _nothing(layer, estimator)
     if gradient:
         _add_missing(model, sums)
     for name, square in (*curvature.items(), *squares_of_factors.items()):
@@ -165,6 +177,12 @@ def measure_curvature(
             )
     by_matrix = {name: float(value) for name, value in slopes.items()}
     return Measurement(curvature, by_matrix, float(together), rows, sums, squares_of_factors)
+
+
+def _on_host(values: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+    """Tensors of one shape as float64 on the CPU."""
+    # The layers of a model may be on several devices.
+    return torch.stack([value.to(values[0].device) for value in values]).cpu().double().unbind()
 
 
 def check_layers(model: PeftModel, batch: Mapping[str, Any], inputs: bool = False) -> None:
@@ -323,7 +341,7 @@ def _row_gradients(
         if not out.requires_grad:
             return out
         # Summed up in the backward pass, which comes by once, also where checkpointing runs the forward pass twice.
-        mask = padding.mask(name, args[0]) if leads else None
+        real = padding.real(name, args[0]) if leads else None
 
         def on_gradient(gradient: torch.Tensor, inputs: torch.Tensor) -> None:
             d = by_row(name, gradient)
@@ -334,7 +352,7 @@ def _row_gradients(
             if moments is not None and moments.sees_gradients:
                 moments.add_gradients(name, x, d, weights)
             if leads:
-                moments.add_input(name, _real_tokens(x, mask))
+                moments.add_input(name, _real_tokens(x, real))
 
         return _Watched.apply(out, args[0].detach(), on_gradient)
 
@@ -475,7 +493,7 @@ def see_inputs(
     def on_output(name: str, module: nn.Module, args: tuple[torch.Tensor, ...], out: Any) -> None:
         if not counts_for_nothing and moments.leads(name, args[0]):
             x = _by_row(name, args[0], rows, lengths, experts)
-            moments.add_input(name, _real_tokens(x, padding.mask(name, args[0])))
+            moments.add_input(name, _real_tokens(x, padding.real(name, args[0])))
 
     def on_product(name: str, x: torch.Tensor, out: torch.Tensor) -> None:
         if not counts_for_nothing and moments.leads(name, x):
@@ -516,6 +534,20 @@ def _lengths(batch: Mapping[str, Any]) -> set[int]:
     return {batch[key].shape[1] for key in ("input_ids", "labels") if batch[key].ndim == 2}
 
 
+class _Real(NamedTuple):
+    """Tokens that are no padding: `shape` of the batch (rows, positions), and their `places` in it, row after row.
+
+    A mask would be counted on the device by every layer that is read with it, and the host would wait each time.
+    """
+
+    shape: torch.Size
+    places: torch.Tensor
+
+    @classmethod
+    def of(cls, mask: torch.Tensor | None) -> "_Real | None":
+        return None if mask is None else cls(mask.shape, mask.flatten().nonzero()[:, 0])
+
+
 class _Padding:
     """Which tokens of what a layer reads are no padding, of the encoder, the decoder or the only stack.
 
@@ -540,17 +572,17 @@ class _Padding:
         self._encoded.clear()
         given = batch.get("attention_mask")
         given = None if given is None or bool(given.all()) else given.bool()
-        self._real = (given, batch["labels"] != IGNORE_INDEX) if self._two_stacks else (None, given)
+        masks = (given, batch["labels"] != IGNORE_INDEX) if self._two_stacks else (None, given)
+        self._real = [_Real.of(mask) for mask in masks]
 
-    def mask(self, name: str, inputs: torch.Tensor) -> torch.Tensor | None:
-        """Which tokens of `inputs`, which the layer `name` reads just now, are real, (rows, positions); `None` if all
-        are."""
+    def real(self, name: str, inputs: torch.Tensor) -> _Real | None:
+        """Which tokens of `inputs`, which the layer `name` reads just now, are real; `None` if all are."""
         return self._real[0] if name in self._of_encoder or inputs.data_ptr() in self._encoded else self._real[1]
 
 
-def _real_tokens(x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+def _real_tokens(x: torch.Tensor, real: _Real | None) -> torch.Tensor:
     """x (rows, tokens, features) as (real tokens, features)."""
-    return x[mask] if mask is not None and x.shape[:2] == mask.shape else x.flatten(0, 1)
+    return x.flatten(0, 1)[real.places] if real is not None and x.shape[:2] == real.shape else x.flatten(0, 1)
 
 
 def _routed(x: torch.Tensor) -> torch.Tensor:
@@ -561,8 +593,7 @@ def _routed(x: torch.Tensor) -> torch.Tensor:
 def _add_squares(totals, name, x, d, weights, transposed) -> None:  # noqa: ANN001
     """totals[name] += sum over rows of w_n * G_n^2, a chunk of the matrix at a time."""
     if x is None:  # experts: d is G of the only row
-        total = totals.setdefault(name, torch.zeros_like(d))
-        total.addcmul_(d, d, value=float(weights))
+        totals.setdefault(name, torch.zeros_like(d)).addcmul_(d * weights, d)
         return
     # The root of the weight goes into d, the smaller of the factors: no number has to come back from the device.
     d = d * weights.sqrt()[:, None, None]
@@ -584,7 +615,7 @@ def _add_sums(totals, name, x, d, weights, transposed) -> None:  # noqa: ANN001
     sum_j G_ij^2 = sum_t D_ti (X X' D)_ti, and likewise for the columns, take 2 * T^2 * (out + in).
     """
     if x is None:
-        squared = d.square().mul_(float(weights))
+        squared = d.square().mul_(weights)
         rows, cols = squared.sum(-1), squared.sum(-2)
     else:
         left, right = (x, d) if transposed else (d, x)
@@ -702,11 +733,12 @@ def _add_missing(model: PeftModel, gradients: dict[str, torch.Tensor]) -> None:
     """No gradient where no row came by: ranks add up the same matrices, whatever rows they have."""
     for name, layer in lora_layers(model).items():
         if name not in gradients:
-            gradients[name] = torch.zeros(base_weight(layer).shape, device=base_weight(layer).device)
+            gradients[name] = _nothing(layer, "diagonal")
 
 
-def _nothing(weight: torch.Tensor, estimator: str) -> Curvature:
+def _nothing(layer: LoraLayer, estimator: str) -> Curvature:
+    # The update has the shape of the weight before quantization; the live one is packed.
+    shape, device = live_update(layer, 1.0).shape(), base_weight(layer).device
     if estimator == "diagonal":
-        return torch.zeros(weight.shape, device=weight.device)
-    shapes = weight.shape[:-1], (*weight.shape[:-2], weight.shape[-1])
-    return Factored(*(torch.zeros(shape, device=weight.device) for shape in shapes))
+        return torch.zeros(shape, device=device)
+    return Factored(*(torch.zeros(side, device=device) for side in (shape[:-1], (*shape[:-2], shape[-1]))))

@@ -141,7 +141,7 @@ def measure(
     def total(tensor: torch.Tensor) -> torch.Tensor:
         return accelerator.reduce(tensor).cpu()
 
-    count, exact = total(torch.tensor([found.rows, found.slope], device=args.device, dtype=torch.float64)).tolist()
+    count, exact = _sums(torch.tensor([found.rows, found.slope], dtype=torch.float64), accelerator).tolist()
     # In the order of the main process, which always has a row: matrices come as the backward pass comes by, and those
     # of a rank without rows at the end.
     measured_names, gradient_names = broadcast_object_list([list(found.curvature), list(gradients)])
@@ -177,6 +177,13 @@ def measure(
         gradient={name: tensor * factor for name, tensor in gradient.items()},
         exact=exact * factor,
     )
+
+
+def _sums(numbers: torch.Tensor, accelerator: Accelerator) -> torch.Tensor:
+    """Sums over all ranks of a few numbers on the host."""
+    if accelerator.num_processes == 1:
+        return numbers
+    return accelerator.reduce(numbers.to(accelerator.device)).cpu()
 
 
 def measure_inputs(trainer: Any, rows: Dataset, task_name: str | None) -> dict[str, kronecker.Symmetric]:
@@ -223,7 +230,7 @@ def mean_inputs(
         if leader not in found:
             count, side = _experts(updates[leader]), updates[leader].A.shape[-1]
             tokens = torch.tensor([moments.tokens.get(part, 0) for part in _parts(leader, count)], dtype=torch.float64)
-            tokens = accelerator.reduce(tokens.to(accelerator.device)).cpu().clamp(min=1)
+            tokens = _sums(tokens, accelerator).clamp(min=1)
             found[leader] = _over_ranks(moments, moments.inputs, leader, count, side, 1 / tokens, accelerator)
             _require_finite(found[leader], leader, task_name)
         found[name] = found[leader]

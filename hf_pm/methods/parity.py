@@ -2,6 +2,7 @@
 
 Three models see the same few test rows: the adapter model at scale alpha, the folded live model, and the release as
 plain transformers (or PEFT, for an adapter release) loads it. Their logits are compared where an answer is predicted.
+The release of a run on a quantized base is another model than the live one; all test rows are scored on it, too.
 """
 
 import gc
@@ -10,22 +11,27 @@ import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import transformers
 from peft import PeftModel
+from torch import nn
 
 from ..evaluation.answers import probe_logits
+from ..evaluation.scoring import Scorer
 from ..store.environment import memory_is_used_up
+from ..store.tensorfiles import read_header, read_tensor
 from ..weights import sharding
 from ..weights.adapters import StoredAdapter, restore
+from ..weights.heads import HEADS
 from .contract import Merged
 from .perturbation import scaled_update
 
 
 logger = logging.getLogger(__name__)
 
+Result = TypeVar("Result")
 PROBE_ROWS = 8
 # Positions that are compared at a time.
 CHUNK = 8
@@ -131,30 +137,28 @@ def _judge(record: dict[str, Any], key: str, what: str, other: str, task_name: s
         )
 
 
-def reload_logits(
+def load_release(
     release: Path,
     base: Path,
     task_type: str,
-    batch: dict[str, Any],
+    device: torch.device,
     *,
-    dtype: torch.dtype,
+    dtype: torch.dtype | str,
     attention: str | None = None,
     code: bool = False,
     sharded: bool = False,
-    autocast: Callable[[], Any] = nullcontext,
-) -> torch.Tensor:
-    """Logits of a release on disk, loaded as a user would.
+) -> nn.Module:
+    """A release on disk, loaded as a user would.
 
     Args:
         release (`Path`): A merged checkpoint, or an adapter for `base`.
         base (`Path`): Folder of the base.
         task_type (`str`): `CAUSAL_LM`, `SEQ_2_SEQ_LM` or `SEQ_CLS`.
-        batch (`dict`): As for `probe_logits`; its device is where the model is loaded to.
-        dtype (`torch.dtype`): To load in: that of the live weights.
-        attention (`str`, *optional*): Implementation of attention: that of the live model, which rounds as it does.
-        code (`bool`, *optional*, defaults to `False`): Run the code that came with the model, as the live one does.
+        device (`torch.device`): Where the model is loaded to.
+        dtype (`torch.dtype` or `str`): To load in; `auto` is that of the files.
+        attention (`str`, *optional*): Implementation of attention; the usual one by default.
+        code (`bool`, *optional*, defaults to `False`): Run the code that came with the model.
         sharded (`bool`, *optional*, defaults to `False`): Spread the weights over all processes, which all call.
-        autocast (`Callable`, *optional*): As in training.
     """
     adapter = (release / "adapter_config.json").is_file() and not (release / "config.json").is_file()
     architecture = ARCHITECTURES[task_type]
@@ -164,9 +168,30 @@ def reload_logits(
     model = architecture.from_pretrained(base if adapter else release, **loading)
     if adapter:
         model = PeftModel.from_pretrained(model, release)
-    if not sharded:  # they are where they shall be
-        model = model.to(batch["input_ids"].device)
+    return model if sharded else model.to(device)  # shards are where they shall be
+
+
+def reload_logits(
+    release: Path,
+    base: Path,
+    task_type: str,
+    batch: dict[str, Any],
+    *,
+    autocast: Callable[[], Any] = nullcontext,
+    **loading: Any,
+) -> torch.Tensor:
+    """Logits of a release as `load_release` gives it, on the rows of `batch` and its device."""
+    model = load_release(release, base, task_type, batch["input_ids"].device, **loading)
     return probe_logits(model, batch, autocast)
+
+
+def _put_head(model: nn.Module, release: Path, task_name: str) -> None:
+    """Give a classifier the head of one task, out of those that lie beside a release."""
+    for name, where in read_header(release / HEADS).tensors.items():
+        task, _, parameter = name.rpartition("/")
+        if task == task_name:
+            own = model.get_parameter(parameter)
+            own.data = read_tensor(release / HEADS, where).to(own)
 
 
 class Parity:
@@ -240,23 +265,58 @@ class Parity:
             trainer.probe(number),
             dtype=trainer.model.get_base_model().dtype,
             attention=trainer.model.config._attn_implementation,
-            # Of a mixture: this package's own file.
-            code=type(trainer.model.get_base_model()).__module__.startswith("transformers_modules.")
-            or trainer.parts.merge.expert,
+            code=self._brings_code,
             sharded=trainer.sharded,
             autocast=trainer.accelerator.autocast,
         )
 
-    def _spared(self, number: int, logits: Callable[[], torch.Tensor]) -> torch.Tensor | None:
-        """What `logits` gives; `None` if memory is used up. The task is trained and committed, and a certificate that
+    @property
+    def _brings_code(self) -> bool:
+        base = type(self.trainer.model.get_base_model())
+        # Of a mixture: this package's own file.
+        return base.__module__.startswith("transformers_modules.") or self.trainer.parts.merge.expert
+
+    def score_release(self, number: int, release: Path) -> None:
+        """Score a release that is not the live model (whose base is quantized) on every task that the live model was
+        scored on, as plain transformers loads it; all ranks call. Where there is no memory for it, nothing is said."""
+        trainer, stage = self.trainer, self.trainer.stages[number - 1]
+        base, device = trainer.run.folder.base.folder, trainer.accelerator.device
+        heads = trainer.task_type == "SEQ_CLS"
+        if heads and not (release / HEADS).is_file():  # an adapter, without them
+            return
+
+        def shares() -> tuple[torch.dtype, list[list[float]]]:
+            model = load_release(release, base, trainer.task_type, device, dtype="auto", code=self._brings_code)
+            scorer, found = Scorer(trainer, trainer.rows, model=model), []
+            for t in stage.scores:
+                if heads:
+                    _put_head(model, release, trainer.stream[t].name)
+                found.append(scorer.share(t))
+            return next(p.dtype for p in model.parameters() if p.is_floating_point()), found
+
+        found = self._spared(number, shares, "scores of the release")
+        # A rank without memory has no share, and the others must not wait for it.
+        if not bool(trainer.accelerator.gather(torch.tensor([int(found is not None)], device=device)).all()):
+            return
+        dtype, parts = found
+        row: list[float | None] = [None] * (max(stage.scores) + 1)
+        for t, share in zip(stage.scores, parts, strict=True):
+            scores = trainer.scorer.gather(t, share)
+            row[t] = sum(scores) / len(scores)
+        record = {"dtype": str(dtype).removeprefix("torch."), "scores": row}
+        trainer.run.results["per_task"][number - 1]["released"] = record
+        trainer.run.write_results()
+
+    def _spared(self, number: int, found: Callable[[], Result], what: str = "parity certificate") -> Result | None:
+        """What `found` gives; `None` if memory is used up. The task is trained and committed, and a certificate that
         ends the run would end every restart of it too. Not with a sharded model, whose other ranks would wait."""
         try:
-            return logits()
+            return found()
         except (MemoryError, RuntimeError) as error:
             if self.trainer.sharded or not memory_is_used_up(error):
                 raise
             name = self.trainer.stages[number - 1].name
-            logger.warning("No parity certificate for task %r: there is not enough memory for it.", name)
+            logger.warning("No %s for task %r: there is not enough memory for it.", what, name)
         gc.collect()  # outside, where the error no longer holds the tensors of its frames
         return None
 

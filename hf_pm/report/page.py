@@ -36,10 +36,12 @@ from ..store.results import (
     matrix_of,
     metric_of,
     panel_of,
+    quantized_of,
     read_analysis,
     read_examples,
     read_run,
     record_of,
+    released_of,
     retention,
 )
 from . import analysis as features
@@ -59,7 +61,7 @@ PARITY = ("relative_difference", "max_difference", "mean_difference", "kl", "arg
 TERMS = ("q", "p", "l", "curvature_trace", "uniform")  # those that the table of coefficients has columns for
 INTERVALS = {True: "recorded with the score", False: "Wilson's, from the number of rows"}
 # What `per_task` holds and a section of the page shows; anything else is listed as it is.
-SHOWN = {"name", "parity", "coefficient_search", *TIMES, *MEMORIES}
+SHOWN = {"name", "parity", "released", "coefficient_search", *TIMES, *MEMORIES}
 
 
 def _clip(value: float) -> float:
@@ -221,6 +223,18 @@ def _parities(results: Mapping[str, Any]) -> list[dict[str, Any]]:
                 }
             )
     return rows
+
+
+def _released(results: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Scores of the releases of a run whose matrix is that of quantized models; `None` if none was scored."""
+    rows = released_of(results)
+    if not rows:
+        return None
+    matrix = [rows.get(step, [None] * step) for step in range(1, len(results["matrix"]) + 1)]
+    grid = grid_of(results["tasks"], matrix, [None] * len(results["tasks"]))
+    records = [as_record(as_record(record).get("released")) for record in as_list(results.get("per_task"))]
+    dtypes = sorted({plain_text(record.get("dtype")) for record in records if record})
+    return grid | {"rows": grid["rows"][1:], "dtype": ", ".join(dtypes)}
 
 
 def _stream(results: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -393,6 +407,8 @@ def render_report(
             metrics=metrics_of(results),
             headline=HEADLINE,
             grid=grid_of(results["tasks"], matrix_of(results), base_row_of(results), intervals),
+            quantized=quantized_of(results),
+            released=_released(results),
             intervals=" or ".join(sorted({INTERVALS[interval.recorded] for interval in intervals.values()})),
             curves=_curves(results) if results["matrix"] else [],
             balance=balance,

@@ -197,6 +197,28 @@ def base_row_of(results: Mapping[str, Any]) -> list[float | None]:
     return [as_number(entry_of(results, "base_row", j)) for j in range(len(results["tasks"]))]
 
 
+def released_of(results: Mapping[str, Any]) -> dict[int, list[float | None]]:
+    """Scores of releases that are other models than those of the matrix, because these were quantized: number of tasks
+    seen -> a row as in the matrix. A release that was not scored is absent."""
+    rows = [
+        [as_number(score) for score in as_list(as_record(as_record(record).get("released")).get("scores"))]
+        for record in as_list(results.get("per_task"))
+    ]
+    return {len(row): row for row in rows if 0 < len(row) <= len(results["tasks"])}
+
+
+def quantized_of(results: Mapping[str, Any]) -> str | None:
+    """Form that the weights of the scored models are quantized to (`nf4`, `fp4`, `int8`); `None` if they are not."""
+    if isinstance(found := results.get("quantized"), str):
+        return found
+    # Earlier versions said it in the parity certificates alone.
+    for record in as_list(results.get("per_task")):
+        policy = as_record(as_record(record).get("parity")).get("policy")
+        if isinstance(policy, str) and "quantized once to " in policy:
+            return policy.partition("quantized once to ")[2].split(";")[0]
+    return None
+
+
 def cell_of(results: Mapping[str, Any], step: int, task: int) -> Mapping[str, Any]:
     """Record of the score on a task (0-based) after `step` tasks; step 0 is the base model."""
     cells = as_record(as_record(results.get("cells")).get(str(step)))

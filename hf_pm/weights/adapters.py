@@ -119,7 +119,7 @@ def attach(model: PreTrainedModel, config: LoraConfig, task_type: str) -> PeftMo
             raise _unmatched(model, config, f"There is no parameter {target!r}.")
     for name, layer in layers.items():
         kind = type(layer.get_base_layer()).__name__
-        if is_experts(layer) and not base_weight(layer).is_floating_point():
+        if is_experts(layer) and quantized_to(layer) is not None:
             raise UserError(
                 f"The LoRA target {name!r} holds quantized values, to which nothing can be added. Use "
                 "`target_modules` for quantized layers."
@@ -203,6 +203,16 @@ def is_experts(layer: LoraLayer) -> bool:
 def base_weight(layer: LoraLayer) -> torch.Tensor:
     """The frozen live weight that `layer` adapts, (out, in) or (experts, ...) as the layer stores it."""
     return layer.get_param() if is_experts(layer) else layer.get_base_layer().weight
+
+
+def quantized_to(layer: LoraLayer) -> str | None:
+    """Form that the weight under `layer` is quantized to: `nf4`, `fp4` or `int8`; `None` for a floating-point one.
+
+    The dtype does not tell: with `bnb_4bit_quant_storage: bfloat16` the packed values are called bfloat16.
+    """
+    weight = base_weight(layer)
+    kind = getattr(weight, "quant_type", None)
+    return kind if kind is not None or weight.is_floating_point() else "int8"
 
 
 def live_delta(layer: LoraLayer) -> torch.Tensor:
@@ -470,7 +480,7 @@ def mix(model: PeftModel, mixing: Mapping[str, torch.Tensor]) -> None:
 
 def quantized(model: nn.Module) -> bool:
     """Whether some adapted weight is stored in fewer bits than a float has."""
-    return any(not base_weight(layer).is_floating_point() for layer in lora_layers(model).values())
+    return any(quantized_to(layer) is not None for layer in lora_layers(model).values())
 
 
 class Magnitudes(nn.ParameterDict):

@@ -18,7 +18,7 @@ from ..errors import UserError
 from ..store.disk import whole
 from ..store.ledger import sha256_file
 from ..store.tensorfiles import Stored, read_header, read_tensor
-from .adapters import base_weight, is_experts, lora_layers
+from .adapters import base_weight, is_experts, lora_layers, quantized, quantized_to
 from .sharding import is_sharded, whole_weight
 
 
@@ -216,7 +216,7 @@ def stored_names(model: nn.Module, base: BaseCheckpoint) -> dict[str, str | tupl
                 f"{base.model_id!r} holds {stored!r} in quantized form. Name the full-precision checkpoint it was "
                 "made from, and quantize it while loading (`load_in_4bit` or `load_in_8bit`)."
             )
-        if not weight.is_floating_point():
+        if quantized_to(layer) is not None:
             pieces = stored
         elif stored is not None and _same(weight, base, stored, None):
             pieces = stored
@@ -303,7 +303,7 @@ def snapshot_base(model: PeftModel, folder: Path) -> None:
     Raises:
         UserError: If the model is quantized: its full-precision weights are gone.
     """
-    if not all(base_weight(layer).is_floating_point() for layer in lora_layers(model).values()):
+    if quantized(model):
         raise UserError(
             "The live model is quantized and no stored checkpoint, so that there are no full-precision weights to add "
             "updates to. Save the full-precision model first, and quantize it while loading."

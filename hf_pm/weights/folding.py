@@ -35,7 +35,7 @@ from ..store.tensorfiles import (
     read_tensor,
     write_at,
 )
-from .adapters import StoredAdapter, base_weight, lora_layers, save_stacked, silence
+from .adapters import StoredAdapter, base_weight, lora_layers, quantized_to, save_stacked, silence
 from .bases import BaseCheckpoint, Names, Piece
 from .sharding import free_gathered, rows_here
 
@@ -304,15 +304,17 @@ class Folder:
                 if here.device.type == "cpu":
                     self._fill_rows(here, first, name, adapters)
                 else:
-                    rows = torch.empty(here.shape, dtype=here.dtype)
+                    rows = _staging(here.shape, here.dtype, here.device)
                     self._fill_rows(rows, first, name, adapters)
-                    here.copy_(rows)
-            elif not weight.is_floating_point():
-                _requantize(layer.get_base_layer(), self._fill(self._empty(name, self._dtype(name)), name, adapters))
+                    here.copy_(rows, non_blocking=True)
+            elif quantized_to(layer) is not None:
+                buffer = _staging(self._shape(name), self._dtype(name), weight.device)
+                _requantize(layer.get_base_layer(), self._fill(buffer, name, adapters))
             elif weight.device.type == "cpu":
                 self._fill(weight.data, name, adapters)
             else:
-                weight.copy_(self._fill(self._empty(name, weight.dtype), name, adapters))
+                buffer = _staging(self._shape(name), weight.dtype, weight.device)
+                weight.copy_(self._fill(buffer, name, adapters), non_blocking=True)
 
         with single_threaded_workers(workers) as pool:
             for job in [pool.submit(fold, name, layer) for name, layer in lora_layers(model).items()]:
@@ -328,12 +330,12 @@ class Folder:
         """How the live weights come from the sum, for the record."""
         said = set()
         for name, layer in lora_layers(model).items():
-            weight = base_weight(layer)
-            if weight.is_floating_point():
+            weight, kind = base_weight(layer), quantized_to(layer)
+            if kind is None:
                 rounded = "" if weight.dtype == torch.float32 else f", rounded once to {_short(weight.dtype)}"
                 said.add(f"float32 sum{rounded}")
             else:
-                dtype, kind = self._dtype(name), getattr(weight, "quant_type", "int8")
+                dtype = self._dtype(name)
                 rounded = "" if dtype == torch.float32 else f", rounded to {_short(dtype)}"
                 said.add(f"float32 sum of the full-precision base{rounded}, quantized once to {kind}")
         return "; ".join(sorted(said))
@@ -424,6 +426,12 @@ def _of_piece(piece: Piece, payload: Term) -> Term:
         return piece.of(payload)
     coefficient, left, right = payload
     return coefficient, *piece.factors(left, right)
+
+
+def _staging(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Host memory to fill before it goes to `device`: pinned for a GPU, which then copies while the next matrix is
+    folded. torch keeps such memory for the next matrix, but not before the copy has ended."""
+    return torch.empty(shape, dtype=dtype, pin_memory=device.type == "cuda")
 
 
 def _short(dtype: torch.dtype) -> str:

@@ -64,6 +64,9 @@ class Selective(RowsState, Merge):
         found = dict.fromkeys(factors, 0.0)
         for rows in chunks(self.rows, self.args.per_device_eval_batch_size):
             loss = cross_entropy(*self.logits(rows), reduction="sum")
-            for name, slope in zip(factors, torch.autograd.grad(loss, list(factors.values())), strict=True):
-                found[name] += float((slope.double() * factors[name].detach().double()).sum())
+            slopes = torch.autograd.grad(loss, list(factors.values()))
+            pairs = zip(slopes, factors.values(), strict=True)
+            products = torch.stack([(slope.double() * factor.detach().double()).sum() for slope, factor in pairs])
+            for name, product in zip(factors, products.tolist(), strict=True):  # one copy for all layers
+                found[name] += product
         return found
