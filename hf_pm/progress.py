@@ -165,7 +165,8 @@ class TrackerPictures(TrainerCallback):
     """Sends the score matrix and its curves, as pictures, to every tracker that takes images.
 
     The files are those of the report: nothing is drawn again. A picture's step is the number of tasks seen, since the
-    global step begins anew with every task.
+    global step begins anew with every task. trackio counts its own steps. It also ends its run with each call of
+    `train`, and the next one goes on with it only if it has a name: it gets the name of the run folder and the time.
 
     Args:
         trainer (`Trainer`): Its callbacks name the trackers; add this one after them.
@@ -173,11 +174,13 @@ class TrackerPictures(TrainerCallback):
 
     def __init__(self, trainer: Any) -> None:
         self.trainer = trainer
+        now = time.strftime("%Y-%m-%d_%H-%M-%S")
         for callback in trainer.callback_handler.callbacks:
             # A stream logs the scores of the base before any training, and only a training would name the folder.
             if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
-                now = time.strftime("%Y-%m-%d_%H-%M-%S")
                 callback.logging_dir = os.path.join(trainer.args.output_dir, "runs", now)
+            if _is_trackio(callback) and trainer.args.run_name is None:
+                trainer.args.run_name = f"{Path(trainer.args.output_dir).resolve().name}-{now}"
 
     def on_log(self, args, state, control, logs=None, **kwargs) -> None:  # noqa: ANN001, ANN003
         if not state.is_world_process_zero or "stream/average_accuracy" not in (logs or ()):
@@ -190,6 +193,12 @@ class TrackerPictures(TrainerCallback):
             elif pictures and type(callback).__name__ in MODULES:
                 tracker = importlib.import_module(MODULES[type(callback).__name__])
                 tracker.log({name: tracker.Image(str(path)) for name, path in pictures.items()})
+            if _is_trackio(callback) and step == len(self.trainer.stream):
+                callback.on_train_end(args, state, control, **kwargs)  # of the whole stream: what was logged is sent
+
+
+def _is_trackio(callback: TrainerCallback) -> bool:
+    return type(callback).__name__ == "TrackioCallback"
 
 
 def _to_tensorboard(writer: Any, pictures: dict[str, Path], step: int) -> None:

@@ -1,5 +1,6 @@
 """The tests' world: offline, one torch thread, pico models and a word tokenizer made on the spot."""
 
+import base64
 import gc
 import os
 
@@ -29,11 +30,16 @@ from transformers import (
 )
 
 from hf_pm import PMConfig, Task, TaskStream
+from hf_pm.report import figures, page
 
 
-# What the imports made stays for good: the collector need not look at it again and again.
-gc.collect()
-gc.freeze()
+# Drawing is a third of the time of a stream of pico models. Most tests get this pixel and what was to be drawn.
+PIXEL = base64.b64decode(
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNkYPhfDwAChwGA60e6kgAAAABJRU5ErkJggg=="
+)
+DRAWN = {name: getattr(figures, name) for name in ("matrix_png", "curves_png", "coefficients_png")}
+# No machine loses its power in these tests. Where the order of the calls matters, a test counts them itself.
+os.fsync = lambda descriptor: None
 
 WORDS = (
     "What is the colour mood of this thing ? Choose one from the option . Option : red blue green happy sad calm , "
@@ -41,9 +47,34 @@ WORDS = (
 ).split()
 
 
+def pytest_collection_finish(session):
+    """What the imports made stays for good: the collector need not look at it again and again."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True)
 def one_thread():
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def pixels():
+    """Pictures of runs are one pixel, also in fixtures that several tests share."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in DRAWN:
+            patch.setattr(figures, name, lambda *given, name=name: PIXEL + repr((name, given)).encode())
+        yield
+
+
+@pytest.fixture
+def pictures(monkeypatch):
+    """For tests of what is drawn: the real pictures."""
+    for name, function in DRAWN.items():
+        monkeypatch.setattr(figures, name, function)
+    page._drawn.cache_clear()
+    yield
+    page._drawn.cache_clear()
 
 
 @pytest.fixture(scope="session")

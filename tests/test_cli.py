@@ -337,6 +337,7 @@ def test_wrong_commands_exit_2(recipe, tmp_path, monkeypatch, capsys, words, mes
     assert not (tmp_path / "owned").exists()
 
 
+@pytest.mark.slow  # tests/test_malformed.py has a real process too
 def test_a_mistake_in_a_real_process_has_no_traceback(recipe):
     path, _ = recipe
     words = [sys.executable, "-m", "hf_pm.cli", "run", str(path), "--method", "pmm"]

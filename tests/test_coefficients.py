@@ -32,6 +32,19 @@ def train(model, stream, tokenizer, lora, config):
     return make
 
 
+@pytest.fixture(scope="module")
+def shared():
+    return {}
+
+
+@pytest.fixture
+def plain(train, shared):
+    """A run with the usual settings, which several tests read."""
+    if not shared:
+        shared["run"] = train()
+    return shared["run"]
+
+
 def pieces(trainer):
     """Ledger, matrix names, updates by task and name, states by task."""
     run = Path(trainer.args.output_dir)
@@ -93,10 +106,10 @@ def test_factored_estimators_give_their_own_equations(train, estimator):
     assert results["per_task"][1]["state_bytes"] < 0.9 * 8 * sum(deltas[0][name].numel() for name in names) * 2
 
 
-def test_first_order_correction_uses_the_mean_gradient(train):
-    trainer, plain = train()
+def test_first_order_correction_uses_the_mean_gradient(train, plain):
+    trainer, uncorrected = plain
     _, corrected = train(coefficient_first_order=True, output_dir=trainer.args.output_dir + "-corrected")
-    before, after = plain["coefficient_terms"][0], corrected["coefficient_terms"][0]
+    before, after = uncorrected["coefficient_terms"][0], corrected["coefficient_terms"][0]
     assert before["g"] == 0 and after["g"] != 0
     assert after["q"] == pytest.approx(before["q"], rel=1e-4)
     # One task: nothing but the gradient moves alpha from 1, here beyond it (training stopped early), where it is cut.
@@ -104,8 +117,8 @@ def test_first_order_correction_uses_the_mean_gradient(train):
     assert before["unclipped"] == 1.0
 
 
-def test_bf16_state_is_the_rounded_float32_state(train):
-    wide, _ = train()
+def test_bf16_state_is_the_rounded_float32_state(train, plain):
+    wide, _ = plain
     narrow, results = train(curvature_dtype="bfloat16", output_dir=wide.args.output_dir + "-narrow")
     one, other = (pieces(trainer)[3][0] for trainer in (wide, narrow))
     assert {tensor.dtype for tensor in other.values()} == {torch.bfloat16}
@@ -115,8 +128,8 @@ def test_bf16_state_is_the_rounded_float32_state(train):
     assert results["coefficients"][1] == pytest.approx(wide.run.results["coefficients"][1], abs=0.01)
 
 
-def test_history_keeps_every_state_or_the_last(train):
-    trainer, _ = train()
+def test_history_keeps_every_state_or_the_last(train, plain):
+    trainer, _ = plain
     other, _ = train(curvature_history="last", output_dir=trainer.args.output_dir + "-last")
     kept = [sorted(path.name for path in Path(t.args.output_dir, "curvature").iterdir()) for t in (trainer, other)]
     assert kept == [["state-01.safetensors", "state-02.safetensors"], ["state-02.safetensors"]]

@@ -2,10 +2,7 @@
 
 import ast
 import dataclasses
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -122,12 +119,14 @@ PROGRAMS = [
         for program in PROGRAMS
     ],
 )
-def test_python_of_the_pages_runs(page, code, tmp_path):
+def test_python_of_the_pages_runs(page, code, tmp_path, monkeypatch, capsys):
     code = code.replace("runs/", f"{tmp_path}/")
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.rstrip().splitlines()[-1].startswith("[[")
+    if page == "README.md":  # with fewer rows than the page has
+        code = code.replace(" args=PMConfig(", " args=PMConfig(max_train_samples=32, max_eval_samples=16, ")
+        assert "max_train_samples" in code
+    monkeypatch.chdir(ROOT)
+    exec(compile(code, page, "exec"), {"__name__": "__main__"})
+    assert capsys.readouterr().out.rstrip().splitlines()[-1].startswith("[[")
 
 
 RECIPES = [

@@ -191,6 +191,39 @@ def test_a_hub_dataset_keeps_its_splits_and_drops_hidden_answers(init, here, mon
     assert main(["plan", "recipe.yaml"]) == 0
 
 
+def test_tables_of_spreadsheets(init, here, capsys):
+    made = {
+        "semicolons": (
+            ";Nr;Datum;Text;Preis;Bewertung",
+            lambda i: f";{i};1.3.2024;x {i};1,{i};{'ab'[i % 2]}",
+        ),
+        "many": ("id,text,category", lambda i: f"{i},x {i},kind {i % 60}"),
+        "decimals": ("text;mark", lambda i: f"x {i};{i},5"),
+        "gaps": (" text , label ", lambda i: f"x {i},{('yes', 'no', 'N/A', '')[i % 4]}"),
+        "headless": ("good thing,yes", lambda i: f"x {i},{('yes', 'no')[i % 2]}"),
+    }
+    for name, (header, row) in made.items():
+        lines = [header, *map(row, range(180))]
+        (here / f"{name}.csv").write_text("".join(f"{line}\r\n" for line in lines), encoding="utf-8-sig", newline="")
+    assert init(*(f"{name}.csv" for name in made)) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    tasks = recipe_of()["tasks"]
+    expected = [("Text", "Bewertung"), ("text", "category"), ("text", "mark"), (" text ", " label "),
+                ("good thing", "yes")]  # fmt: skip
+    assert [(task["text"], task["label"]) for task in tasks] == expected
+    assert [task.get("options") for task in tasks] == [["a", "b"], None, None, ["N/A", "no", "yes"], ["no", "yes"]]
+    assert tasks[3]["instruction"] == "Which answer fits the following text?"
+    for note in (
+        "its 60 different answers are taken as free text",
+        "its answers are numbers, and a number that is nearly right counts as wrong",
+        "the answer 'N/A' counts as any other; if it means none, empty its cells",
+        "45 row(s) with nothing in a column; they are skipped",
+        "the name of the column 'yes' is an answer too: does the file begin with a header?",
+    ):
+        assert said.count(note) == 1, note
+    assert main(["plan", "recipe.yaml"]) == 0
+
+
 def test_hidden_answers_in_a_file_are_no_test_rows(init, here):
     lines = [(f"thing {i}", i % 2) for i in range(30)]
     table(here / "glue-train.csv", ("sentence", "label"), lines)
@@ -268,6 +301,9 @@ MISTAKES = [
     (("two.csv",), "Which column of two.csv holds the answer cannot be told"),
     (("lists.jsonl", "--label", "label"), "holds lists or objects, but a row has one answer"),
     (("one.csv",), "has 1 training row(s)"),
+    (("single.csv",), "single.csv has one column, ['text'], but a task has an input and an answer"),
+    (("excel.csv",), "'excel.csv' cannot be read: Line 1 begins with `sep=`"),
+    (("latin.csv",), "'latin.csv' cannot be read: Line 2 is not UTF-8 text. Save the file as UTF-8."),
     (("same.csv",), "No test rows can be split off same.csv"),
     (("tickets.csv", "tickets-train.csv", "tickets_train.csv"), "both hold the train rows of 'tickets'"),
     (("only-test.csv",), "There are no training rows beside 'only-test.csv'"),
@@ -289,6 +325,9 @@ def test_mistakes_are_one_line_and_nothing_is_written(models, here, capsys, word
     (here / "broken.jsonl").write_text('{"text": ')
     table(here / "two.csv", ("text", "a", "b"), [(f"t {i}", i % 2, i % 3) for i in range(30)])
     table(here / "one.csv", ("text", "label"), [("t", "a")])
+    table(here / "single.csv", ("text",), [("a b",), ("c",)])
+    (here / "excel.csv").write_text("sep=;\ntext;label\na;b\n")
+    (here / "latin.csv").write_bytes("text,label\nhäuser,a\n".encode("latin-1"))
     table(here / "same.csv", ("text", "label"), [("t", ("a", "b")[i % 2]) for i in range(30)])
     (here / "lists.jsonl").write_text("".join(json.dumps({"text": text, "label": ["a"]}) + "\n" for text in "tu"))
     before = sorted(here.rglob("*"))
@@ -329,6 +368,7 @@ def test_rows_are_divided_by_answer_and_no_text_is_torn_apart(by_answer):
          ("Premise: {Premise}\nHypothesis: {Hypothesis}", "label")),
         ({"instruction": ["do"], "input": ["x"], "output": ["y"]}, ("{instruction}\n{input}", "output")),
         ({"note": [f"a long text of words {i}" for i in range(18)], "code": ["u", "v"] * 9}, ("note", "code")),
+        ({"text": [f"word {i}" for i in range(18)], "due": [f"2024-03-{i:02d}" for i in range(18)]}, ("text", "due")),
         ({"a": ["x", "y"] * 9, "b": ["u", "v"] * 9}, (None, None)),
     ],
 )  # fmt: skip

@@ -136,6 +136,26 @@ def test_tables_as_programs_write_them(tmp_path):
     assert rows["text"][:] == ["a, b", "two\r\nlines"] and rows["label"][:] == ['say "hi"', "042"]
 
 
+@pytest.mark.parametrize("cut", [",", ";", "\t", "|"])
+def test_the_separator_of_a_spreadsheet(tmp_path, cut):
+    text = f'\ufefftext{cut}price{cut}label\r\n"a, b; c|d\te"{cut}"1,50"{cut}x\r\n'
+    rows = read_file(written(tmp_path / "rows.csv", text))
+    assert rows[0] == {"text": "a, b; c|d\te", "price": "1,50", "label": "x"}
+
+
+@pytest.mark.parametrize("text", ["a;b\nhello\n", "a;b\n1;2;3\n", "a;b,c\n1;2,3\n"])
+def test_a_comma_separates_where_another_separator_does_not_fit(tmp_path, text):
+    header, *rows = (line.split(",") for line in text.splitlines())
+    table = read_file(written(tmp_path / "rows.csv", text))
+    assert table.column_names == header and [list(row.values()) for row in table] == rows
+
+
+def test_columns_without_a_name(tmp_path):
+    rows = read_file(written(tmp_path / "rows.csv", ",text,label,,\n0,a,x,,\n1,b,y,,\n"))
+    assert rows.column_names == ["unnamed 1", "text", "label", "unnamed 4", "unnamed 5"]
+    assert rows["text"][:] == ["a", "b"] and rows["unnamed 1"][:] == ["0", "1"] and rows["unnamed 4"][0] is None
+
+
 @pytest.mark.parametrize("row", ["x,", 'x,""'])
 def test_only_an_empty_cell_is_missing(tmp_path, row):
     path = written(tmp_path / "rows.csv", f"text,label\na,b\n{row}\n")

@@ -40,12 +40,6 @@ NAME = "model.layers.0.self_attn.q_proj"
 WORDS = "apple sky grass fire sea leaf party funeral lake wedding nap a b c d e f".split()
 
 
-@pytest.fixture(autouse=True)
-def no_pictures(monkeypatch):
-    """Half of the time of a run this small."""
-    monkeypatch.setattr("hf_pm.report.page._figures", lambda results: {})
-
-
 def text(words: int, seed: int = 0) -> str:
     generator = torch.Generator().manual_seed(seed)
     return " ".join(WORDS[int(i)] for i in torch.randint(len(WORDS), (words,), generator=generator))

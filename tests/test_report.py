@@ -18,7 +18,7 @@ from pages import (
     write_run,
 )
 
-from hf_pm.report.page import format_table, render_report, scores_csv, tables_of, write_report
+from hf_pm.report.page import _drawn, format_table, render_report, scores_csv, tables_of, write_report
 from hf_pm.report.tables import latex, latex_text, markdown, scientific_text
 from hf_pm.store.results import panel_of, retention, stream_logs
 
@@ -372,7 +372,7 @@ def test_scientific_text():
 # Files
 
 
-def test_write_report_writes_the_page_its_tables_and_pictures_and_nothing_else(full, tmp_path):
+def test_write_report_writes_the_page_its_tables_and_pictures_and_nothing_else(full, tmp_path, pictures):
     folder = write_run(tmp_path / "run", full, {"recipe": {"lora_r": 8}})
     (folder / "report.html").write_text("old")
     path = write_report(folder)
@@ -385,22 +385,23 @@ def test_write_report_writes_the_page_its_tables_and_pictures_and_nothing_else(f
     assert (folder / "results.tex").read_text() == latex(tables_of(full))
 
 
-def test_report_is_the_same_bytes_twice(full, tmp_path):
+def test_report_is_the_same_bytes_twice(full, tmp_path, pictures):
     contents = []
     for name in ("one", "two"):
         folder = write_run(tmp_path / name, full)
         write_report(folder)
+        _drawn.cache_clear()  # drawn anew
         contents.append({path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file()})
     assert contents[0] == contents[1]
 
 
-def test_base_alone_has_one_picture(tmp_path):
+def test_base_alone_has_one_picture(tmp_path, pictures):
     folder = write_run(tmp_path / "run", make_results(["a", "b"], []))
     write_report(folder)
     assert [file.name for file in (folder / "figures").iterdir()] == ["matrix.png"]
 
 
-def test_report_is_written_without_matplotlib(full, tmp_path, monkeypatch, caplog):
+def test_report_is_written_without_matplotlib(full, tmp_path, pictures, monkeypatch, caplog):
     for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "matplotlib", None)  # what `import` finds when it is not installed

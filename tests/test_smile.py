@@ -119,7 +119,8 @@ READ = """
 import sys
 sys.modules["hf_pm"] = sys.modules["peft"] = None  # an import of either fails, wherever it is installed
 import torch, transformers
-auto, release, batch, to = getattr(transformers, sys.argv[1]), *sys.argv[2:]
+auto, batch, *releases = getattr(transformers, sys.argv[1]), *sys.argv[2:]
+release, to = releases[0], batch + "-saved"
 for allowed in ({}, {"trust_remote_code": False}):
     try:
         auto.from_pretrained(release, **allowed)
@@ -133,26 +134,26 @@ def logits(folder):
         return model, model(**torch.load(batch)).logits
 model, found = logits(release)
 assert model.generate(torch.load(batch)["input_ids"], max_new_tokens=3, do_sample=False).shape[1] > 1
-model.save_pretrained(to + "-again")
-again, same = logits(to + "-again")
+model.save_pretrained(to)
+again, same = logits(to)
 assert torch.equal(same, found)
-again.save_pretrained(to + "-again")
-assert torch.equal(logits(to + "-again")[1], found)
-torch.save(found, to)
+again.save_pretrained(to)
+assert torch.equal(logits(to)[1], found)
+torch.save([found, *(logits(other)[1] for other in releases[1:])], batch + "-logits")
 """
 
 
-def logits_elsewhere(release, batch, tmp_path, auto="AutoModelForCausalLM"):
-    """Logits of a release in a process without hf_pm and PEFT, where it also generates and is saved again."""
+def logits_elsewhere(releases, batch, tmp_path, auto="AutoModelForCausalLM"):
+    """Logits of releases in a process without hf_pm and PEFT, where the first also generates and is saved again."""
     torch.save(batch, tmp_path / "batch.pt")
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     environment |= {"HF_MODULES_CACHE": str(tmp_path / "modules"), "OMP_NUM_THREADS": "1"}
-    words = [sys.executable, "-c", READ, auto, release, tmp_path / "batch.pt", tmp_path / "logits.pt"]
+    words = [sys.executable, "-c", READ, auto, tmp_path / "batch.pt", *releases]
     done = subprocess.run(
         words, env=environment, cwd=tmp_path, capture_output=True, text=True, stdin=subprocess.DEVNULL
     )
     assert done.returncode == 0, done.stderr
-    return torch.load(tmp_path / "logits.pt")
+    return torch.load(tmp_path / "batch.pt-logits")
 
 
 def live_logits(trainer, batch):
@@ -169,8 +170,9 @@ def test_a_stream_ends_in_a_mixture_that_loads_without_hf_pm(model, stream, toke
     trainer, results = trained(model, stream, tokenizer, lora, args)
     run = Path(args.output_dir)
     assert len(results["matrix"]) == 2 and results["coefficients"] == [1.0, 1.0]
-    release = run / "releases" / "task-02-mood"
-    assert torch.equal(live_logits(trainer, BATCH), logits_elsewhere(release, BATCH, tmp_path))
+    first, release = (run / "releases" / name for name in ("task-01-colour", "task-02-mood"))
+    last_logits, first_logits = logits_elsewhere([release, first], BATCH, tmp_path)
+    assert torch.equal(live_logits(trainer, BATCH), last_logits)
     base = Path(model.name_or_path)
     assert (release / "model.safetensors").read_bytes() == (base / "model.safetensors").read_bytes()
     assert [task["parity"]["folded"] for task in results["per_task"]] == [None, None]
@@ -189,11 +191,10 @@ def test_a_stream_ends_in_a_mixture_that_loads_without_hf_pm(model, stream, toke
     assert "trust_remote_code=True" in card and "This model is a mixture" in card
     assert not [finding for finding in examine(str(run)) if finding.problem]
     # The first task's release is the adapter model itself.
-    first = run / "releases" / "task-01-colour"
     alone = attach(AutoModelForCausalLM.from_pretrained(base), LoraConfig(**lora.to_dict()), "CAUSAL_LM").eval()
     restore(alone, StoredAdapter(run / entries[0].adapter))
     with torch.no_grad():
-        assert torch.allclose(alone(**BATCH).logits, logits_elsewhere(first, BATCH, tmp_path), atol=1e-5)
+        assert torch.allclose(alone(**BATCH).logits, first_logits, atol=1e-5)
 
 
 @pytest.mark.slow
@@ -209,7 +210,7 @@ def test_other_architectures(kind, stream, tokenizer, seq2seq_tokenizer, lora, c
     trainer, results = trained(build(kind), stream, words, lora, args, cls=cls)
     release = Path(args.output_dir) / "releases" / "task-02-mood"
     batch = BATCH | ({"decoder_input_ids": BATCH["input_ids"]} if kind == "t5" else {})
-    assert torch.equal(live_logits(trainer, batch), logits_elsewhere(release, batch, tmp_path, auto))
+    assert torch.equal(live_logits(trainer, batch), logits_elsewhere([release], batch, tmp_path, auto)[0])
     assert all(task["parity"]["reloaded"]["max_difference"] == 0 for task in results["per_task"])
     assert not [finding for finding in examine(args.output_dir) if finding.problem]
 

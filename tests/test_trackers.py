@@ -1,6 +1,9 @@
 """Pictures of a stream in the trackers."""
 
 import io
+import json
+import re
+import sqlite3
 import sys
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -15,7 +18,9 @@ from transformers import TrainerCallback
 SETTINGS = {"method": "sequential", "release": "none", "num_train_epochs": 1, "logging_steps": 2}
 
 
-def test_tensorboard_shows_the_matrix_after_every_task(model, stream, tokenizer, lora, config, tmp_path, monkeypatch):
+def test_tensorboard_shows_the_matrix_after_every_task(
+    model, stream, tokenizer, lora, config, tmp_path, monkeypatch, pictures
+):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     (tmp_path / "elsewhere").mkdir()
@@ -57,3 +62,25 @@ def test_other_trackers_get_the_pictures_by_their_own_image_class(
         "stream/score_curves": ("image", str(figures / "curves.png")),
     }
     assert logged == [expected, expected]
+    # trackio would begin another run with each task that has no name.
+    name = trainer.args.run_name
+    assert re.fullmatch(r"run-[0-9_-]{19}", name) if module == "trackio" else name is None
+
+
+def test_trackio_keeps_a_stream_in_one_run(model, stream, tokenizer, lora, config, tmp_path, monkeypatch, pictures):
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # read by the first import
+    pytest.importorskip("trackio")
+    trainer, results = trained(model, stream, tokenizer, lora, config(report_to=["trackio"], **SETTINGS))
+    (database,) = (tmp_path / "trackio").glob("*.db")
+    with sqlite3.connect(database) as connection:
+        rows = connection.execute("SELECT run_name, metrics FROM metrics ORDER BY id").fetchall()
+    assert {name for name, _ in rows} == {trainer.args.run_name}
+    logs = [json.loads(metrics) for _, metrics in rows]
+    scores = [log["train/stream/average_accuracy"] for log in logs if "train/stream/average_accuracy" in log]
+    assert scores[-1] == pytest.approx(results["metrics"]["average_accuracy"])
+    for name, file in (("stream/score_matrix", "matrix.png"), ("stream/score_curves", "curves.png")):
+        kept = [log[name] for log in logs if name in log]
+        assert len(kept) == 2 and {each["_type"] for each in kept} == {"trackio.image"}
+        first, last = (np.asarray(Image.open(tmp_path / "trackio/media" / each["file_path"])) for each in kept)
+        assert np.array_equal(last, np.asarray(Image.open(trainer.run.path / "figures" / file)))
+        assert first.shape != last.shape or (first != last).any()

@@ -14,7 +14,8 @@ from ..errors import UserError, cause_of
 
 
 LOADERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".tsv": "csv"}
-SEPARATORS = {".csv": ",", ".tsv": "\t"}
+# The separators that a header may have, the usual one first: in much of the world spreadsheets write semicolons.
+SEPARATORS = {".csv": ",;\t|", ".tsv": "\t"}
 # Input and answer: this project's files, O-LoRA's CL_Benchmark, TRACE, Super-NaturalInstructions.
 COLUMN_PAIRS = (("text", "label"), ("sentence", "label"), ("prompt", "answer"), ("input", "output"))
 ROLES = ("system", "user", "assistant")
@@ -67,16 +68,20 @@ def read_texts(path: str, name: str) -> list[str]:
     return list(texts)
 
 
-def _table_options(path: str, separator: str) -> dict[str, Any]:
+def _table_options(path: str, separators: str) -> dict[str, Any]:
     """Every cell is the text that it holds, and only an empty one is missing. pandas would guess: 007 becomes 7.0,
     1.50 becomes 1.5, the words None, NA and null become missing values, and a row with one cell too many is shifted.
 
     Raises:
         ValueError: If the file has no header, or a row has more cells than it.
     """
+    separator = _separator(path, separators)
     with open(path, encoding="utf-8-sig", newline="") as file:
         rows = csv.reader(file, delimiter=separator)
-        header = next(rows, [])
+        # Programs leave the column of row numbers without a name, spreadsheets the empty ones beside the table.
+        header = [name or f"unnamed {place}" for place, name in enumerate(next(rows, []), start=1)]
+        if header and header[0].startswith("sep="):
+            raise ValueError("Line 1 begins with `sep=`, which only Excel understands. Delete that line.")
         if len(set(header)) < len(header):
             raise ValueError(f"The header {header} names a column twice.")
         for row in rows:
@@ -86,7 +91,26 @@ def _table_options(path: str, separator: str) -> dict[str, Any]:
                     "a text that holds the separator."
                 )
     features = Features({name: Value("string") for name in header})
-    return {"sep": separator, "features": features, "keep_default_na": False, "na_values": [""]}
+    texts = {"features": features, "keep_default_na": False, "na_values": [""]}
+    return {"sep": separator, "names": header, "header": 0} | texts
+
+
+def _separator(path: str, separators: str) -> str:
+    """The usual separator, unless only another one divides the header and, into as many cells, the row below it."""
+    usual, *others = separators
+    if len(_first_rows(path, usual)[0]) > 1:
+        return usual
+    for other in others:
+        header, row = _first_rows(path, other)
+        if len(header) == len(row) > 1:
+            return other
+    return usual
+
+
+def _first_rows(path: str, separator: str) -> tuple[list[str], list[str]]:
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        rows = csv.reader(file, delimiter=separator)
+        return next(rows, []), next(rows, [])
 
 
 def definition(path: str) -> str | None:
@@ -165,7 +189,7 @@ def _check_text(path: str) -> None:
             try:
                 line.decode()
             except UnicodeDecodeError:
-                raise ValueError(f"Line {number} is not UTF-8 text.") from None
+                raise ValueError(f"Line {number} is not UTF-8 text. Save the file as UTF-8.") from None
         if file.tell() == 0:
             raise ValueError("The file is empty.")
 

@@ -42,6 +42,9 @@ MAX_OPTION_CHARACTERS = 80
 SHORT_ANSWER_WORDS = 5
 # Share of the rows of each label to test on, where the data have no test split.
 TEST_SHARE = 1 / 5
+# Words that may stand for an empty cell.
+MISSING = {"n/a", "na", "nan", "null", "none", "-", "?", "#n/a"}
+NUMBER = re.compile(r"[-+]?\d+([.,]\d+)*")
 UNTOLD = {"label", "labels", "label_text", "target", "class", "category", "answer", "output", "response", "completion"}
 
 # Asks a question with a default; returns what to take.
@@ -223,7 +226,7 @@ def guess_columns(rows: Dataset, text: str | None, label: str | None) -> tuple[s
         text, label (`str`, *optional*): What is known already.
     """
     scalar = [name for name, kind in rows.features.items() if isinstance(kind, Value | ClassLabel)]
-    lower = {name.lower(): name for name in scalar}
+    lower = {name.strip().lower(): name for name in scalar}
     used = set(text_columns(text)) if text else set()
     if label is None:
         named = [lower[name] for name in LABEL_NAMES if name in lower and lower[name] not in used]
@@ -246,6 +249,9 @@ def guess_columns(rows: Dataset, text: str | None, label: str | None) -> tuple[s
             longest = sorted(left.values(), key=lambda name: -_mean_length(rows[name][:]))
             clear = len(longest) > 1 and _mean_length(rows[longest[0]][:]) > 2 * _mean_length(rows[longest[1]][:])
             text = longest[0] if clear else None
+    if label is None and text is not None:
+        rest = [name for name in scalar if name not in text_columns(text)]
+        label = rest[0] if len(rest) == 1 else None
     return text, label
 
 
@@ -372,6 +378,8 @@ def propose(source: Source, text: str | None, label: str | None, ask: Ask | None
     if proposal.bad_rows:
         proposal.notes.append(f"{proposal.bad_rows} row(s) with nothing in a column; they are skipped")
     named = {split: [None if _missing(v) else texts_of(v)[-1] for v in answers[split]] for split in splits}
+    if not chat and label in {value for values in named.values() for value in values}:
+        proposal.notes.append(f"the name of the column {label!r} is an answer too: does the file begin with a header?")
     feature = None if chat else train.features[label]
     _describe_answers(proposal, named, feature, source.instruction, ask)
     _divide(proposal, source, splits, named, texts, columns)
@@ -379,6 +387,11 @@ def propose(source: Source, text: str | None, label: str | None, ask: Ask | None
 
 
 def _columns(source: Source, train: Dataset, text: str | None, label: str | None, ask: Ask | None) -> tuple[str, str]:
+    if len(train.column_names) < 2:
+        raise UserError(
+            f"{source.described} has one column, {train.column_names}, but a task has an input and an answer. Add a "
+            "column with the answers, or check what separates the columns."
+        )
     text, label = guess_columns(train, text, label)
     found = {"label": label, "text": text}
     for key, what in (("label", "answer"), ("text", "input text")):
@@ -432,7 +445,7 @@ def _describe_answers(
 ) -> None:
     """Options with their counts, or the metric of free text; and the instruction."""
     keys, name = proposal.keys, proposal.keys["name"]
-    label = keys.get("label", "answer")
+    label = keys.get("label", "answer").strip()
     told = "" if label.lower() in UNTOLD else re.sub(r"[_.-]+", " ", label)
     everything = [value for values in named.values() for value in values if value is not None]
     if isinstance(feature, ClassLabel) or _are_options(everything):
@@ -452,14 +465,25 @@ def _describe_answers(
         alike = Counter(option.casefold().strip() for option in options)
         if any(count > 1 for count in alike.values()):
             proposal.notes.append("some answers differ in case or blanks only")
+        missing = [option for option in options if option.lower() in MISSING]
+        if missing:
+            proposal.notes.append(f"the answer {missing[0]!r} counts as any other; if it means none, empty its cells")
         question = f"What is the {told} of the following text?" if told else "Which answer fits the following text?"
     else:
         words = sorted(len(value.split()) for value in everything)
         keys["metric"] = "rougeL" if words and words[len(words) // 2] > SHORT_ANSWER_WORDS else "exact_match"
-        if len(set(everything)) == 1:
+        different, longest = len(set(everything)), max(map(len, everything), default=0)
+        if different == 1:
             proposal.notes.append("every row has the same answer: there is nothing to learn")
-        elif len(set(everything)) <= MAX_OPTIONS:
+        elif sum(bool(NUMBER.fullmatch(value)) for value in everything) > len(everything) / 2:
+            proposal.notes.append("its answers are numbers, and a number that is nearly right counts as wrong")
+        elif different <= MAX_OPTIONS:
             proposal.notes.append("its answers are taken as free text: there are few rows for each")
+        elif longest <= MAX_OPTION_CHARACTERS and different * 2 <= len(everything):
+            proposal.notes.append(
+                f"its {different:,} different answers are taken as free text, so that the model may write one that is "
+                "none of them; list them as `options` to choose among them"
+            )
         question = f"Write the {told}." if told else ""
     question = instruction or (question if "label" in keys else "")  # a conversation asks for itself
     question = ask(f"{name}: instruction, the first line of every prompt", question) if ask is not None else question
