@@ -386,7 +386,10 @@ class PMTrainerMixin(TaskTraining):
             learned=lambda name: folder.update(name, number - 1),
             earlier=self.run.earlier_adapters(),
         )
-        merged = self.parts.solve(ended)
+        if self.parts.merge.runs_model:
+            merged = self.parts.solve(ended)
+        else:
+            merged = recovery.on_main(lambda: self.parts.solve(ended), Merged.shared)
         record = self._seconds
         if args.coefficient_search != "off" and number > 1:
             found = search(self, held_out_rows(self.rows, args, number))
@@ -399,10 +402,8 @@ class PMTrainerMixin(TaskTraining):
             factors = {name: (update.A, update.B) for name, update in merged.adapter.items()}
             adapters.load_factors(self.model, factors)
         self.parity.expect(number, merged)
-        if self.is_world_process_zero():
-            record |= {"merge_seconds": time.monotonic() - started, "peak_memory_bytes": _peak_memory()}
-            self.run.commit(ended._replace(merged=merged), self.model, self.parts, record)
-        self.accelerator.wait_for_everyone()
+        record |= {"merge_seconds": time.monotonic() - started, "peak_memory_bytes": _peak_memory()}
+        recovery.on_main(lambda: self.run.commit(ended._replace(merged=merged), self.model, self.parts, record))
         self.run.ledger.reload()
 
     def _evaluate_stage(self, number: int, stage: Stage) -> None:
