@@ -121,6 +121,7 @@ class PMTrainerMixin(TaskTraining):
         if self.sharded and self.task_type != "CAUSAL_LM":
             raise UserError(f"A sharded model must be a CAUSAL_LM, but this is a {self.task_type}. Load it whole.")
         if self.sharded:
+            sharding.return_gathered()
             sharding.own_rows(model)
         self.parts = Parts(args.resolved_method(), args)
         self.parts.check(self.task_type)
