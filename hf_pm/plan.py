@@ -300,7 +300,7 @@ def format_plan(plan: Plan, gpu_memory: int | None = None) -> str:
          f"; {plan.released_rows:,} rows more on releases, which are not quantized" if plan.released_rows else "")),
         ("adapted", f"{plan.matrices} matrices, {plan.adapted_weights:,} weights; one adapter {_bytes(plan.adapter)}"),
         ("base", _bytes(plan.base)),
-        ("state", f"{_bytes(plan.state)} a file, {plan.state_files} kept; {_bytes(plan.merge_memory)} of memory while "
+        ("state", f"{_bytes(plan.state)} a task, {plan.state_files} kept; {_bytes(plan.merge_memory)} of memory while "
          "merging" + (f"; a dense update of {_bytes(plan.dense)} a task" if plan.dense else "")),
         ("releases", f"{_bytes(plan.release)} the first, {_bytes(plan.releases)} all"),
         ("run folder", f"{_bytes(plan.disk)} at the end; {_bytes(plan.free)} free"),

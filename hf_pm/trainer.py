@@ -121,6 +121,7 @@ class PMTrainerMixin(TaskTraining):
         if self.sharded and self.task_type != "CAUSAL_LM":
             raise UserError(f"A sharded model must be a CAUSAL_LM, but this is a {self.task_type}. Load it whole.")
         if self.sharded:
+            sharding.return_gathered()
             sharding.own_rows(model)
         self.parts = Parts(args.resolved_method(), args)
         self.parts.check(self.task_type)
@@ -389,7 +390,10 @@ class PMTrainerMixin(TaskTraining):
             learned=lambda name: folder.update(name, number - 1),
             earlier=self.run.earlier_adapters(),
         )
-        merged = self.parts.solve(ended)
+        if self.parts.merge.runs_model:
+            merged = self.parts.solve(ended)
+        else:
+            merged = recovery.on_main(lambda: self.parts.solve(ended), Merged.shared)
         record = self._seconds
         if args.coefficient_search != "off" and number > 1:
             found = search(self, held_out_rows(self.rows, args, number))
@@ -402,10 +406,8 @@ class PMTrainerMixin(TaskTraining):
             factors = {name: (update.A, update.B) for name, update in merged.adapter.items()}
             adapters.load_factors(self.model, factors)
         self.parity.expect(number, merged)
-        if self.is_world_process_zero():
-            record |= {"merge_seconds": time.monotonic() - started, "peak_memory_bytes": _peak_memory()}
-            self.run.commit(ended._replace(merged=merged), self.model, self.parts, record)
-        self.accelerator.wait_for_everyone()
+        record |= {"merge_seconds": time.monotonic() - started, "peak_memory_bytes": _peak_memory()}
+        recovery.on_main(lambda: self.run.commit(ended._replace(merged=merged), self.model, self.parts, record))
         self.run.ledger.reload()
 
     def _evaluate_stage(self, number: int, stage: Stage) -> None:

@@ -1,8 +1,9 @@
 """Runs of several processes, one after the other: `python tests/ranks.py JOBS.json`.
 
 The imports are made once, and every rank of every job is a fork of this process. A job is `name`, `world`, `words` for
-`hf-pm`, and if need be `env`, and `kill_when`: a glob pattern at whose first match every rank gets a SIGKILL. What the
-ranks said is in NAME.log beside the jobs, their exit codes in NAME.json.
+`hf-pm`, and if need be `env`, `kill_when`: a glob pattern at whose first match every rank gets a SIGKILL, and
+`fails`: `user` or `other`, the kind of error that solving raises. What the ranks said is in NAME.log beside the jobs,
+their exit codes in NAME.json.
 """
 
 import faulthandler
@@ -15,6 +16,7 @@ import sys
 import time
 import traceback
 from glob import glob
+from hashlib import sha256
 from pathlib import Path
 
 
@@ -53,7 +55,7 @@ def start(job: dict, rank: int, port: int, folder: Path) -> int:
             os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1"}
             os.environ |= {name: str(job["world"]) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE")}
             os.environ["MASTER_PORT"] = str(port)
-        code = run(job["words"], rank)
+        code = run(job["words"], rank, job.get("fails"))
     except BaseException:
         traceback.print_exc()
     sys.stdout.flush()
@@ -61,10 +63,13 @@ def start(job: dict, rank: int, port: int, folder: Path) -> int:
     os._exit(code)
 
 
-def run(words: list[str], rank: int) -> int:
+def run(words: list[str], rank: int, fails: str | None = None) -> int:
     from torch.distributed.tensor import DTensor
 
     import hf_pm.cli
+    from hf_pm.errors import UserError
+    from hf_pm.methods.parity import Parity
+    from hf_pm.methods.parts import Parts
     from hf_pm.trainer import PMTrainerMixin
 
     def stream(trainer, go=PMTrainerMixin.train_stream):  # noqa: ANN001, ANN202
@@ -76,7 +81,20 @@ def run(words: list[str], rank: int) -> int:
         print("SHARDS", json.dumps(told | {"whole": sum(p.numel() for p in base.values())}), flush=True)
         return go(trainer)
 
-    PMTrainerMixin.train_stream = stream
+    def solve(parts, ended, go=Parts.solve):  # noqa: ANN001, ANN202
+        print("SOLVED", json.dumps([rank, ended.number]), flush=True)
+        if fails is not None:
+            raise UserError("No good.") if fails == "user" else RuntimeError("Broken.")
+        return go(parts, ended)
+
+    def expect(parity, number, merged, go=Parity.expect):  # noqa: ANN001, ANN202
+        adapter = {n: p for n, p in parity.trainer.model.named_parameters() if ".lora_" in n}
+        digest = sha256(b"".join(p.detach().numpy().tobytes() for p in adapter.values())).hexdigest()
+        told = [rank, number, digest, merged.alpha, merged.per_matrix, merged.record, merged.dense is not None]
+        print("MERGED", json.dumps(told), flush=True)
+        return go(parity, number, merged)
+
+    PMTrainerMixin.train_stream, Parts.solve, Parity.expect = stream, solve, expect
     code = hf_pm.cli.main(words)
     print("PEAK", rank, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, flush=True)
     return code

@@ -27,6 +27,7 @@ from hf_pm.evaluation.answers import predict, sample_texts
 from hf_pm.methods.curvature import measure_curvature
 from hf_pm.methods.kronecker_state import PRICES
 from hf_pm.methods.perturbation import scaled_update
+from hf_pm.methods.moments import PROBES, random_signs
 from hf_pm.methods.protection import Protection
 from hf_pm.report.page import render_report
 from hf_pm.tasks.encoding import IGNORE_INDEX
@@ -63,36 +64,36 @@ def opened(model, stream, tokenizer, lora, args, cls=PMTrainer):
 # ---- Factors of task 0 ----------------------------------------------------------------------------------------------
 
 
-def by_tokens(model, rows, labels):
-    """G and A of every linear layer of a plain model: one row and one token after another, in float64."""
+def by_tokens(model, rows, labels, seed):
+    """G and A of every linear layer of a plain model: one row after another and its gradient token by token, in float64,
+    in the row's random directions."""
     model = model.double().eval()
-    G, A, tokens, seen = {}, {}, {}, {}
+    G, A, seen = {}, {}, {}
 
     def watch(name):
         def hook(module, args, out):
             out.retain_grad()
-            seen.setdefault(name, []).append((args[0].detach(), out))
+            seen[name] = args[0].detach(), out
 
         return hook
 
     hooks = [m.register_forward_hook(watch(n)) for n, m in model.named_modules() if isinstance(m, nn.Linear)]
-    for row, drawn in zip(rows, labels, strict=True):
-        seen.clear()
+    for number, (row, drawn) in enumerate(zip(rows, labels, strict=True)):
         model.zero_grad()
         batch = {key: torch.tensor([value]) for key, value in row.items()}
         logits, targets = predict(model, batch)
         places = (targets[0] != IGNORE_INDEX).nonzero()[:, 0]
         loss = sum(cross_entropy(logits[0, place], label) for place, label in zip(places, drawn, strict=True))
         loss.backward()
-        for name, calls in seen.items():
-            for inputs, out in calls:
-                for x, d in zip(inputs[0], out.grad[0], strict=True):
-                    A[name] = A.get(name, 0) + torch.outer(x, x)
-                    G[name] = G.get(name, 0) + torch.outer(d, d) / len(drawn)
-                    tokens[name] = tokens.get(name, 0) + 1
+        for name, (inputs, out) in seen.items():
+            J = sum(torch.outer(d, x) for x, d in zip(inputs[0], out.grad[0], strict=True))
+            for sums, gradient in ((G, J), (A, J.T)):
+                vectors = gradient @ random_signs(seed, number, gradient.shape[1]).double()
+                square = vectors @ vectors.T / PROBES / len(drawn) / len(rows)
+                sums[name] = sums.get(name, 0) + square
     for hook in hooks:
         hook.remove()
-    return {n: total / len(rows) for n, total in G.items()}, {n: total / tokens[n] for n, total in A.items()}
+    return G, A
 
 
 @pytest.mark.parametrize("kind", ["self", "text", "seq2seq"])
@@ -118,10 +119,11 @@ def test_factors_are_those_of_a_loop_over_tokens(
     rows = trainer.protection.rows.to_list()
     assert len(rows) == 6 and max(len(row["input_ids"]) for row in rows) <= 24
     plain = build("t5") if kind == "seq2seq" else again(model)
-    G, A = by_tokens(plain, rows, [labels[:, 0] for labels in drawn[-6:]])
+    G, A = by_tokens(plain, rows, [labels[:, 0] for labels in drawn[-6:]], trainer._task_seed(0))
     assert trainer.parts.layers.keys() <= G.keys()
     for name in trainer.parts.layers:
-        for key, expected in (("G", G[name] / 0.5), ("A", A[name])):
+        mine = G[name] / 0.5
+        for key, expected in (("G", mine), ("A", A[name] * (mine.trace() / A[name].trace()))):
             found = trainer._before_first.get(key, name)
             found = found.dense() if isinstance(found, Cut) else found
             assert torch.allclose(found.double(), expected, rtol=1e-3, atol=1e-5 * float(expected.abs().max())), name

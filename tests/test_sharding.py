@@ -114,6 +114,60 @@ def test_sharded_runs_have_the_bits_of_whole_ones(written, tmp_path):
                 torch.testing.assert_close(second[key], value, rtol=1e-5, atol=1e-6)
 
 
+MERGES = {
+    "pm": ["--method", "pm"],
+    "subspace": ["--method", "subspace"],
+    "pic": ["--method", "pic"],
+    "ties": ["--method", "ties"],
+    "selective": ["--method", "sril", "--merge", "selective"],
+}
+
+
+def test_the_main_process_alone_solves_and_all_have_its_result(written, tmp_path):
+    """Of every kind: a number, matrices in the adapter, another adapter, a dense update; and one that asks the
+    model."""
+    values = yaml.safe_load(written.read_text())
+    written.write_text(yaml.safe_dump(values | {"num_train_epochs": 1, "release": "none", "save_strategy": "no"}))
+    jobs = []
+    for name, words in MERGES.items():
+        job = f"{name}-shards" if name in ("subspace", "selective") else name
+        words = ["run", str(written), "--output_dir", str(tmp_path / job), *words]
+        jobs.append({"name": job, "world": 2, "env": FSDP2 if "shards" in job else {}, "words": words})
+    codes = run_jobs(tmp_path, jobs)
+    assert codes == dict.fromkeys(codes, [0, 0]), {
+        job: said(tmp_path, job)[-2000:] for job in codes if any(codes[job])
+    }
+    kinds = set()
+    for job in codes:
+        solved, merged = ([json.loads(line.partition(" ")[2]) for line in said(tmp_path, job).splitlines()
+                           if line.startswith(word)] for word in ("SOLVED", "MERGED"))  # fmt: skip
+        ranks = [0, 1] if job.startswith("selective") else [0]
+        assert sorted(solved) == [[rank, number] for rank in ranks for number in (1, 2)], job
+        found = {(rank, number): rest for rank, number, *rest in merged}
+        assert len(found) == 4 and found[0, 1] == found[1, 1] and found[0, 2] == found[1, 2], job
+        results = json.loads((tmp_path / job / "results.json").read_text())
+        assert [rest[1] for (rank, _), rest in sorted(found.items()) if rank == 0] == results["coefficients"]
+        kinds.add(found[0, 2][-1])
+    assert kinds == {True, False}
+
+
+def test_what_stops_the_main_process_stops_all(written, tmp_path):
+    jobs = [
+        {
+            "name": fails,
+            "world": 2,
+            "fails": fails,
+            "words": ["run", str(written), "--output_dir", str(tmp_path / fails)],
+        }
+        for fails in ("user", "other")
+    ]
+    codes = run_jobs(tmp_path, jobs)
+    assert codes == {"user": [2, 2], "other": [99, 1]}  # 99: what the command line does not know
+    assert said(tmp_path, "user").count("No good.") == 2
+    assert "Elsewhere: The main process failed (RuntimeError: Broken.)" in said(tmp_path, "other")
+    assert not (tmp_path / "user" / "ledger.json").exists()
+
+
 UNEVEN = [
     ("exact", {"options": sorted(set(COLOUR.values())), "metric": "exact_match"}, 1),
     ("best", {"options": sorted(set(MOOD.values())), "metric": "accuracy"}, 33),

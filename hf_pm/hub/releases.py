@@ -19,7 +19,7 @@ from ..metrics.continual import summarize
 from ..report import figures
 from ..store.disk import check_space, link, whole
 from ..store.hub_metadata import is_hub_id, last_part
-from ..store.ledger import SCHEMA, Entry, Ledger, read_json, write_bytes, write_json
+from ..store.ledger import SCHEMA, Entry, Ledger, files_of, read_json, write_bytes, write_json
 from ..tasks.stream import TaskStream
 from ..weights import adapters, mixture
 from ..weights.bases import BaseCheckpoint, Piece
@@ -37,8 +37,8 @@ PIPELINE_TAGS = {
     "SEQ_CLS": "text-classification",
 }
 FACTS = "release.json"
-# Bytes of a state file beyond which it is not pushed. The Hub takes no file of more than 50 GB, and a push of one that
-# is nearly that large would take longer than many a task.
+# Bytes of a state beyond which it is not pushed: it is another one after every task, and sending it would take longer
+# than many a task.
 STATE_LIMIT = 20 * 10**9
 DATA_FILES = (".jsonl", ".json", ".parquet", ".csv")
 # Lists of results.json with one element for each training run.
@@ -384,9 +384,11 @@ class Releases:
                 link(record, part / "hf_pm" / "tasks" / f"{k:02d}.json")
             newest = self.ledger.entries[number - 1]
             restorable = newest.state is None
-            state = self.path / newest.state if newest.state is not None and self.facts.curvature else None
-            if state is not None and state.is_file() and state.stat().st_size <= STATE_LIMIT:
-                link(state, part / "hf_pm" / newest.state)
+            there = newest.state is not None and self.facts.curvature and (self.path / newest.state).is_file()
+            files = files_of(self.path / newest.state) if there else []
+            if files and all(map(Path.is_file, files)) and sum(file.stat().st_size for file in files) <= STATE_LIMIT:
+                for file in files:
+                    link(file, part / "hf_pm" / file.relative_to(self.path))
                 restorable = True
             run, facts = read_json(self.path / "run.json"), replace(self.facts, repo_id=repo_id)
             run["recipe"] = public_recipe(run["recipe"], facts)

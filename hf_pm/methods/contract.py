@@ -16,8 +16,8 @@ with the task's commit, hashed, resumed, rolled back, pushed, restored, checked 
 | `step` | around the forward and backward pass of a step | `Perturbation` |
 | `sampled` | inside that: the weights that the pass sees | `Optimizer` |
 | `loss` | inside it, after the forward pass | `Penalty` |
-| `solve` | after training and measuring | `Merge` |
-| `end`, `end_matrix` | then: new state from the old and from what was measured | every part |
+| `solve` | after training and measuring, on the main process | `Merge` |
+| `end`, `end_matrix` | then, there: new state from the old and from what was measured | every part |
 
 `solve`, `end` and `end_matrix` are functions of what was saved, measured and trained: a process that dies between two
 stages does them again with the same bits.
@@ -94,6 +94,11 @@ class Merged(NamedTuple):
         """Whether the payload is the adapter's update, scaled and summed into the weights."""
         return self.dense is None and self.expert is None
 
+    def shared(self) -> "Merged":
+        """What a process needs that did not solve: all but the way to a dense update, which is written by the one
+        that did."""
+        return self if self.dense is None else self._replace(dense=_not_here)
+
     def alpha_of(self, name: str) -> float:
         return self.alpha if self.per_matrix is None else self.per_matrix[name]
 
@@ -103,6 +108,10 @@ class Merged(NamedTuple):
             delta = LowRank(*self.adapter[name].factors())
         left = delta.left if self.mixing is None else delta.left @ self.mixing[name]
         return LowRank(left * self.alpha_of(name), delta.right)
+
+
+def _not_here(name: str) -> torch.Tensor:
+    raise RuntimeError(f"The dense update of {name!r} is on the main process.")
 
 
 class Task(NamedTuple):
@@ -344,6 +353,8 @@ class Merge(Part):
     entries before although the task began on the base. `vectors`: whether it merges the tasks' weights wherever they
     began, so that `Start.on_trained` makes sense. `expert`: whether its payload is an expert, which joins those of the
     entries before. `reweights`: whether it also changes what is kept of the entries before (`Merged.earlier`).
+    `runs_model`: whether `solve` runs the model. Then every process calls it; otherwise the main process alone does,
+    and sends the others `Merged.shared`.
     """
 
     dense: ClassVar[bool] = False
@@ -352,6 +363,7 @@ class Merge(Part):
     vectors: ClassVar[bool] = False
     expert: ClassVar[bool] = False
     reweights: ClassVar[bool] = False
+    runs_model: ClassVar[bool] = False
 
     def solve(self, ended: Ended) -> Merged:
         raise NotImplementedError

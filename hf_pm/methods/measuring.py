@@ -147,13 +147,13 @@ def measure(
     measured_names, gradient_names = broadcast_object_list([list(found.curvature), list(gradients)])
     curvature: dict[str, Curvature] = {}
     for name in measured_names:
-        fisher = found.curvature[name]
+        fisher = found.curvature.pop(name)  # or there would be two of each
         if isinstance(fisher, Factored):
             curvature[name] = Factored(total(fisher.rows) / count, total(fisher.cols) / count)
         else:
             curvature[name] = total(fisher).div_(count)
     exact /= count
-    gradient = {name: total(gradients[name]).div_(count) for name in gradient_names}
+    gradient = {name: total(gradients.pop(name)).div_(count) for name in gradient_names}
     updates = adapters.updates(trainer.model)
     factor = 1.0
     if curvature and normalization == "trace":

@@ -250,6 +250,8 @@ class Parity:
         # Shards of two models would be as large as one whole model where there are two ranks.
         with sharding.parked(trainer.model, trainer.run.path) if trainer.sharded else nullcontext():
             reloaded = self._spared(number, lambda: self._reloaded(number, release)) if folded is not None else None
+            if trainer.sharded:
+                gc.collect()  # a model has circles, and its rows would be here when the live ones come back
         if reloaded is None:
             return
         record = trainer.run.results["per_task"][number - 1]

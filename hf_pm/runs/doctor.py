@@ -15,7 +15,7 @@ from ..errors import UserError
 from ..hub.cards import PICTURE
 from ..hub.publishing import explain, file_hash, release_files, tree_hashes
 from ..hub.releases import FACTS, Facts, Releases, base_of, kind_of
-from ..store.ledger import SETTINGS, Ledger, read_json, sha256_file, sha256_settings
+from ..store.ledger import INDEX, SETTINGS, Entry, Ledger, read_json, sha256_file, sha256_settings
 from ..weights import adapters
 from ..weights.bases import BaseCheckpoint
 from ..weights.folding import Folder
@@ -78,7 +78,7 @@ def examine_run(path: Path, base: str | None = None) -> Iterator[Finding]:
             yield finding
         # Of the earlier states any may have been let go; the newest is needed.
         if entry.state is not None and (number == len(ledger) or (path / entry.state).is_file()):
-            yield _check(path, entry.state, entry.state_sha256)
+            yield from (_check(path, name, sha256) for name, sha256 in entry.state_files(path))
     checkpoint, findings = _base(path, base, facts)
     yield from findings
     sound &= all(finding.problem is None for finding in findings)
@@ -165,12 +165,29 @@ def examine_repo(repo_id: str, base: str | None = None, token: str | None = None
             staged = Path(place) / tag
             releases.stage(number, staged, repo_id)
             expected = release_files(staged)
-            state, sha256 = ledger.entries[number - 1].state, ledger.entries[number - 1].state_sha256
-            for file in sorted((hashes.keys() | expected.keys()) - {f"hf_pm/{state}"}):
+            state = _state_problems(repo_id, tag, ledger.entries[number - 1], hashes, token)
+            pushed_state = {name for name in expected if name.startswith("hf_pm/curvature/")}  # of the newest task
+            for file in sorted((hashes.keys() | expected.keys() - pushed_state) - state.keys()):
                 yield _compare(repo_id, tag, file, hashes, expected, token)
-            if f"hf_pm/{state}" in hashes:
-                wrong = hashes[f"hf_pm/{state}"] != ("sha256", sha256)
-                yield Finding(f"{tag}: hf_pm/{state}", "does not have the sha256 of the ledger" if wrong else None)
+            yield from (Finding(f"{tag}: {file}", problem) for file, problem in state.items())
+
+
+def _state_problems(
+    repo_id: str, tag: str, entry: Entry, hashes: dict[str, tuple[str, str]], token: str | None
+) -> dict[str, str | None]:
+    """File -> problem of a task's state, if it was pushed; of shards only the index is read."""
+    name, altered = f"hf_pm/{entry.state}", "does not have the sha256 of the ledger"
+    if name not in hashes:
+        return {}
+    if not entry.state.endswith(INDEX):
+        return {name: None if hashes[name] == ("sha256", entry.state_sha256) else altered}
+    index = Path(hf_hub_download(repo_id, name, revision=tag, token=token))
+    _, *shards = entry.state_files(index.parents[1])
+    problems = {name: None if shards else altered}
+    for shard, sha256 in shards:
+        there = hashes.get(f"hf_pm/{shard}")
+        problems[f"hf_pm/{shard}"] = "is missing" if there is None else None if there[1] == sha256 else altered
+    return problems
 
 
 def _compare(

@@ -20,7 +20,7 @@ from ..methods.parts import Parts
 from ..methods.protection import Protection
 from ..metrics import continual
 from ..report import page
-from ..store.ledger import SETTINGS, Entry, Ledger, read_json, sha256_file, sha256_settings, write_json
+from ..store.ledger import SETTINGS, Entry, Ledger, files_of, read_json, sha256_file, sha256_settings, write_json
 from ..store.tensorfiles import write_streaming
 from ..tasks.rows import StreamRows
 from ..weights import adapters
@@ -210,8 +210,11 @@ class RunFolder:
 
     def _forget_states(self) -> None:
         if self.args.curvature_history == "last" and len(self.ledger):
-            for old in (self.path / "curvature").glob("state-*.safetensors"):
-                if str(old.relative_to(self.path)) != self.ledger.entries[-1].state:
+            newest = self.ledger.entries[-1].state
+            kept = [] if newest is None else files_of(self.path / newest)
+            # An index before its shards: without it, they are left over from a write that died.
+            for old in sorted((self.path / "curvature").glob("state-*"), key=lambda file: file.suffix != ".json"):
+                if old not in kept:
                     old.unlink()
 
     def state_key(self, number: int) -> str:
@@ -258,7 +261,7 @@ class RunFolder:
             "coefficient": merged.alpha,
             "coefficient_terms": merged.record,
             **record,
-            "state_bytes": state_file.stat().st_size if state_file else 0,
+            "state_bytes": sum(file.stat().st_size for file in files_of(state_file)) if state_file else 0,
         }
         if dense_file is not None:
             record["dense_bytes"] = dense_file.stat().st_size
@@ -303,9 +306,12 @@ class RunFolder:
             return None, None
         path = self.path / "curvature" / f"state-{ended.number:02d}.safetensors"
         path.parent.mkdir(exist_ok=True)
+        # Of a write that died, perhaps with other settings: another number of shards.
+        for old in path.parent.glob(f"{path.stem}[.-]*"):
+            old.unlink()
         # In the order in which the matrices were measured, as earlier versions wrote them: the same bytes.
         names = (ended.measured.curvature if ended.measured is not None else None) or ended.updates
-        digest = write_state(
+        return write_state(
             path,
             self.keeps,
             {name: ended.updates[name].shape() for name in names} if self.keeps else {},
@@ -313,7 +319,6 @@ class RunFolder:
             dtype=self.args.curvature_dtype,
             beside=beside,
         )
-        return path, digest
 
     def record_base(self, cells: list[Cell | None], general: dict[str, Any] | None) -> None:
         """The scores and the general ability of the untouched base; `None` for what is known already."""

@@ -22,7 +22,7 @@ from ..hub.publishing import explain
 from ..hub.releases import FACTS, Facts, Releases, cut_results, name_base, write_ledger
 from ..report import page
 from ..store.disk import check_space, whole
-from ..store.ledger import Entry, Ledger, read_json, sha256_file, sync_folder, write_bytes, write_json
+from ..store.ledger import Entry, Ledger, files_of, read_json, sha256_file, sync_folder, write_bytes, write_json
 from ..store.lock import only_process
 from ..store.results import EXAMPLES
 from ..weights import adapters
@@ -79,7 +79,7 @@ def _rollback(path: Path, to: int, weights_only: bool) -> Path:
     if to and ledger.entries[to - 1].state is not None:
         kept = ledger.entries[to - 1]
         if (path / kept.state).is_file():
-            _check_file(path, kept.state, kept.state_sha256, kept.name)
+            _check_state(path, kept)
         elif not weights_only:
             raise UserError(
                 f"The curvature state after task {to} was not kept (`curvature_history: last`), so that the stream "
@@ -131,6 +131,11 @@ def _check_file(path: Path, name: str, sha256: str | None, task: str) -> None:
             f"{str(path / name)!r}, which task {task!r} of the ledger needs, is missing or altered. Restore it from a "
             "copy, or the run from the Hub with `hf_pm.from_hub`."
         )
+
+
+def _check_state(path: Path, entry: Entry) -> None:
+    for name, sha256 in entry.state_files(path):
+        _check_file(path, name, sha256, entry.name)
 
 
 def _retire(path: Path, facts: Facts, ledger: Ledger, to: int, dropped: Path) -> None:
@@ -250,8 +255,10 @@ def _arrange(tree: Path, path: Path, repo_id: str, weights_only: bool) -> None:
     newest = ledger.entries[-1]
     if newest.state is not None and (source / newest.state).is_file():
         (path / newest.state).parent.mkdir()
-        (source / newest.state).replace(path / newest.state)
-        _check_file(path, newest.state, newest.state_sha256, newest.name)
+        for file in files_of(source / newest.state):
+            if file.is_file():
+                file.replace(path / file.relative_to(source))
+        _check_state(path, newest)
     elif newest.state is not None and not weights_only:
         raise UserError(
             f"This revision of {repo_id!r} has no curvature state (it was pushed with `hub_curvature: false`, or was "
@@ -264,7 +271,7 @@ def _arrange(tree: Path, path: Path, repo_id: str, weights_only: bool) -> None:
 
 def _check_places(entry: Entry, number: int, repo_id: str) -> None:
     """A ledger from elsewhere must not name files outside of the run folder."""
-    task, state = rf"tasks/{number:02d}-[\w.-]+", rf"curvature/state-{number:02d}\.safetensors"
+    task, state = rf"tasks/{number:02d}-[\w.-]+", rf"curvature/state-{number:02d}\.safetensors(\.index\.json)?"
     places = ((entry.adapter, f"{task}/adapter"), (entry.state, state), (entry.dense, rf"{task}/update\.safetensors"))
     for place, pattern in places:
         if place is not None and (not re.fullmatch(pattern, place, re.ASCII) or ".." in place):

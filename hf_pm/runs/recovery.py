@@ -10,12 +10,14 @@ import pickle
 import shutil
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..errors import UserError
@@ -128,6 +130,43 @@ def check_loss(checkpoint: Path, expected: float, found: float, exact: bool) -> 
 # What to do next
 
 
+class Elsewhere(RuntimeError):
+    """The main process failed; it says itself of what, and what to do."""
+
+
+def on_main(work: Callable[[], Any], shared: Callable[[Any], Any] | None = None) -> Any:
+    """What `work` gives on the main process; every process calls this, and gets it.
+
+    Nobody waits for a main process that is gone: its error is raised on all.
+
+    Args:
+        work (`Callable`): Without collective operations.
+        shared (`Callable`, *optional*): What the others get of the result; all of it by default. Small.
+
+    Raises:
+        UserError: On every process, with the same text, if `work` does.
+        Elsewhere: On the others, if `work` raises something else.
+    """
+    if PartialState().num_processes == 1:
+        return work()
+    found, told = None, (None, None)
+    if PartialState().is_main_process:
+        try:
+            found = work()
+            told = shared(found) if shared is not None else found, None
+        except Exception as error:
+            found, told = error, (None, (isinstance(error, UserError), f"{type(error).__name__}: {error}", str(error)))
+    ((sent, failed),) = broadcast_object_list([told])
+    if failed is None:
+        return found if PartialState().is_main_process else sent
+    if PartialState().is_main_process:
+        raise found
+    users, said, text = failed
+    if users:
+        raise UserError(text)
+    raise Elsewhere(f"The main process failed ({said}).")
+
+
 @contextmanager
 def advising(args: TrainingArguments) -> Iterator[None]:
     """Add to what stops a run, and is no mistake in its input, what is safe and what to do (`__notes__`)."""
@@ -156,6 +195,8 @@ def _remedy(error: Exception, args: TrainingArguments) -> str | None:
     nothing_left = unclear and shutil.disk_usage(args.output_dir).free < ALMOST_NOTHING
     if nothing_left or any(map(disk_is_full, (error, error.__cause__))):
         return "The disk is full: make room"
+    if isinstance(error, Elsewhere):
+        return "Follow what the main process says"
     if isinstance(error, NoMemory):
         return error.remedy
     if memory_is_used_up(error):

@@ -8,7 +8,8 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterable
+import re
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -18,6 +19,9 @@ from ..errors import UserError
 
 SCHEMA = 1
 WEIGHTS, SETTINGS = "adapter_model.safetensors", "adapter_config.json"
+# Ending of a file that lists the shards of another: name -> sha256 under `sha256`, and what is where.
+INDEX = ".safetensors.index.json"
+SHARD = re.compile(r"state-\d+-\d{5}-of-\d{5}\.safetensors", re.ASCII)
 # Settings of an adapter that decide what its factors stand for.
 SCALING = ("peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "fan_in_fan_out")
 
@@ -76,6 +80,30 @@ def file_problem(path: Path, expected: str | None, hashed: Callable[[Path], str]
     return None if right else f"{str(path)!r} does not have the sha256 recorded at its commit"
 
 
+def shards_of(path: Path) -> dict[str, str]:
+    """Name -> sha256 of the shards that stand for `path`, files beside it; empty if it is no index.
+
+    Raises:
+        UserError: If it is an index that no run has written.
+    """
+    if not path.name.endswith(INDEX):
+        return {}
+    try:
+        shards = dict(read_json(path)["sha256"])
+        wrong = [name for name in shards if not SHARD.fullmatch(name)]
+    except (TypeError, KeyError, ValueError):
+        wrong = ["nothing"]
+    if wrong:
+        # It may come from elsewhere, and must not name files outside of its folder.
+        raise UserError(f"{str(path)!r} names {wrong[0]!r} as a shard. Restore it from a copy; do not trust it.")
+    return shards
+
+
+def files_of(path: Path) -> list[Path]:
+    """A file, and the shards that it lists if it is an index."""
+    return [path, *(path.with_name(name) for name in shards_of(path))]
+
+
 def sha256_settings(path: Path) -> str:
     """sha256 of what an adapter_config.json says of the update; what its base is called may change."""
     try:
@@ -100,7 +128,8 @@ class Entry:
         start (`str`): `"merged"` if the task began from the entries before it, `"base"` if from the untouched base,
             `"trained"` if from the weights that the task before ended its training with (see `Ledger.trained`).
         terms (`dict`, *optional*): q, p, l, the trace of the curvature and the uniform coefficient 1/t.
-        state (`str`, *optional*): File with S and R after this task, relative to the run folder.
+        state (`str`, *optional*): File with S and R after this task, relative to the run folder; the index of its
+            shards, which has their hashes, if it is too large for one (`weights.states.SHARD_BYTES`).
         state_sha256 (`str`, *optional*): Of that file.
         provenance (`dict`): Seed and data fingerprint of the run.
         coefficients (`dict[str, float]`, *optional*): alpha of each matrix where they differ; `coefficient` is then
@@ -158,6 +187,24 @@ class Entry:
         if self.dense is not None:
             checks.append((run_dir / self.dense, self.dense_sha256, sha256_file))
         return next((found for check in checks if (found := file_problem(*check)) is not None), None)
+
+    def state_files(self, run_dir: Path) -> Iterator[tuple[str, str]]:
+        """Name, relative to the run folder, and sha256 of every file of the state.
+
+        Shards come after their index, and only if that is what was committed.
+        """
+        if self.state is None:
+            return
+        yield self.state, self.state_sha256
+        path = run_dir / self.state
+        if path.name.endswith(INDEX) and file_problem(path, self.state_sha256) is None:
+            for name, sha256 in shards_of(path).items():
+                yield PurePosixPath(self.state).with_name(name).as_posix(), sha256
+
+    def state_problem(self, run_dir: Path) -> str | None:
+        """The first problem with the files of the state, if there is one."""
+        problems = (file_problem(run_dir / name, sha256) for name, sha256 in self.state_files(run_dir))
+        return next((problem for problem in problems if problem is not None), None)
 
     def problem(self) -> str | None:
         """The first value that no run would have written, if there is one; a ledger may come from elsewhere."""
@@ -310,8 +357,8 @@ class Ledger:
         for entry in self.entries:
             problem = entry.weights_problem(self.run_dir)
             if problem is None and entry is self.entries[-1] and entry.state is not None:
-                state = self.run_dir / entry.state
-                problem = file_problem(state, entry.state_sha256) if not weights_only or state.exists() else None
+                there = (self.run_dir / entry.state).exists()
+                problem = entry.state_problem(self.run_dir) if there or not weights_only else None
             if problem is not None:
                 raise UserError(
                     f"{problem}, which task {entry.name!r} of the ledger needs. Restore the file from a copy; a run "

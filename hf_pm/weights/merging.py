@@ -203,12 +203,14 @@ def update_state(
     """
     if isinstance(curvature, Factored):
         return _update_factored(state, curvature, delta, alpha)
-    fisher, delta = curvature.float(), _dense(delta).float()
+    fisher, own = curvature.float(), isinstance(delta, LowRank)
+    delta = _dense(delta).float()
     if state is None:
         new = State(fisher.clone(), (1 - alpha) * fisher * delta)
     else:
         S, R = state.S.float(), state.R.float()
-        new = State(S + fisher, torch.empty_like(R))
+        # R comes into the place of a dense update that was made here.
+        new = State(S + fisher, delta if own else torch.empty_like(R))
         flat = [tensor.reshape(-1).split(BLOCK) for tensor in (new.R, R, delta, fisher, S)]
         for target, r, d, f, s in zip(*flat, strict=True):
             torch.add(r, d * ((1 - alpha) * f - alpha * s), out=target)

@@ -7,6 +7,8 @@ has to know of shards is here and in `folding.py`; everything else sees a model.
 Every forward pass gathers, so all processes must make the same number of them.
 """
 
+import ctypes
+import mmap
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,6 +28,13 @@ from ..errors import UserError
 from ..store.tensorfiles import as_bytes
 
 
+# Bytes from which on an allocation has pages of its own, which go back to the system when it is freed. By default the
+# GNU C library raises its limit to as much as 32 MiB, and keeps the weights of layers that were gathered and freed in
+# its heap, where the next ones do not fit: that came to three times the process's own rows.
+OWN_PAGES = 1 << 20
+M_MMAP_THRESHOLD = -3  # of malloc.h
+
+
 def loading() -> dict[str, Any]:
     """Arguments of `from_pretrained` that shard a model over all processes."""
     return {"distributed_config": DistributedConfig(fsdp_size=dist.get_world_size())}
@@ -38,8 +47,43 @@ def is_sharded(model: nn.Module) -> bool:
 
 def own_rows(model: nn.Module) -> None:
     """Copy the rows that were read into memory of their own, one weight at a time: what the loader gives cannot be let
-    go of (see [`parked`])."""
-    model._apply(torch.clone)
+    go of (see [`parked`]). It maps files, whose pages count as memory of this process until nothing of the file is
+    used any more; those of a weight go when it is copied."""
+    files = _mapped_files()
+
+    def own(tensor: torch.Tensor) -> torch.Tensor:
+        copy = tensor.clone()
+        _forget_pages(tensor, files)
+        return copy
+
+    model._apply(own)
+
+
+def _mapped_files() -> list[tuple[int, int]]:
+    """Addresses [begin, end) of this process where files are; empty where the system does not say."""
+    try:
+        lines = [line.split() for line in Path("/proc/self/maps").read_text().splitlines()]
+    except OSError:
+        return []
+    return [tuple(int(end, 16) for end in span.split("-")) for span, _, _, _, inode, *_ in lines if inode != "0"]
+
+
+def _forget_pages(tensor: torch.Tensor, files: list[tuple[int, int]]) -> None:
+    """Let go of the pages of files that lie within a tensor; whoever reads it again reads the file again."""
+    here = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    if here.device.type != "cpu" or not here.is_contiguous():
+        return
+    first, last = here.data_ptr(), here.data_ptr() + here.nbytes
+    if any(begin <= first and last <= end for begin, end in files):
+        begin, end = -(-first // mmap.PAGESIZE) * mmap.PAGESIZE, last // mmap.PAGESIZE * mmap.PAGESIZE
+        if begin < end:
+            ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), mmap.MADV_DONTNEED)
+
+
+def return_gathered() -> None:
+    """From now on, let memory go back to the system as soon as it is freed: that of weights gathered on a CPU."""
+    if (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)) is not None:  # of the GNU C library
+        mallopt(M_MMAP_THRESHOLD, OWN_PAGES)
 
 
 def rows_here(weight: DTensor) -> tuple[int, int]:

@@ -1,26 +1,30 @@
 """State kept between tasks, on disk: values of every adapted matrix, one matrix in memory at a time.
 
-One safetensors file after each task. A value of the matrix `layer` under the key `S` is the tensor `S/layer`, or
-several tensors where its form has several parts (`S_rows/layer`, `S_cols/layer`); whatever is kept beside the
-matrices is a tensor `key/name` of its own.
+One safetensors file after each task, or shards of at most [`SHARD_BYTES`] and an index with their hashes. A value of
+the matrix `layer` under the key `S` is the tensor `S/layer`, or several tensors where its form has several parts
+(`S_rows/layer`, `S_cols/layer`); whatever is kept beside the matrices is a tensor `key/name` of its own.
 """
 
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from hashlib import sha256
+from itertools import islice
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 
 from ..errors import UserError
+from ..store.ledger import INDEX, sha256_file, shards_of, write_json
 from ..store.tensorfiles import as_bytes, read_header, write_streaming
 from .kronecker import Cut
 from .merging import Factored, LowRank
 
 
 Value = torch.Tensor | Factored | LowRank | Cut
+# Tensor -> dtype and shape.
+Specs = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 WHOLE, CUT = (torch.Tensor, ("_whole",)), (Cut, ("_roots", "_diagonal"))
@@ -40,6 +44,9 @@ FORMS: dict[str, tuple[tuple[type, tuple[str, ...]], ...]] = {
 KINDS = dict.fromkeys(way for ways in FORMS.values() for way in ways)
 # In the header of a file: tensor -> the tensor that it equals to the bit, and is stored as.
 SAME = "hf_pm.same"
+# Bytes of the tensors of one file; a state with more is written in shards. A repository takes files of this size well,
+# none of more than 50 GB, and what is sent again after an interruption is one of them.
+SHARD_BYTES = 5 * 10**9
 
 
 class StoredState:
@@ -49,13 +56,17 @@ class StoredState:
         path (`Path`, *optional*): A file of [`write_state`]; `None` before the first task.
 
     Raises:
-        UserError: If it is no whole safetensors file.
+        UserError: If it is no whole safetensors file, or index of some.
     """
 
     def __init__(self, path: Path | None) -> None:
         self.path = path
-        tensors, metadata = read_header(path) if path is not None else ({}, {})
-        self._same = json.loads(metadata.get(SAME, "{}"))
+        tensors, self._same, self._files = {}, {}, {}
+        for file in _files(path):
+            found, metadata = read_header(file)
+            tensors |= found
+            self._same |= json.loads(metadata.get(SAME, "{}"))
+            self._files |= dict.fromkeys(found, file)
         self._tensors = tensors | {name: tensors[stored] for name, stored in self._same.items()}
 
     def get(self, key: str, name: str) -> Value | None:
@@ -71,8 +82,9 @@ class StoredState:
         return {name.removeprefix(f"{key}/"): self._read(name) for name in self._tensors if name.startswith(f"{key}/")}
 
     def _read(self, name: str) -> torch.Tensor:
-        with safe_open(self.path, "pt") as tensors:
-            return tensors.get_tensor(self._same.get(name, name))
+        stored = self._same.get(name, name)
+        with safe_open(self._files[stored], "pt") as tensors:
+            return tensors.get_tensor(stored)
 
     def _side(self, key: str, name: str) -> int | None:
         """Rows of what is kept under `key` on one side of the matrix `name`."""
@@ -140,6 +152,13 @@ def _fits(shape: Sequence[int], expected: Sequence[int]) -> bool:
     return len(shape) == len(expected) and all(b is ... or a == b for a, b in zip(shape, expected, strict=True))
 
 
+def _files(path: Path | None) -> list[Path]:
+    """The safetensors files of a state."""
+    if path is None or not path.name.endswith(INDEX):
+        return [] if path is None else [path]
+    return [path.with_name(name) for name in shards_of(path)]
+
+
 def write_state(
     path: Path,
     keeps: Mapping[str, str],
@@ -148,17 +167,22 @@ def write_state(
     *,
     dtype: str,
     beside: Mapping[str, torch.Tensor] | None = None,
-) -> str:
-    """Write the state after a task and return the sha256 of the file; `path` appears whole or not at all.
+) -> tuple[Path, str]:
+    """Write the state after a task; it appears whole or not at all.
 
     Args:
-        path (`Path`): A safetensors file.
+        path (`Path`): A safetensors file, as `state-02.safetensors`. Where the tensors take more than [`SHARD_BYTES`],
+            they come into `state-02-00001-of-00003.safetensors` and so on in its place, in the same order, and
+            `state-02.safetensors.index.json` lists them with their hashes.
         keeps (`Mapping`): Key -> form of what is kept of every matrix.
         shapes (`Mapping`): Matrix name -> shape, in the order of the file.
         values_of (`Callable`): Gives the values of a matrix by key; called once a matrix, twice where `keeps` mixes
             dense values with others.
         dtype (`str`): `float32`, or `bfloat16` for half the bytes: sums are made in float32 and rounded here.
         beside (`Mapping`, *optional*): Further tensors by their whole name, stored as they are.
+
+    Returns:
+        `tuple[Path, str]`: The file, or the index, and its sha256.
     """
     stored = DTYPES[dtype]
     dense = [key for key, form in keeps.items() if form == "dense"]
@@ -180,7 +204,43 @@ def write_state(
 
     specs = {f"{key}/{name}": (stored, tuple(shapes[name])) for name in shapes for key in dense}
     specs |= {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in small.items()}
-    return write_streaming(path, specs, tensors(), {"format": "pt", SAME: json.dumps(same)} if same else None)
+    metadata = {"format": "pt", SAME: json.dumps(same)} if same else None
+    shards = _dealt(specs)
+    if len(shards) == 1:
+        return path, write_streaming(path, specs, tensors(), metadata)
+    return _write_shards(path, shards, tensors(), metadata)
+
+
+def _dealt(specs: Specs) -> list[Specs]:
+    """Tensors in order, dealt out to files of at most [`SHARD_BYTES`]; a larger one has a file of its own."""
+    shards, used = [{}], 0
+    for name, (dtype, shape) in specs.items():
+        size = math.prod(shape) * dtype.itemsize
+        if shards[-1] and used + size > SHARD_BYTES:
+            shards.append({})
+            used = 0
+        shards[-1][name] = (dtype, shape)
+        used += size
+    return shards
+
+
+def _write_shards(
+    path: Path, shards: Sequence[Specs], tensors: Iterator[tuple[str, torch.Tensor]], metadata: dict[str, str] | None
+) -> tuple[Path, str]:
+    """Write shards, and last the index, without which they are nothing."""
+    index, hashes, places, total = path.with_name(path.stem + INDEX), {}, {}, 0
+    try:
+        for number, specs in enumerate(shards, start=1):
+            file = path.with_name(f"{path.stem}-{number:05d}-of-{len(shards):05d}.safetensors")
+            hashes[file.name] = write_streaming(file, specs, islice(tensors, len(specs)), metadata)
+            places |= dict.fromkeys(specs, file.name)
+            total += sum(math.prod(shape) * dtype.itemsize for dtype, shape in specs.values())
+        write_json(index, {"metadata": {"total_size": total}, "weight_map": places, "sha256": hashes})
+    except BaseException:
+        for name in hashes:
+            path.with_name(name).unlink(missing_ok=True)
+        raise
+    return index, sha256_file(index)
 
 
 def _parts(form: str, value: Value) -> Iterator[tuple[str, torch.Tensor]]:

@@ -20,6 +20,7 @@ class Selective(RowsState, Merge):
     at every step and for each weight; this is a reconstruction from its text.
     """
 
+    runs_model = True
     uses_rows_for = "asks for the confidence on rows of earlier tasks"
     settings = {
         "selective_beta": Setting(0.5, "must lie in [0, 1]", lambda value: 0 <= value <= 1),
