@@ -9,7 +9,7 @@ from datasets import Dataset
 from torch import nn
 
 from ..evaluation.answers import evaluating
-from ..tasks.encoding import IGNORE_INDEX
+from ..tasks.encoding import FEATURES, IGNORE_INDEX
 from ..weights.adapters import lora_layers
 from .contract import Ended, Setting, Task
 from .perturbation import scaled_update
@@ -83,7 +83,7 @@ def encoded(ids: torch.Tensor, lengths: torch.Tensor) -> Dataset:
         tokens = row.tolist()
         labels = [IGNORE_INDEX] * prompt + tokens[prompt:]
         rows.append({"input_ids": tokens, "attention_mask": [1] * len(tokens), "labels": labels})
-    return Dataset.from_list(rows)
+    return Dataset.from_list(rows, features=FEATURES["CAUSAL_LM"])
 
 
 def write_rows(

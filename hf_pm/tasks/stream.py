@@ -3,19 +3,23 @@
 import logging
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
-from datasets import ClassLabel, Dataset, DatasetDict, LargeList, List, Value, load_dataset
+import pyarrow as pa
+import pyarrow.compute as pc
+from datasets import ClassLabel, Dataset, DatasetDict, Features, LargeList, List, Value, load_dataset
 from datasets.config import HF_DATASETS_CACHE
 from datasets.exceptions import DatasetsError
 
 from ..errors import UserError, cause_of, choose
 from ..metrics.task_metrics import TASK_METRICS
 from ..store.environment import place_problem
+from . import cache
 from .formats import COLUMN_PAIRS, LOADERS, format_parts, local_files, read_file, split_conversation
 from .labels import Reading, read_labels
 
@@ -27,6 +31,8 @@ EVAL_SUBSET_SEED = 0
 # Of a label's rows, at most this share is held out for validation: some labels have no more than a dozen rows.
 LARGEST_HELD_OUT = 1 / 5
 CUTS = ("end", "middle")
+ROW = Features({"text": Value("string"), "label": Value("string")})
+CONVERSATION = Features(ROW | {"history": List({"role": Value("string"), "content": Value("string")})})
 
 Source: TypeAlias = str | Path | Dataset | DatasetDict
 
@@ -229,32 +235,43 @@ class Task:
             validation = self.load("validation", skip=skip) if self.has_validation else None
             return self._finish(rows, "train", train), validation
         train, validation = self._divide(rows, held_out)
-        if not validation:
+        if not len(validation):
             raise UserError(
                 f"Task {self.name!r} has too few training rows ({len(rows)}) to hold out `validation_samples`. Give "
                 "it `validation` rows of its own, or leave `validation_samples` out."
             )
         return self._finish(rows, "train", train), self._finish(rows, "train", validation)
 
-    def _divide(self, rows: Dataset, held_out: int) -> tuple[list[int], list[int]]:
+    def _divide(self, rows: Dataset, held_out: int) -> tuple[Sequence[int], Sequence[int]]:
         """Indices to train on and to hold out; the first rows of each label in an order that is always the same."""
-        labelled = self.train_per_class is not None or self.options is not None
-        labels = rows[self._columns(rows)[1]][:] if labelled and not self._is_chat(rows) else [None] * len(rows)
-        labels = [self._single(label, "train") for label in labels]
+        count = len(rows)
+        if self.train_per_class is None and held_out == 0:
+            return range(count), []
+        labelled = (self.train_per_class is not None or self.options is not None) and not self._is_chat(rows)
+        codes = self._label_codes(rows) if labelled else np.zeros(count, dtype=np.int64)
         shuffled = _shuffled(rows)
-        of_label: dict[Any, list[int]] = {}
-        for index in shuffled:
-            of_label.setdefault(labels[index], []).append(index)
-        limit = self.train_per_class or len(rows)
-        train, validation = set(), set()
-        for indices in of_label.values():
-            spare = max(0, len(indices) - limit)
-            count = min(held_out, max(spare, int(len(indices) * LARGEST_HELD_OUT)))
-            kept = min(limit, len(indices) - count)
-            train.update(indices[:kept])
-            validation.update(indices[kept : kept + count])
-        order = range(len(rows)) if self.train_per_class is None else shuffled
-        return [i for i in order if i in train], [i for i in shuffled if i in validation]
+        sizes = np.bincount(codes)
+        spare = np.maximum(0, sizes - (self.train_per_class or count))
+        held = np.minimum(held_out, np.maximum(spare, (sizes * LARGEST_HELD_OUT).astype(np.int64)))
+        kept = np.minimum(self.train_per_class or count, sizes - held)
+        # Number of each row among those of its label, in the shuffled order.
+        by_label = shuffled[np.argsort(codes[shuffled], kind="stable")]
+        number = np.empty(count, dtype=np.int64)
+        number[by_label] = np.arange(count) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+        order = np.arange(count) if self.train_per_class is None else shuffled
+        train = order[number[order] < kept[codes[order]]]
+        after = number[shuffled] - kept[codes[shuffled]]
+        return train, shuffled[(after >= 0) & (after < held[codes[shuffled]])]
+
+    def _label_codes(self, rows: Dataset) -> np.ndarray:
+        """A number for each row, the same for equal labels."""
+        numbers: dict[Any, int] = {}
+        codes = []
+        for _, column in _columns_of(rows, self._columns(rows)[1]):
+            distinct, places = _distinct(column)
+            own = np.array([numbers.setdefault(value, len(numbers)) for value in distinct], dtype=np.int64)
+            codes.append(own[places])
+        return np.concatenate(codes)
 
     def _rows(self, split: str, skip: bool = False) -> Dataset:
         """The rows of a split as they are stored, with the columns that are needed; how labels are read is decided."""
@@ -303,32 +320,30 @@ class Task:
         if self._is_chat(rows):
             if not skip or "messages" not in rows.column_names:
                 return rows  # each is checked where it is read
-            for i, turns in enumerate(rows["messages"][:]):
-                try:
-                    _, answer, _ = split_conversation(turns)
-                except ValueError:
-                    bad[i] = "no conversation with an answer"
-                    continue
-                if read_labels([answer], self.options, self.label_names).answer(answer) is None:
-                    bad[i] = "a label that is no answer"
+            for start, column in _columns_of(rows, "messages"):
+                for i, turns in enumerate(column, start):
+                    try:
+                        _, answer, _ = split_conversation(turns)
+                    except ValueError:
+                        bad[i] = "no conversation with an answer"
+                        continue
+                    if read_labels([answer], self.options, self.label_names).answer(answer) is None:
+                        bad[i] = "a label that is no answer"
         else:
             text, label = self._columns(rows)
-            for column in (*[part for _, part in self._text_parts(text) if part is not None], label):
-                for i, value in enumerate(rows[column][:]):
-                    if value is None or value != value:  # a table says NaN where it has nothing
-                        bad.setdefault(i, f"nothing in the column {column!r}")
+            for name in (*[part for _, part in self._text_parts(text) if part is not None], label):
+                for start, column in _columns_of(rows, name):
+                    for i in np.flatnonzero(_nothing(column)) + start:
+                        bad.setdefault(int(i), f"nothing in the column {name!r}")
                         if not skip:
                             raise UserError(
                                 f"Row {i} of the {split} rows of task {self.name!r} has nothing in the column "
-                                f"{column!r}. Fill it in, remove the row, or set `on_bad_row: skip`."
+                                f"{name!r}. Fill it in, remove the row, or set `on_bad_row: skip`."
                             )
-            labels = [self._single(value, split) for value in rows[label][:]]
-            reading = self._reading(rows, [value for i, value in enumerate(labels) if i not in bad], split)
-            for i, value in enumerate(labels):
-                if i not in bad and reading.answer(value) is None:
-                    if not skip:
-                        raise self._no_answer(value, split)
-                    bad[i] = "a label that is no answer"
+            for i, value in self._bad_labels(rows, bad, split):
+                if not skip:
+                    raise self._no_answer(value, split)
+                bad[i] = "a label that is no answer"
         self.skipped.pop(split, None)
         if not bad:
             return rows
@@ -340,7 +355,27 @@ class Task:
         self.skipped[split] = dict(sorted(Counter(bad.values()).items()))
         for reason, count in self.skipped[split].items():
             logger.warning("Skipped %d of %d %s rows of task %r: %s.", count, len(rows), split, self.name, reason)
-        return rows.select([i for i in range(len(rows)) if i not in bad])
+        return rows.select(np.setdiff1d(np.arange(len(rows)), list(bad)))
+
+    def _bad_labels(self, rows: Dataset, bad: Container[int], split: str) -> Iterator[tuple[int, Any]]:
+        """Decide how the labels of all rows but the bad ones are read; then number and label of those without answer."""
+        name = self._columns(rows)[1]
+        found: dict[Any, None] = {}
+        for start, column in _columns_of(rows, name):
+            distinct, places = _distinct(column, lambda value: self._single(value, split))
+            good = range(len(distinct))
+            if bad:
+                good = sorted({int(place) for i, place in enumerate(places, start) if i not in bad})
+            found |= dict.fromkeys((type(distinct[place]), distinct[place]) for place in good)
+        reading = self._reading(rows, [value for _, value in found], split)
+        if all(answer is not None for answer in reading.answers.values()):
+            return
+        for start, column in _columns_of(rows, name):
+            distinct, places = _distinct(column)
+            none = np.array([reading.answer(value) is None for value in distinct], dtype=bool)
+            for i in np.flatnonzero(none[places]):
+                if int(i) + start not in bad:
+                    yield int(i) + start, distinct[places[i]]
 
     def _reading(self, rows: Dataset, labels: list[Any], split: str) -> Reading:
         """How the labels of a split are read; every split of a task must be read in the same way."""
@@ -428,14 +463,14 @@ class Task:
             return self._conversations(rows, split, positions)
         text, label = self._columns(rows)
         parts = self._text_parts(text)
-        chosen = rows.select(positions)
-        columns = {name: chosen[name][:] for name in (*[part for _, part in parts if part is not None], label)}
-        texts = [
-            "".join(literal + ("" if part is None else str(columns[part][i])) for literal, part in parts)
-            for i in range(len(positions))
-        ]
-        answers = [self._readings[split].answer(value) for value in columns[label]]
-        return Dataset.from_dict({"text": texts, "label": answers})
+        names = list(dict.fromkeys([*[part for _, part in parts if part is not None], label]))
+        chosen = rows.select(positions).select_columns(names)
+        answers = self._readings[split].answers
+        said = all(kind is str and value == answer for (kind, value), answer in answers.items())
+        if said and parts == [("", text)] and text != label and _all_texts(chosen):
+            return chosen.rename_columns({text: "text", label: "label"}).select_columns(["text", "label"])
+        of = [parts, [[str(kind), repr(value), answer] for (kind, value), answer in answers.items()]]
+        return cache.mapped(chosen, partial(_plain, parts, label, answers), ROW, of)
 
     def _conversations(self, rows: Dataset, split: str, positions: Sequence[int]) -> Dataset:
         """Text, answer and the turns before them."""
@@ -444,20 +479,25 @@ class Task:
                 f"The {split} rows of task {self.name!r} have no column 'messages'; found {rows.column_names}. Set "
                 "`text` and `label` of the task."
             )
-        found: list[dict[str, Any]] = []
-        for position, turns in zip(positions, rows.select(positions)["messages"][:], strict=True):
-            try:
-                text, answer, history = split_conversation(turns)
-            except ValueError as error:
-                raise UserError(
-                    f"Row {position} of the {split} rows of task {self.name!r} is no conversation with an answer: "
-                    f"{error}. Correct the row."
-                ) from error
-            label = read_labels([answer], self.options, self.label_names).answer(answer)
-            if label is None:
-                raise self._no_answer(answer, split)
-            found.append({"text": text, "label": label, "history": history})
-        return Dataset.from_list(found)
+        chosen = rows.select(positions).select_columns(["messages"])
+
+        def read(batch: dict[str, Any], numbers: Sequence[int]) -> dict[str, list[Any]]:
+            found = []
+            for number, turns in zip(numbers, batch["messages"], strict=True):
+                try:
+                    text, answer, history = split_conversation(turns)
+                except ValueError as error:
+                    raise UserError(
+                        f"Row {positions[number]} of the {split} rows of task {self.name!r} is no conversation with "
+                        f"an answer: {error}. Correct the row."
+                    ) from error
+                label = read_labels([answer], self.options, self.label_names).answer(answer)
+                if label is None:
+                    raise self._no_answer(answer, split)
+                found.append((text, label, history))
+            return dict(zip(CONVERSATION, map(list, zip(*found, strict=True)), strict=True))
+
+        return cache.mapped(chosen, read, CONVERSATION, [self.options, self.label_names], numbered=True)
 
     def _single(self, value: Any, split: str) -> Any:
         if isinstance(value, list | dict):
@@ -559,9 +599,52 @@ class TaskStream(Sequence[Task]):
         return cls(items)
 
 
-def _shuffled(rows: Dataset) -> list[int]:
+def _columns_of(rows: Dataset, name: str) -> Iterator[tuple[int, pa.ChunkedArray | list[Any]]]:
+    """A column, a batch at a time, and the number of the first row of each batch.
+
+    In Arrow, or as Python's values where a column has no one type: lists, objects, and the mixtures of a JSON file.
+    """
+    start, plain = 0, isinstance(rows.features[name], Value | ClassLabel)
+    for batch in rows.select_columns([name]).with_format("arrow" if plain else None).iter(cache.BATCH_ROWS):
+        yield start, batch[name]
+        start += len(batch[name])
+
+
+def _nothing(column: pa.ChunkedArray | list[Any]) -> np.ndarray:
+    """Which values are missing; a table says NaN where it has nothing."""
+    if isinstance(column, list):
+        return np.array([value is None or value != value for value in column])
+    return pc.is_null(column, nan_is_null=True).to_numpy()
+
+
+def _distinct(
+    column: pa.ChunkedArray | list[Any], checked: Callable[[Any], Any] = lambda value: value
+) -> tuple[list[Any], np.ndarray]:
+    """The different values of a column in their order, and the place of each row's value among them."""
+    if isinstance(column, list):
+        keys = [(type(value), checked(value)) for value in column]
+        places = {key: place for place, key in enumerate(dict.fromkeys(keys))}
+        return [value for _, value in places], np.array([places[key] for key in keys])
+    coded = pa.chunked_array([column.combine_chunks()]).dictionary_encode("encode").chunk(0)
+    return coded.dictionary.to_pylist(), coded.indices.to_numpy()
+
+
+def _all_texts(rows: Dataset) -> bool:
+    return all(feature == Value("string") for feature in rows.features.values())
+
+
+def _plain(parts: Any, label: str, answers: Any, batch: dict[str, Any]) -> dict[str, list[str]]:
+    """Texts and answers from the columns that they are made of."""
+    texts = [
+        "".join(literal + ("" if part is None else str(batch[part][i])) for literal, part in parts)
+        for i in range(len(batch[label]))
+    ]
+    return {"text": texts, "label": [answers[type(value), value] for value in batch[label]]}
+
+
+def _shuffled(rows: Dataset) -> np.ndarray:
     """Positions of the rows in the order of `Dataset.shuffle`, always the same."""
-    return np.random.default_rng(EVAL_SUBSET_SEED).permutation(len(rows)).tolist()
+    return np.random.default_rng(EVAL_SUBSET_SEED).permutation(len(rows))
 
 
 def subset(rows: Dataset, limit: int | None, seed: int) -> Dataset:
