@@ -503,7 +503,14 @@ class PMTrainerMixin(TaskTraining):
         """
         args = self.args
         share = rows.select(range(args.process_index, len(rows), args.world_size))
-        loader = DataLoader(share, batch_size=batch_size, collate_fn=self.stream_collator)
+        loader = DataLoader(
+            share,
+            batch_size=batch_size,
+            collate_fn=self.stream_collator,
+            num_workers=args.dataloader_num_workers,
+            prefetch_factor=args.dataloader_prefetch_factor,
+            pin_memory=args.dataloader_pin_memory and args.device.type != "cpu",
+        )
         with tqdm(total=len(share), desc=label, unit="row", leave=False, disable=not self._bars) as bar:
             for batch in loader:
                 yield self._prepare_input(dict(batch))

@@ -67,7 +67,13 @@ def _bytes(column: pa.ChunkedArray) -> Iterator[Any]:
 
 
 def mapped(
-    rows: Dataset, make: Callable[..., dict[str, Any]], features: Features, of: Any, *, numbered: bool = False
+    rows: Dataset,
+    make: Callable[..., dict[str, Any]],
+    features: Features,
+    of: Any,
+    verb: str,
+    *,
+    numbered: bool = False,
 ) -> Dataset:
     """Rows made of `rows`, a batch at a time; of more than `FEW_ROWS` in a file, so that memory holds a batch.
 
@@ -76,6 +82,7 @@ def mapped(
         make (`Callable`): Columns of a batch -> columns of as many rows.
         features (`Features`): Of the rows made.
         of (`Any`): Plain JSON of all else that the result depends on.
+        verb (`str`): What `make` does, for the log.
         numbered (`bool`, *optional*, defaults to `False`): Whether `make` takes the numbers of the rows too.
 
     Raises:
@@ -91,6 +98,7 @@ def mapped(
         found = _stored(path)
         if found is not None and len(found) == len(rows) and found.features == features:
             return found
+        logger.info("%s %d rows once; they are kept in %s.", verb, len(rows), path.parent)
         return rows.map(
             make,
             with_indices=numbered,
@@ -101,6 +109,7 @@ def mapped(
             cache_file_name=str(path),
             load_from_cache_file=False,
             new_fingerprint=key,
+            desc=verb,
         )
 
 

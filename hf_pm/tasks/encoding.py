@@ -156,7 +156,7 @@ class Encoder:
             UserError: If a row does not fit even without its text.
         """
         of = [self.described_exactly, task.described(self.prompt)] if len(rows) > cache.FEW_ROWS else None
-        return cache.mapped(rows, partial(self._columns, task), FEATURES[self.task_type], of)
+        return cache.mapped(rows, partial(self._columns, task), FEATURES[self.task_type], of, "Tokenizing")
 
     def encode_row(self, task: Task, text: str, answer: str, history: Turns = ()) -> dict[str, Any]:
         """One row of [`Encoder.encode`]."""

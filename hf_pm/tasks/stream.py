@@ -358,7 +358,7 @@ class Task:
         return rows.select(np.setdiff1d(np.arange(len(rows)), list(bad)))
 
     def _bad_labels(self, rows: Dataset, bad: Container[int], split: str) -> Iterator[tuple[int, Any]]:
-        """Decide how the labels of all rows but the bad ones are read; then number and label of those without answer."""
+        """Decide how the labels of all rows but the bad ones are read; then those without an answer, by row."""
         name = self._columns(rows)[1]
         found: dict[Any, None] = {}
         for start, column in _columns_of(rows, name):
@@ -470,7 +470,7 @@ class Task:
         if said and parts == [("", text)] and text != label and _all_texts(chosen):
             return chosen.rename_columns({text: "text", label: "label"}).select_columns(["text", "label"])
         of = [parts, [[str(kind), repr(value), answer] for (kind, value), answer in answers.items()]]
-        return cache.mapped(chosen, partial(_plain, parts, label, answers), ROW, of)
+        return cache.mapped(chosen, partial(_plain, parts, label, answers), ROW, of, "Reading")
 
     def _conversations(self, rows: Dataset, split: str, positions: Sequence[int]) -> Dataset:
         """Text, answer and the turns before them."""
@@ -497,7 +497,8 @@ class Task:
                 found.append((text, label, history))
             return dict(zip(CONVERSATION, map(list, zip(*found, strict=True)), strict=True))
 
-        return cache.mapped(chosen, read, CONVERSATION, [self.options, self.label_names], numbered=True)
+        of = [self.options, self.label_names]
+        return cache.mapped(chosen, read, CONVERSATION, of, "Reading", numbered=True)
 
     def _single(self, value: Any, split: str) -> Any:
         if isinstance(value, list | dict):
