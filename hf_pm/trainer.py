@@ -142,6 +142,13 @@ class PMTrainerMixin(TaskTraining):
             data_collator = data_collator or self.stream_collator
             self.rows = StreamRows(stream, self.encoder, self.parts.method.stream, args)
             self.stages = self.rows.stages
+            if args.world_size > 1:
+                (first,) = broadcast_object_list([self.rows.fingerprint])
+                if first != self.rows.fingerprint:
+                    raise UserError(
+                        "The processes of this run were given different rows. Give each the same files; of a stream, "
+                        "one that gives the same rows in the same order each time, or a pinned `revision`."
+                    )
             for task in stream:
                 metric_of(task, self.task_type)
             check_search(self.rows, self.task_type, args)

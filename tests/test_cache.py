@@ -2,12 +2,13 @@
 
 import json
 import logging
+import os
 import random
 from collections import Counter
 
 import datasets
 import pytest
-from datasets import Dataset
+from datasets import Dataset, IterableDataset, IterableDatasetDict
 from reference import encode_by_row
 from test_encoding import TALK, chat_tokenizer
 from transformers import PreTrainedTokenizerFast
@@ -260,3 +261,80 @@ def test_answers_that_do_not_fit_are_found_among_many(tokenizer, folder):
         with pytest.raises(UserError, match="A row of task 't' needs 73 tokens without its text"):
             encoder.check(task, Dataset.from_dict(columns))
     assert not list(folder.glob("*.json"))
+
+
+# ---- Streams --------------------------------------------------------------------------------------------------------
+
+
+def counted(rows, read):
+    """A stream of rows that counts those that were asked for."""
+
+    def give():
+        for row in rows:
+            read.append(row)
+            yield row
+
+    return IterableDataset.from_generator(give)
+
+
+def test_a_stream_is_read_as_far_as_its_rows_are_used(tokenizer, config, folder):
+    read, columns = [], labelled(200, 0)
+    rows = Dataset.from_dict(columns)
+    settings = {"options": OPTIONS, "instruction": "Which ?"}
+    streamed = Task(
+        "colour", counted(rows, read), IterableDatasetDict({"test": rows.to_iterable_dataset()}), **settings
+    )
+    found = rows_of(streamed, tokenizer, config, max_train_samples=50, max_eval_samples=20)
+    assert len(read) <= 50 + cache.BATCH_ROWS  # `datasets` reads a row ahead
+    whole = Task("colour", rows.select(range(50)), rows.select(range(20)), **settings)
+    again = rows_of(whole, tokenizer, config, max_train_samples=50, max_eval_samples=20)
+    assert everything(found) == everything(again)
+    # With `max_steps`, as many rows as the steps take: 3 of 2 rows, twice accumulated.
+    steps = {"max_steps": 3, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    assert len(rows_of(streamed, tokenizer, config, max_eval_samples=20, **steps).train[0]) == 12
+    assert len(rows_of(streamed, tokenizer, config, max_train_samples=999, max_eval_samples=20).train[0]) == 200
+    with pytest.raises(UserError, match="The train rows of task 'colour' come as a stream"):
+        rows_of(streamed, tokenizer, config, max_eval_samples=20)
+
+
+def test_a_file_is_streamed_as_it_is_read(tmp_path, tokenizer, config, folder, monkeypatch):
+    settings = {"max_train_samples": 16, "max_eval_samples": 5, "validation_samples": 1}
+    monkeypatch.setattr(cache, "taken", recording(cache.taken, taken := []))
+    found = rows_of(many(tmp_path, streaming=True), tokenizer, config, **settings)
+    first = [json.loads(line) for line in (tmp_path / "train.jsonl").read_text().splitlines()[:16]]
+    held = found.validation[0].to_list()
+    assert found.train[0].to_list() + held != first and len(held) == 3
+    assert sorted(row["text"] for row in found.train[0].to_list() + held) == sorted(row["text"] for row in first)
+    table = tmp_path / "train.csv"
+    table.write_text("text,label,other\n" + "\n".join(f"{i} {row['text']},007,x" for i, row in enumerate(first)))
+    task = Task("codes", table, table, streaming=True, test_samples=3)
+    rows = task.load("train", most={"train": 9})
+    assert rows["label"] == ["007"] * 9 and len(task.load("test")) == 3
+    assert taken[-1].column_names == ["text", "label"]  # what no prompt is made of is not kept
+    # The same file is read once; a file that changed is read again.
+    assert task.load("train", most={"train": 9}).cache_files == rows.cache_files
+    table.write_text(table.read_text().replace("007", "008"))
+    os.utime(table, ns=(1, 1))
+    assert task.load("train", most={"train": 9})["label"] == ["008"] * 9
+
+
+def recording(function, results):
+    def record(*args):
+        results.append(function(*args))
+        return results[-1]
+
+    return record
+
+
+def test_a_stream_that_breaks_leaves_nothing_behind(folder):
+    def give():
+        yield from ({"text": "a", "label": "x"} for _ in range(20))
+        raise OSError("The line is cut.")
+
+    task = Task("cut", IterableDataset.from_generator(give), "x.jsonl")
+    with pytest.raises(
+        UserError, match="Cannot take the train rows of task 'cut' from their stream: .*The line is cut"
+    ):
+        task.load("train", most={"train": 30})
+    assert not list(folder.glob("*"))
+    assert len(task.load("train", most={"train": 10})) == 10

@@ -20,12 +20,12 @@ import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from datasets import Dataset, Features
+from datasets import Dataset, Features, IterableDataset
 from datasets.arrow_writer import ArrowWriter
 
 from ..errors import UserError
 from ..store.environment import place_problem
-from ..store.ledger import write_json
+from ..store.ledger import sha256_file, write_json
 
 
 logger = logging.getLogger(__name__)
@@ -125,19 +125,33 @@ def remembered(of: Any, compute: Callable[[], Any]) -> Any:
             return value
 
 
-def written(batches: Iterable[dict[str, list[Any]]], features: Features | None) -> Dataset:
-    """Rows that come a batch at a time, in a file named by its content: other processes write the same one."""
-    folder = _folder()
-    handle, name = tempfile.mkstemp(suffix=".incomplete", dir=folder)
+def taken(stream: IterableDataset, count: int, of: Any) -> Dataset:
+    """The first rows of a stream, in a file that is written a batch at a time.
+
+    Args:
+        stream (`IterableDataset`): Only read if its rows are not there.
+        count (`int`): Rows to take; all where there are fewer.
+        of (`Any`): Plain JSON that names the rows for good, or `None`. Without a name the stream is read again by each
+            process and at each start, and the file is named by its content.
+    """
+    if of is not None:
+        path = _folder() / f"{_key('stream', of, count)}.arrow"
+        with _alone(path):
+            found = _stored(path)
+            return _write(stream, count, path) if found is None else found
+    return _write(stream, count, None)
+
+
+def _write(stream: IterableDataset, count: int, path: Path | None) -> Dataset:
+    logger.info("Taking %d rows of a stream.", count)
+    handle, name = tempfile.mkstemp(suffix=".incomplete", dir=_folder())
     os.close(handle)
     try:
-        with ArrowWriter(path=name, features=features) as writer:
-            for batch in batches:
+        with ArrowWriter(path=name, features=stream.features) as writer:
+            for batch in stream.take(count).iter(BATCH_ROWS):
                 writer.write_batch(batch)
             writer.finalize()
-        with open(name, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        path = folder / f"{digest}.arrow"
+        path = path or _folder() / f"{sha256_file(Path(name))}.arrow"
         os.replace(name, path)
     finally:
         Path(name).unlink(missing_ok=True)

@@ -62,9 +62,13 @@ class StreamRows:
         tasks = list(stream)
         data_seed = args.seed if args.data_seed is None else args.data_seed
         skip = args.on_bad_row == "skip"
-        loaded = [task.load_train(args.validation_samples, skip=skip) for task in tasks]
+        # Of a stream, as many rows are taken as are used.
+        steps = args.max_steps * args.effective_batch_size if args.max_steps > 0 else None
+        most = dict.fromkeys(("validation", "test"), args.max_eval_samples)
+        most["train"] = steps if args.max_train_samples is None else args.max_train_samples
+        loaded = [task.load_train(args.validation_samples, skip=skip, most=most) for task in tasks]
         train_rows, validation_rows = zip(*loaded, strict=True)
-        test_rows = [task.load("test", skip=skip) for task in tasks]
+        test_rows = [task.load("test", skip=skip, most=most) for task in tasks]
         # Of all rows, not of those drawn with this run's seed: runs that differ in the seed alone must be comparable.
         limits = (args.max_train_samples, args.max_eval_samples)
         splits = list(zip(train_rows, test_rows, validation_rows, strict=True))

@@ -1,18 +1,31 @@
 """Tasks and streams: from files, Hub datasets or `datasets` objects to checked rows of text and answer."""
 
 import logging
+import os
 import re
 from collections import Counter
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeAlias
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from datasets import ClassLabel, Dataset, DatasetDict, Features, LargeList, List, Value, load_dataset
+from datasets import (
+    ClassLabel,
+    Dataset,
+    DatasetDict,
+    Features,
+    IterableDataset,
+    IterableDatasetDict,
+    LargeList,
+    List,
+    Value,
+    load_dataset,
+)
 from datasets.config import HF_DATASETS_CACHE
 from datasets.exceptions import DatasetsError
 
@@ -20,7 +33,7 @@ from ..errors import UserError, cause_of, choose
 from ..metrics.task_metrics import TASK_METRICS
 from ..store.environment import place_problem
 from . import cache
-from .formats import COLUMN_PAIRS, LOADERS, format_parts, local_files, read_file, split_conversation
+from .formats import COLUMN_PAIRS, LOADERS, format_parts, local_files, read_file, split_conversation, stream_file
 from .labels import Reading, read_labels
 
 
@@ -31,10 +44,18 @@ EVAL_SUBSET_SEED = 0
 # Of a label's rows, at most this share is held out for validation: some labels have no more than a dozen rows.
 LARGEST_HELD_OUT = 1 / 5
 CUTS = ("end", "middle")
+NO_LIMITS: Mapping[str, int | None] = MappingProxyType({})
 ROW = Features({"text": Value("string"), "label": Value("string")})
 CONVERSATION = Features(ROW | {"history": List({"role": Value("string"), "content": Value("string")})})
 
-Source: TypeAlias = str | Path | Dataset | DatasetDict
+Source: TypeAlias = str | Path | Dataset | DatasetDict | IterableDataset | IterableDatasetDict
+WithSplits = DatasetDict | IterableDatasetDict
+# What says how many rows of a stream are taken, by split.
+TAKES = {
+    "train": "`max_train_samples` or `max_steps`",
+    "validation": "`max_eval_samples`",
+    "test": "`max_eval_samples`, or `test_samples` of the task",
+}
 
 
 @dataclass
@@ -48,7 +69,7 @@ class Task:
         name (`str`): Unique within the stream; letters, digits, `.`, `_` and `-` only, since it names files and tags.
         train (`str`, `Dataset` or `DatasetDict`): A `.jsonl`, `.json`, `.parquet`, `.csv` or `.tsv` file, a Hub
             dataset id, or rows. A cell of a `.csv` or `.tsv` file is the text that it holds; only an empty one is
-            missing.
+            missing. An `IterableDataset` or `IterableDatasetDict` is taken as with `streaming`.
         test (`str`, `Dataset` or `DatasetDict`): The same for the rows to evaluate on. It may be left out where
             `train` has splits: a Hub dataset or a `DatasetDict`.
         text (`str`, *optional*, defaults to `"text"`): Column with the input, or a format of several columns:
@@ -74,6 +95,10 @@ class Task:
             `{instruction}` and `{options}`.
         cut (`str`, *optional*, defaults to `"end"`): Where a text that does not fit is cut, `end` or `middle`. A text
             that carries its own question in its last line must keep it.
+        streaming (`bool`, *optional*, defaults to `False`): Read files and Hub datasets of this task only as far as
+            rows are needed: the first `max_train_samples` (or as many as `max_steps` steps take) to train on, and the
+            first `test_samples` or `max_eval_samples` of the other splits. They are taken once, before the training,
+            and memory holds a batch of them; from then on they are rows like any other.
 
     Attributes:
         by_position (`set[str]`): Splits whose labels were read as positions in the options.
@@ -103,6 +128,7 @@ class Task:
     num_train_epochs: float | None = None
     template: str | None = None
     cut: str = "end"
+    streaming: bool = False
 
     def __post_init__(self) -> None:
         self.by_position: set[str] = set()
@@ -143,6 +169,10 @@ class Task:
                     f"`{key}` of task {self.name!r} must be a positive {'whole ' if kind is int else ''}number, but "
                     f"got {value!r}. Leave it out for the default."
                 )
+        if not isinstance(self.streaming, bool):
+            raise UserError(
+                f"`streaming` of task {self.name!r} must be true or false, but got {self.streaming!r}. Correct it."
+            )
         if self.template is not None:
             parts = self._parts("template", self.template)
             placeholders = [part for _, part in parts if part is not None]
@@ -157,9 +187,8 @@ class Task:
                 setattr(self, key, str(value))
             elif not isinstance(value, Source) and (value is not None or key == "train"):
                 raise UserError(
-                    f"`{key}` of task {self.name!r} must be a file, a Hub dataset id, a `datasets.Dataset` or a "
-                    f"`datasets.DatasetDict`, but got {type(value).__name__}. A streaming dataset has no length: "
-                    "load it whole."
+                    f"`{key}` of task {self.name!r} must be a file, a Hub dataset id, or a dataset or its splits "
+                    f"from the library `datasets`, but got {type(value).__name__}. Convert it to one of them."
                 )
         if not self.has_splits(self.train):
             if self.test is None:
@@ -195,29 +224,32 @@ class Task:
         """Whether the data come with validation rows."""
         return self.validation is not None or self.validation_split is not None
 
-    def load(self, split: str, *, skip: bool = False) -> Dataset:
+    def load(self, split: str, *, skip: bool = False, most: Mapping[str, int | None] = NO_LIMITS) -> Dataset:
         """Rows of `split` (`"train"`, `"validation"` or `"test"`), at most those that the task's own limits allow.
 
         Args:
             split (`str`): Which rows.
             skip (`bool`, *optional*, defaults to `False`): Leave out and count the rows that would be refused one by
                 one: an empty field, a label that is no answer, a broken conversation.
+            most (`Mapping[str, int | None]`, *optional*): Split -> rows to take where the rows come as a stream.
 
         Returns:
             `Dataset`: The columns `text` and `label`, strings. Rows of conversations have a third one, `history`: the
             turns before the text, as a list of `{"role", "content"}`.
 
         Raises:
-            UserError: Missing file, Hub dataset that cannot be had, missing column, empty field, no rows, or a label
-                that is not among the options.
+            UserError: Missing file, Hub dataset that cannot be had, missing column, empty field, no rows, a label
+                that is not among the options, or a stream of which nobody says how many rows to take.
         """
         if split == "train":
-            return self.load_train(skip=skip)[0]
-        rows = self._rows(split, skip)
+            return self.load_train(skip=skip, most=most)[0]
+        rows = self._rows(split, skip, most)
         some = split == "test" and self.test_samples is not None and self.test_samples < len(rows)
         return self._finish(rows, split, _shuffled(rows)[: self.test_samples] if some else range(len(rows)))
 
-    def load_train(self, held_out: int | None = None, *, skip: bool = False) -> tuple[Dataset, Dataset | None]:
+    def load_train(
+        self, held_out: int | None = None, *, skip: bool = False, most: Mapping[str, int | None] = NO_LIMITS
+    ) -> tuple[Dataset, Dataset | None]:
         """The training rows, and validation rows that are never among them.
 
         Args:
@@ -225,14 +257,15 @@ class Task:
                 options and in all otherwise, but no more than a fifth of them. Without it validation is what the data
                 come with, or `None`, and training has every row.
             skip (`bool`, *optional*, defaults to `False`): As in [`Task.load`].
+            most (`Mapping[str, int | None]`, *optional*): As in [`Task.load`].
 
         Raises:
             UserError: As [`Task.load`], and if nothing can be held out.
         """
-        rows = self._rows("train", skip)
+        rows = self._rows("train", skip, most)
         if held_out is None:
             train, _ = self._divide(rows, 0)
-            validation = self.load("validation", skip=skip) if self.has_validation else None
+            validation = self.load("validation", skip=skip, most=most) if self.has_validation else None
             return self._finish(rows, "train", train), validation
         train, validation = self._divide(rows, held_out)
         if not len(validation):
@@ -273,10 +306,10 @@ class Task:
             codes.append(own[places])
         return np.concatenate(codes)
 
-    def _rows(self, split: str, skip: bool = False) -> Dataset:
+    def _rows(self, split: str, skip: bool, most: Mapping[str, int | None]) -> Dataset:
         """The rows of a split as they are stored, with the columns that are needed; how labels are read is decided."""
         source = {"train": self.train, "validation": self.validation, "test": self.test}[split]
-        rows = self._read(self.train if source is None else source, split)
+        rows = self._read(self.train if source is None else source, split, most.get(split))
         if not self._is_chat(rows):
             text, label = self._columns(rows)
             for column in (*[part for _, part in self._text_parts(text) if part is not None], label):
@@ -413,27 +446,47 @@ class Task:
             f"the data or the task's `{key}`, or set `on_bad_row: skip`."
         )
 
-    def _read(self, source: str | Dataset | DatasetDict, split: str) -> Dataset:
+    def _read(self, source: str | Dataset | WithSplits | IterableDataset, split: str, most: int | None) -> Dataset:
         where = f"the {split} rows of task {self.name!r}"
         named = {"train": self.train_split, "validation": self.validation_split or "validation"}
         stored = named.get(split, self.test_split)
-        if isinstance(source, Dataset):
-            return source
-        if isinstance(source, DatasetDict):
+        if isinstance(source, WithSplits):
             if stored not in source:
                 raise UserError(
                     f"There is no split {stored!r} for {where}; found {list(source)}. Set `{split}_split`."
                 )
-            return source[stored]
+            source = source[stored]
+        if isinstance(source, Dataset):
+            return source
+        streamed = self.streaming or isinstance(source, IterableDataset)
+        most = self.test_samples if split == "test" and self.test_samples is not None else most
+        if streamed and most is None:
+            raise UserError(
+                f"{where[0].upper()}{where[1:]} come as a stream, which has no length. Say how many to take: set "
+                f"{TAKES[split]}."
+            )
+        if isinstance(source, IterableDataset):
+            return self._taken(source, most, None, where)
         is_file = Path(source).suffix in LOADERS
         if is_file and not Path(source).is_file():
             raise UserError(f"There is no file {source!r} for {where}. Correct the path or set `data_dir`.")
         if not is_file and Path(source).is_file():
             raise UserError(f"{source!r}, {where}, has an ending that is not known. Use one of {', '.join(LOADERS)}.")
         try:
+            if streamed and is_file:
+                state = os.stat(source)
+                of = [os.path.abspath(source), state.st_size, state.st_mtime_ns]
+                return self._taken(stream_file(source), most, of, where)
             if is_file:
                 return read_file(source)
-            return load_dataset(source, name=self.config, revision=self.revision, split=stored)
+            place = {"name": self.config, "revision": self.revision, "split": stored}
+            if streamed:
+                pinned = re.fullmatch("[0-9a-f]{40}", self.revision or "")
+                of = [source, *place.values()] if pinned else None
+                return self._taken(load_dataset(source, **place, streaming=True), most, of, where)
+            return load_dataset(source, **place)
+        except UserError:
+            raise
         # RuntimeError: `datasets` no longer runs the scripts that some Hub datasets still consist of.
         except (OSError, ValueError, TypeError, KeyError, RuntimeError, StopIteration, DatasetsError) as error:
             cache = place_problem(HF_DATASETS_CACHE)
@@ -446,6 +499,23 @@ class Task:
                 f"Cannot load {where} from {source!r}: {cause_of(error)} {remedy}, or point `data_dir` to a folder "
                 f"with {self.name}/{split}.jsonl (columns `text` and `label`)."
             ) from error
+
+    def _taken(self, stream: IterableDataset, count: int, of: Any, where: str) -> Dataset:
+        """The first rows of a stream, without the columns that no prompt is made of.
+
+        Raises:
+            UserError: If its rows cannot be had, or are not all of one kind.
+        """
+        if stream.column_names is not None:
+            parts = [part for _, part in self._text_parts(self.text)]
+            wanted = {*parts, self.label, "messages", *(name for pair in COLUMN_PAIRS for name in pair)}
+            stream = stream.select_columns([name for name in stream.column_names if name in wanted])
+        try:
+            return cache.taken(stream, count, None if of is None else [of, stream.column_names])
+        except UserError:
+            raise
+        except (OSError, ValueError, TypeError, KeyError, RuntimeError, StopIteration, DatasetsError) as error:
+            raise UserError(f"Cannot take {where} from their stream: {cause_of(error)} Correct its rows.") from error
 
     def _columns(self, rows: Dataset) -> tuple[str, str]:
         """Columns with text and answer: the task's, or those of a known kind of file."""
@@ -534,8 +604,8 @@ class Task:
 
     @staticmethod
     def has_splits(source: Any) -> bool:
-        """Whether one source has the rows of several splits: a `DatasetDict` or a Hub dataset."""
-        return isinstance(source, DatasetDict) or (isinstance(source, str) and Path(source).suffix not in LOADERS)
+        """Whether one source has the rows of several splits: a dictionary of datasets, or a Hub dataset."""
+        return isinstance(source, WithSplits) or (isinstance(source, str) and Path(source).suffix not in LOADERS)
 
     def described(self, prompt: str = "plain") -> list[Any]:
         """Plain JSON of everything but the rows that the result depends on: instruction, options, columns, sizes.
