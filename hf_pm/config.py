@@ -311,6 +311,9 @@ class PMConfig(TrainingArguments):
             "must lie in [0, 1]",
             "0 discards the update, 1 keeps it whole.",
         )
+        rule, remedy = "needs liger-kernel, which is not installed", "Install `liger-kernel`, or leave it out."
+        missing_kernels = self.use_liger_kernel and find_spec("liger_kernel") is None
+        _require(not missing_kernels, "use_liger_kernel", self.use_liger_kernel, rule, remedy)
         check_license(self.license)
         check_tags(self.tags or [])
         if self.base_model_id is not None:

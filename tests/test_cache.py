@@ -161,6 +161,22 @@ def test_a_second_rank_and_a_later_start_tokenize_nothing(tmp_path, tokenizer, c
     assert not calls
 
 
+def test_of_two_processes_at_once_one_tokenizes(tokenizer, folder, calls, tmp_path):
+    encoder, task, rows = Encoder(tokenizer, "CAUSAL_LM", 64), Task("t", "x.csv", "x.csv"), labelled(60, 0)
+    given = Dataset.from_dict(rows)
+    children = []
+    for number in range(2):
+        children.append(os.fork())
+        if not children[-1]:
+            tokens = encoder.encode(task, given).to_list()
+            (tmp_path / f"rank{number}").write_text(json.dumps([calls["texts"], tokens]))
+            os._exit(0)
+    assert [os.waitpid(child, 0)[1] for child in children] == [0, 0]
+    (one, tokens), (other, same) = (json.loads((tmp_path / f"rank{number}").read_text()) for number in range(2))
+    assert sorted((one, other)) == [0, 60] and tokens == same
+    assert tokens == [encode_by_row(encoder, task, *row) for row in zip(*rows.values(), strict=True)]
+
+
 def test_the_state_that_a_call_leaves_in_a_tokenizer_changes_nothing(tmp_path, tokenizer, config, folder, calls):
     rows_of(many(tmp_path), tokenizer, config)
     tokenizer(["a b", "c"], padding=True, truncation=True, max_length=2)
