@@ -393,6 +393,10 @@ class Task:
     def _bad_labels(self, rows: Dataset, bad: Container[int], split: str) -> Iterator[tuple[int, Any]]:
         """Decide how the labels of all rows but the bad ones are read; then those without an answer, by row."""
         name = self._columns(rows)[1]
+        free = self.options is None and self.label_names is None
+        if free and isinstance(rows.features[name], Value):
+            self._readings[split] = Reading({}, free=True)  # as many answers as rows: they are not listed
+            return
         found: dict[Any, None] = {}
         for start, column in _columns_of(rows, name):
             distinct, places = _distinct(column, lambda value: self._single(value, split))
@@ -535,12 +539,12 @@ class Task:
         parts = self._text_parts(text)
         names = list(dict.fromkeys([*[part for _, part in parts if part is not None], label]))
         chosen = rows.select(positions).select_columns(names)
-        answers = self._readings[split].answers
-        said = all(kind is str and value == answer for (kind, value), answer in answers.items())
+        reading = self._readings[split]
+        said = all(kind is str and value == answer for (kind, value), answer in reading.answers.items())
         if said and parts == [("", text)] and text != label and _all_texts(chosen):
             return chosen.rename_columns({text: "text", label: "label"}).select_columns(["text", "label"])
-        of = [parts, [[str(kind), repr(value), answer] for (kind, value), answer in answers.items()]]
-        return cache.mapped(chosen, partial(_plain, parts, label, answers), ROW, of, "Reading")
+        of = [parts, [[str(kind), repr(value), answer] for (kind, value), answer in reading.answers.items()]]
+        return cache.mapped(chosen, partial(_plain, parts, label, reading), ROW, of, "Reading")
 
     def _conversations(self, rows: Dataset, split: str, positions: Sequence[int]) -> Dataset:
         """Text, answer and the turns before them."""
@@ -704,13 +708,13 @@ def _all_texts(rows: Dataset) -> bool:
     return all(feature == Value("string") for feature in rows.features.values())
 
 
-def _plain(parts: Any, label: str, answers: Any, batch: dict[str, Any]) -> dict[str, list[str]]:
+def _plain(parts: Any, label: str, reading: Reading, batch: dict[str, Any]) -> dict[str, list[str | None]]:
     """Texts and answers from the columns that they are made of."""
     texts = [
         "".join(literal + ("" if part is None else str(batch[part][i])) for literal, part in parts)
         for i in range(len(batch[label]))
     ]
-    return {"text": texts, "label": [answers[type(value), value] for value in batch[label]]}
+    return {"text": texts, "label": [reading.answer(value) for value in batch[label]]}
 
 
 def _shuffled(rows: Dataset) -> np.ndarray:
