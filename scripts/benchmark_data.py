@@ -23,11 +23,12 @@ WORDS = "the market fell on monday after reports of a new agreement between two 
 OPTIONS = ("good", "bad")
 
 
-def write_rows(path: Path, count: int, seed: int) -> None:
+def write_rows(path: Path, count: int, words: int, seed: int) -> None:
+    """`count` rows of up to `words` words and their own number, all different."""
     draw = random.Random(seed)
     with open(path, "w") as file:
         for i in range(count):
-            text = f"{' '.join(draw.choices(WORDS, k=draw.randint(8, 30)))} {seed} {i}"
+            text = f"{' '.join(draw.choices(WORDS, k=draw.randint(2, words)))} {seed} {i}"
             file.write(json.dumps({"text": text, "label": OPTIONS[draw.randrange(2)]}) + "\n")
 
 
@@ -46,13 +47,7 @@ def rank(folder: Path, tokenizer: str) -> None:
     from hf_pm.tasks.rows import StreamRows
 
     quiet()
-    task = Task(
-        "made-up",
-        folder / "train.jsonl",
-        folder / "test.jsonl",
-        instruction="What is the sentiment?",
-        options=list(OPTIONS),
-    )
+    task = Task("made-up", folder / "train.jsonl", folder / "test.jsonl", options=list(OPTIONS))
     encoder = Encoder(AutoTokenizer.from_pretrained(tokenizer), "CAUSAL_LM", 512)
     args = PMConfig(output_dir=str(folder / "run"), use_cpu=True, max_eval_samples=1000)
     counted = [0]
@@ -86,6 +81,7 @@ def rank(folder: Path, tokenizer: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, default=1_000_000)
+    parser.add_argument("--words", type=int, default=10, help="of the longest text")
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--tokenizer", default=str(ROOT / "hf_pm" / "demo" / "model"))
     parser.add_argument("--folder", type=Path, help="where rows and cache lie; a temporary folder by default")
@@ -97,8 +93,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.folder or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
-        write_rows(folder / "train.jsonl", args.rows, 0)
-        write_rows(folder / "test.jsonl", 2_000, 1)
+        write_rows(folder / "train.jsonl", args.rows, args.words, 0)
+        write_rows(folder / "test.jsonl", 2_000, args.words, 1)
         environment = os.environ | {"HF_DATASETS_CACHE": str(folder / "cache"), "PYTHONPATH": str(ROOT)}
         command = [sys.executable, __file__, "--as-rank", "--folder", str(folder), "--tokenizer", args.tokenizer]
         for turn in ("first start", "second start"):
