@@ -302,6 +302,7 @@ def test_a_stream_is_read_as_far_as_its_rows_are_used(tokenizer, config, folder)
     )
     found = rows_of(streamed, tokenizer, config, max_train_samples=50, max_eval_samples=20)
     assert len(read) <= 50 + cache.BATCH_ROWS  # `datasets` reads a row ahead
+    assert found.describe()[0]["train"] == found.describe()[0]["test"] == "a stream"
     whole = Task("colour", rows.select(range(50)), rows.select(range(20)), **settings)
     again = rows_of(whole, tokenizer, config, max_train_samples=50, max_eval_samples=20)
     assert everything(found) == everything(again)

@@ -387,7 +387,7 @@ def by_length(rows: Dataset) -> Dataset:
 def length_order(rows: Dataset) -> np.ndarray:
     """Indices of encoded rows, sorted by their number of tokens."""
     lengths = [pc.list_value_length(table["input_ids"]).to_numpy() for table in cache.tables(rows, ["input_ids"])]
-    return np.argsort(np.concatenate(lengths), kind="stable")
+    return np.argsort(np.concatenate([np.empty(0, np.int32), *lengths]), kind="stable")
 
 
 def _read_only(encoded: Sequence[tuple[list[int], int]]) -> dict[str, list[Any]]:

@@ -62,7 +62,9 @@ def equal(first: Iterable[tuple[str, str]], second: Iterable[tuple[str, str]]) -
     """Whether two splits have the same rows (text and answer), whatever their order, case and punctuation."""
 
     def hashes(rows: Iterable[tuple[str, str]]) -> tuple[int, np.ndarray]:
-        found = b"".join(_hash(f"{normalize(text)}\n{answer}") for text, answer in rows)
+        found = bytearray()
+        for text, answer in rows:
+            found += _hash(f"{normalize(text)}\n{answer}")
         return len(found) // SIZE, np.unique(np.frombuffer(found, KEY))
 
     (rows, one), (others, other) = hashes(first), hashes(second)

@@ -8,7 +8,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from datasets import Dataset, concatenate_datasets
+from datasets import Dataset, IterableDataset, IterableDatasetDict, concatenate_datasets
 
 from ..errors import UserError
 from . import cache
@@ -204,6 +204,8 @@ class StreamRows:
 
 def _source(source: Any) -> str:
     """Public name of a data source: a Hub id, the last parts of a path, or that the rows came from Python."""
+    if isinstance(source, IterableDataset | IterableDatasetDict):
+        return "a stream"
     if not isinstance(source, str):
         return f"a {type(source).__name__}"
     path = Path(source)
