@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import random
+import time
 from collections import Counter
 
 import datasets
@@ -161,16 +162,25 @@ def test_a_second_rank_and_a_later_start_tokenize_nothing(tmp_path, tokenizer, c
     assert not calls
 
 
-def test_of_two_processes_at_once_one_tokenizes(tokenizer, folder, calls, tmp_path):
+def test_of_two_processes_at_once_one_tokenizes(tokenizer, folder, calls, tmp_path, monkeypatch):
     encoder, task, rows = Encoder(tokenizer, "CAUSAL_LM", 64), Task("t", "x.csv", "x.csv"), labelled(60, 0)
     given = Dataset.from_dict(rows)
-    children = []
+    counted = PreTrainedTokenizerFast.__call__
+
+    def slow(self, *args, **kwargs):
+        time.sleep(0.03)
+        return counted(self, *args, **kwargs)
+
+    monkeypatch.setattr(PreTrainedTokenizerFast, "__call__", slow)
+    (ready, start), children = os.pipe(), []
     for number in range(2):
         children.append(os.fork())
         if not children[-1]:
+            os.read(ready, 1)
             tokens = encoder.encode(task, given).to_list()
             (tmp_path / f"rank{number}").write_text(json.dumps([calls["texts"], tokens]))
             os._exit(0)
+    os.write(start, b"go")
     assert [os.waitpid(child, 0)[1] for child in children] == [0, 0]
     (one, tokens), (other, same) = (json.loads((tmp_path / f"rank{number}").read_text()) for number in range(2))
     assert sorted((one, other)) == [0, 60] and tokens == same
