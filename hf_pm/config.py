@@ -311,6 +311,9 @@ class PMConfig(TrainingArguments):
             "must lie in [0, 1]",
             "0 discards the update, 1 keeps it whole.",
         )
+        rule, remedy = "needs liger-kernel, which is not installed", "Install `liger-kernel`, or leave it out."
+        missing_kernels = self.use_liger_kernel and find_spec("liger_kernel") is None
+        _require(not missing_kernels, "use_liger_kernel", self.use_liger_kernel, rule, remedy)
         check_license(self.license)
         check_tags(self.tags or [])
         if self.base_model_id is not None:
@@ -556,8 +559,8 @@ RUN_INVARIANT_FIELDS = frozenset(
     "output_dir logging_dir logging_strategy logging_steps logging_first_step log_level log_level_replica "
     "log_on_each_node report_to run_name project trackio_space_id disable_tqdm push_to_hub hub_model_id hub_token "
     "hub_private_repo hub_strategy hub_always_push hub_revision save_strategy save_steps save_total_limit "
-    "save_only_model dataloader_num_workers dataloader_pin_memory release base_model_id license tags hub_curvature "
-    "local_rank ddp_timeout "
+    "save_only_model dataloader_num_workers dataloader_pin_memory dataloader_prefetch_factor release "
+    "base_model_id license tags hub_curvature local_rank ddp_timeout "
     "torch_empty_cache_steps skip_memory_metrics data_dir curvature_batch_size per_device_eval_batch_size "
     "report_examples".split()
 )

@@ -143,6 +143,13 @@ class PMTrainerMixin(TaskTraining):
             data_collator = data_collator or self.stream_collator
             self.rows = StreamRows(stream, self.encoder, self.parts.method.stream, args)
             self.stages = self.rows.stages
+            if args.world_size > 1:
+                (first,) = broadcast_object_list([self.rows.fingerprint])
+                if first != self.rows.fingerprint:
+                    raise UserError(
+                        "The processes of this run were given different rows. Give each the same files; of a stream, "
+                        "one that gives the same rows in the same order each time, or a pinned `revision`."
+                    )
             for task in stream:
                 metric_of(task, self.task_type)
             check_search(self.rows, self.task_type, args)
@@ -514,7 +521,14 @@ class PMTrainerMixin(TaskTraining):
         """
         args = self.args
         share = rows.select(range(args.process_index, len(rows), args.world_size))
-        loader = DataLoader(share, batch_size=batch_size, collate_fn=self.stream_collator)
+        loader = DataLoader(
+            share,
+            batch_size=batch_size,
+            collate_fn=self.stream_collator,
+            num_workers=args.dataloader_num_workers,
+            prefetch_factor=args.dataloader_prefetch_factor,
+            pin_memory=args.dataloader_pin_memory and args.device.type != "cpu",
+        )
         with tqdm(total=len(share), desc=label, unit="row", leave=False, disable=not self._bars) as bar:
             for batch in loader:
                 yield self._prepare_input(dict(batch))

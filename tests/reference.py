@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 
+from hf_pm.tasks.encoding import render_prompt, render_published, render_turns
 from hf_pm.weights.adapters import base_weight
 
 
@@ -74,3 +75,53 @@ def directional_by_rows(gradients, counts, deltas, normalization: str) -> tuple[
     weights = [1 / n**power / len(gradients) for n in counts]
     alone = {name: sum(w * row[name] ** 2 for w, row in zip(weights, slopes, strict=True)) for name in deltas}
     return alone, sum(w * sum(row.values()) ** 2 for w, row in zip(weights, slopes, strict=True))
+
+
+def encode_by_row(encoder, task, text: str, answer: str, history=()) -> dict:
+    """Token ids and labels of one row, with one call of the tokenizer at a time and a text that is cut in a loop."""
+    tokenizer, eos = encoder.tokenizer, encoder.tokenizer.eos_token_id
+
+    def after(offsets, position):
+        return next((i for i, (_, end) in enumerate(offsets) if end > position), len(offsets))
+
+    def completion(text):
+        prompt = (render_published if encoder.prompt == "published" else render_prompt)(task, text, history)
+        encoded = tokenizer(f"{prompt} {answer}", return_offsets_mapping=True)
+        ids = encoded["input_ids"][:-1] if encoded["input_ids"][-1] == eos else encoded["input_ids"]
+        return [*ids, eos], after(encoded["offset_mapping"][: len(ids)], len(prompt))
+
+    def chat(text):
+        turns = render_turns(task, text, history)
+        prompt = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        whole = tokenizer.apply_chat_template([*turns, {"role": "assistant", "content": answer}], tokenize=False)
+        whole = whole.removesuffix(encoder.ending) + encoder.stop
+        encoded = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True)
+        return encoded["input_ids"] + ([] if encoder.stop else [eos]), after(encoded["offset_mapping"], len(prompt))
+
+    def read(text):
+        if encoder.task_type == "SEQ_CLS":
+            turns = [*history, {"role": "user", "content": text}]
+            talk = "\n".join(f"{turn['role']}: {turn['content']}" for turn in turns) if history else text
+            return tokenizer((f"{task.instruction}\n" if task.instruction else "") + talk)["input_ids"], None
+        return tokenizer(render_prompt(task, text, history))["input_ids"], None
+
+    tokenize = read if encoder.task_type != "CAUSAL_LM" else chat if encoder.prompt == "chat" else completion
+    ids, start = tokenize(text)
+    while len(ids) > encoder.max_length:
+        offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+        kept = max(0, len(offsets) - (len(ids) - encoder.max_length))
+        head = kept if task.cut == "end" else (kept + 1) // 2
+        before = offsets[head - 1][1] if head else 0
+        behind = offsets[head - kept][0] if head < kept else len(text)
+        if before >= behind:
+            behind = max(before, behind, 1)
+            before = behind - 1
+        text = text[:before] + text[behind:]
+        ids, start = tokenize(text)
+    if encoder.task_type == "CAUSAL_LM":
+        labels = [-100] * start + ids[start:]
+    elif encoder.task_type == "SEQ_2_SEQ_LM":
+        labels = tokenizer(text_target=answer)["input_ids"]
+    else:
+        labels = task.options.index(answer)
+    return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels}

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import sys
 
 import pytest
 from transformers import TrainingArguments
@@ -120,3 +121,9 @@ def test_methods_resolve_with_overrides():
 def test_the_python_door_says_the_same(values, message):
     with pytest.raises(UserError, match=message):
         PMConfig(output_dir="x", use_cpu=True, **values)
+
+
+def test_kernels_that_are_not_installed_are_named_before_anything_is_loaded(monkeypatch):
+    monkeypatch.setitem(sys.modules, "liger_kernel", None)
+    with pytest.raises(UserError, match="`use_liger_kernel` needs liger-kernel, which is not installed, but got True"):
+        PMConfig(output_dir="x", use_cpu=True, use_liger_kernel=True)

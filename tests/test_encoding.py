@@ -69,13 +69,13 @@ def test_only_the_answer_and_the_end_carry_labels(tokenizer):
 
 
 def test_seq2seq_and_classification(seq2seq_tokenizer):
-    row = Encoder(seq2seq_tokenizer, "SEQ_2_SEQ_LM", 64)._seq2seq(colour(), "a sky", "blue")
+    row = Encoder(seq2seq_tokenizer, "SEQ_2_SEQ_LM", 64).encode_row(colour(), "a sky", "blue")
     assert seq2seq_tokenizer.decode(row["labels"]) == "blue </s>"
     assert seq2seq_tokenizer.decode(row["input_ids"]).endswith("a sky Answer : </s>")
-    row = Encoder(seq2seq_tokenizer, "SEQ_CLS", 64)._classification(colour(), "a sky", "blue")
+    row = Encoder(seq2seq_tokenizer, "SEQ_CLS", 64).encode_row(colour(), "a sky", "blue")
     assert row["labels"] == 1
     with pytest.raises(UserError, match="has no `options`"):
-        Encoder(seq2seq_tokenizer, "SEQ_CLS", 64)._classification(colour(options=None), "a sky", "blue")
+        Encoder(seq2seq_tokenizer, "SEQ_CLS", 64).encode_row(colour(options=None), "a sky", "blue")
 
 
 # ---- Published ------------------------------------------------------------------------------------------------------
@@ -89,7 +89,7 @@ def test_published_prompt_is_the_tasks_template(tokenizer):
         "the sky {options}\nAnswer:"
     )
     assert render_published(task, "the sky {options}") == prompt  # braces of a text are only braces
-    row = Encoder(tokenizer, "CAUSAL_LM", 64, "published")._causal(task, "the sky {options}", "blue")
+    row = Encoder(tokenizer, "CAUSAL_LM", 64, "published").encode_row(task, "the sky {options}", "blue")
     assert row["input_ids"][:-2] == tokenizer(prompt)["input_ids"]
     assert answer_of(tokenizer, row) == "blue </s>"
     assert render_published(colour(template="{{{text}}}"), "a") == "{a}"
@@ -139,7 +139,7 @@ def test_conversations_read_as_plain_text():
 )  # fmt: skip
 def test_labels_of_a_chat_are_the_answer_and_what_ends_it(template, answer):
     tokenizer = chat_tokenizer(template)
-    row = Encoder(tokenizer, "CAUSAL_LM", 256, "chat")._causal(colour(), "the grass", "green", TALK)
+    row = Encoder(tokenizer, "CAUSAL_LM", 256, "chat").encode_row(colour(), "the grass", "green", TALK)
     assert answer_of(tokenizer, row) == answer
     turns = render_turns(colour(), "the grass", TALK)
     prompt = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
@@ -150,13 +150,13 @@ def test_labels_of_a_chat_are_the_answer_and_what_ends_it(template, answer):
 def test_an_answer_that_repeats_the_marks_of_its_template():
     tokenizer = chat_tokenizer()
     for said in ("end", "|end|", "assistant", "0123456789"):
-        row = Encoder(tokenizer, "CAUSAL_LM", 256, "chat")._causal(colour(), "x", said)
+        row = Encoder(tokenizer, "CAUSAL_LM", 256, "chat").encode_row(colour(), "x", said)
         assert answer_of(tokenizer, row) == f"{said}<|end|>"
 
 
 def test_chat_in_a_seq2seq_model():
     tokenizer = chat_tokenizer()
-    row = Encoder(tokenizer, "SEQ_2_SEQ_LM", 256, "chat")._seq2seq(colour(), "the grass", "green")
+    row = Encoder(tokenizer, "SEQ_2_SEQ_LM", 256, "chat").encode_row(colour(), "the grass", "green")
     prompt = tokenizer.decode(row["input_ids"])
     assert prompt.endswith("Option: red, blue, green\nthe grass<|end|>\n<|assistant|>\n")
     assert tokenizer.decode(row["labels"]) == "<s>green"  # this tokenizer begins every text so
@@ -170,18 +170,18 @@ REFUSED = [
         lambda words: Encoder(
             chat_tokenizer("{% if messages[0].role == 'system' %}{{ raise_exception('No system turn') }}{% endif %}x"),
             "CAUSAL_LM", 64, "chat",
-        )._causal(colour(), "a", "red", TALK),
+        ).encode_row(colour(), "a", "red", TALK),
         r"chat template refuses a conversation \(colour\): No system turn",
     ),
     (
         # Earlier turns are dropped as soon as there is an answer.
         lambda words: Encoder(
             chat_tokenizer("{{ messages[-1].content }}{{ '?' if add_generation_prompt }}"), "CAUSAL_LM", 64, "chat"
-        )._causal(colour(), "a", "red"),
+        ).encode_row(colour(), "a", "red"),
         "the answer to a row of task 'colour' cannot be told from the prompt",
     ),
     (
-        lambda words: Encoder(chat_tokenizer("{{ messages[0].content }}"), "CAUSAL_LM", 64, "chat")._causal(
+        lambda words: Encoder(chat_tokenizer("{{ messages[0].content }}"), "CAUSAL_LM", 64, "chat").encode_row(
             colour(), "a", "red"
         ),
         "cannot be told from the prompt",
@@ -208,9 +208,9 @@ def test_what_the_prompts_depend_on():
 def test_truncation_cuts_only_the_text(tokenizer):
     task = colour()
     text = "a b c d e f " * 20 + "apple"
-    whole = Encoder(tokenizer, "CAUSAL_LM", 512)._causal(task, text, "red")
+    whole = Encoder(tokenizer, "CAUSAL_LM", 512).encode_row(task, text, "red")
     for budget in range(30, 60, 7):
-        cut = Encoder(tokenizer, "CAUSAL_LM", budget)._causal(task, text, "red")
+        cut = Encoder(tokenizer, "CAUSAL_LM", budget).encode_row(task, text, "red")
         assert len(cut["input_ids"]) <= budget < len(whole["input_ids"])
         assert len(cut["input_ids"]) >= budget - 1
         decoded = tokenizer.decode(cut["input_ids"])
@@ -229,7 +229,7 @@ def test_every_prompt_keeps_all_but_the_text(prompt, cut):
     template = "Dataset:x\n{instruction}\nOption: {options} \n{text}\nAnswer:"
     task = colour(template=template, cut=cut, options=["red", "blue", "a long green"])
     for budget in (140, 141, 142, 200, 333):
-        row = Encoder(tokenizer, "CAUSAL_LM", budget, prompt)._causal(task, TEXT, "a long green", TALK)
+        row = Encoder(tokenizer, "CAUSAL_LM", budget, prompt).encode_row(task, TEXT, "a long green", TALK)
         assert budget - 3 <= len(row["input_ids"]) <= budget
         assert answer_of(tokenizer, row).strip().startswith("a long green")
         decoded = tokenizer.decode(row["input_ids"])
@@ -250,9 +250,9 @@ def test_a_cut_keeps_the_tokens_it_says():
 
     for surplus in (1, 2, 7, 100, len(offsets) - 1, len(offsets), 5000):
         kept = max(0, len(offsets) - surplus)
-        assert encoder._shorten(TEXT, surplus, "end") == characters(offsets[:kept])
+        assert encoder._shorten([TEXT], [surplus], "end") == [characters(offsets[:kept])]
         ends = [offset for i, offset in enumerate(offsets) if i < (kept + 1) // 2 or i >= len(offsets) - kept // 2]
-        assert encoder._shorten(TEXT, surplus, "middle") == characters(ends)
+        assert encoder._shorten([TEXT], [surplus], "middle") == [characters(ends)]
 
 
 def test_shortening_always_ends():
@@ -261,13 +261,13 @@ def test_shortening_always_ends():
     for cut in ("end", "middle"):
         text = "aé"
         for length in (1, 0):
-            text = encoder._shorten(text, 0, cut)
+            (text,) = encoder._shorten([text], [0], cut)
             assert len(text) == length
 
 
 def test_a_row_that_cannot_fit_says_what_to_do(tokenizer):
     with pytest.raises(UserError, match="needs \\d+ tokens without its text, but `max_length` is 12, and its answer"):
-        Encoder(tokenizer, "CAUSAL_LM", 12)._causal(colour(), "a b", "red")
+        Encoder(tokenizer, "CAUSAL_LM", 12).encode_row(colour(), "a b", "red")
 
 
 def test_long_answers_are_found_without_encoding_every_text(tokenizer, seq2seq_tokenizer):

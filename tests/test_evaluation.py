@@ -133,7 +133,7 @@ def test_a_certificate_keeps_a_bounded_number_of_answer_tokens(tokenizer):
 def test_mode_is_left_alone(tokenizer):
     model = build("llama").train()
     task = Task("t", "x.jsonl", "x.jsonl")
-    row = Encoder(tokenizer, "CAUSAL_LM", 32)._causal(task, "a apple", "red")
+    row = Encoder(tokenizer, "CAUSAL_LM", 32).encode_row(task, "a apple", "red")
     exact_matches(model, [AnswerCollator(tokenizer)([row])])
     assert model.training
 

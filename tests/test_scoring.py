@@ -20,6 +20,9 @@ ROOT = Path(__file__).parent.parent
 COLOURS = ["red", "blue", "green"]
 PREFIXES = {"apple": "red", "fire": "red blue", "sky": "blue", "grass": "green"}
 
+# What `Trainer` gives a loader, here for rows without workers.
+LOADING = {"dataloader_num_workers": 0, "dataloader_prefetch_factor": None, "dataloader_pin_memory": False}
+
 
 def stream_of(metric: str) -> TaskStream:
     """Options of which one begins with another, and free text."""
@@ -56,7 +59,7 @@ def test_every_rank_gets_as_many_batches(count, world, size):
     data = Dataset.from_dict({"labels": list(range(count))})
     seen, numbers = [], set()
     for rank in range(world):
-        args = SimpleNamespace(process_index=rank, world_size=world, disable_tqdm=True)
+        args = SimpleNamespace(process_index=rank, world_size=world, disable_tqdm=True, **LOADING)
         trainer = SimpleNamespace(args=args, _bars=False, _prepare_input=lambda batch: batch)
         trainer.stream_collator = lambda rows: {"labels": [row["labels"] for row in rows]}
         given = list(PMTrainer.batches(trainer, data, size, "label"))

@@ -321,9 +321,14 @@ MISTAKES = [
     (lambda t: colour(text="{text!r}").load("train"), "is more than a name"),
     (lambda t: Task("a", 3, "y"), "`train` of task 'a' must be a file, a Hub dataset id.* but got int"),
     (
-        lambda t: Task("a", IterableDataset.from_generator(lambda: iter([])), "y"),
-        "got IterableDataset. A streaming dataset has no length: load it whole",
+        lambda t: Task("a", IterableDataset.from_generator(lambda: iter([])), "y").load("train"),
+        "The train rows of task 'a' come as a stream, which has no length. .* set `max_train_samples` or `max_steps`",
     ),
+    (
+        lambda t: Task("a", "x.jsonl", "y.jsonl", streaming=True).load("test"),
+        "The test rows of task 'a' come as a stream, .* set `max_eval_samples`, or `test_samples` of the task",
+    ),
+    (lambda t: Task("a", "x.jsonl", "y.jsonl", streaming="yes"), "`streaming` of task 'a' must be true or false"),
     (lambda t: Task("a", "x.jsonl", "y.jsonl", validation_split="dev"), "`validation_split` of task 'a' is 'dev'"),
     # Files and the Hub
     (

@@ -581,6 +581,36 @@ def test_a_model_built_in_python_is_saved_as_its_own_base(stream, tokenizer, lor
 # ---- other architectures ----------------------------------------------------------------------------------------
 
 
+def test_workers_bring_the_same_batches(model, stream, tokenizer, lora, config, monkeypatch):
+    """What is measured and scored comes as the rows of the training do."""
+    args = config()
+    trainer = PMTrainer(model=model, args=args, stream=stream, processing_class=tokenizer, peft_config=lora)
+    rows = trainer.rows.test[0]
+    own = list(trainer.batches(rows, 5, "rows"))
+    args.dataloader_num_workers, args.dataloader_prefetch_factor = 2, 3
+    brought = list(trainer.batches(rows, 5, "rows"))
+    assert len(own) == len(brought) == 4
+    for one, other in zip(own, brought, strict=True):
+        assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+    asked = []
+    monkeypatch.setattr("hf_pm.trainer.DataLoader", lambda rows, **settings: asked.append(settings) or [])
+    monkeypatch.setattr(type(args), "device", torch.device("meta"))  # stands for a GPU
+    for args.dataloader_pin_memory in (True, False):
+        list(trainer.batches(rows, 5, "rows"))
+    assert [settings["num_workers"] for settings in asked] == [2, 2]
+    assert [settings["pin_memory"] for settings in asked] == [True, False]
+
+
+def test_processes_with_different_rows_are_refused(model, stream, tokenizer, lora, config, monkeypatch):
+    """As a stream gives them that is shuffled in another way each time; here the main process has other rows."""
+    args = config()
+    monkeypatch.setattr(type(args), "world_size", 2)
+    monkeypatch.setattr("hf_pm.trainer.broadcast_object_list", lambda own: ["fingerprint of the main process"])
+    with pytest.raises(UserError, match="processes of this run were given different rows.* a pinned `revision`"):
+        PMTrainer(model=model, args=args, stream=stream, processing_class=tokenizer, peft_config=lora)
+
+
 def test_seq2seq_stream(stream, seq2seq_tokenizer, lora, config):
     args = config(cls=PMSeq2SeqConfig, num_train_epochs=6)
     trainer, results = trained(build("t5"), stream, seq2seq_tokenizer, lora, args, cls=PMSeq2SeqTrainer)

@@ -1,7 +1,7 @@
 """Rehearsal of rows that the model writes itself at the end of a task: no row of the data is kept."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -9,7 +9,8 @@ from datasets import Dataset
 from torch import nn
 
 from ..evaluation.answers import evaluating
-from ..tasks.encoding import IGNORE_INDEX
+from ..tasks.cache import tables
+from ..tasks.encoding import FEATURES, IGNORE_INDEX
 from ..weights.adapters import lora_layers
 from .contract import Ended, Setting, Task
 from .perturbation import scaled_update
@@ -83,7 +84,7 @@ def encoded(ids: torch.Tensor, lengths: torch.Tensor) -> Dataset:
         tokens = row.tolist()
         labels = [IGNORE_INDEX] * prompt + tokens[prompt:]
         rows.append({"input_ids": tokens, "attention_mask": [1] * len(tokens), "labels": labels})
-    return Dataset.from_list(rows)
+    return Dataset.from_list(rows, features=FEATURES["CAUSAL_LM"])
 
 
 def write_rows(
@@ -93,11 +94,13 @@ def write_rows(
 
     All rows of a batch have texts of one length, so that nothing is padded.
     """
-    prompts, answers = zip(*map(_parts, rows["input_ids"][:], rows["labels"][:]), strict=True)
-    prefix = _common(prompts)
-    suffix = _common([prompt[len(prefix) :][::-1] for prompt in prompts])[::-1]
-    lengths = [len(prompt) - len(prefix) - len(suffix) for prompt in prompts]
-    ends = {answer[-1] for answer in answers}
+    prefix = _common(prompt for prompt, _ in _parts(rows))
+    suffix = _common(prompt[len(prefix) :][::-1] for prompt, _ in _parts(rows))[::-1]
+    lengths, longest, ends = [], 0, set()
+    for prompt, answer in _parts(rows):
+        lengths.append(len(prompt) - len(prefix) - len(suffix))
+        longest = max(longest, len(answer))
+        ends.add(answer[-1])
     start = prefix or [min(ends)]  # something to read
     written = []
     for i in range(0, count, batch_size):
@@ -111,7 +114,7 @@ def write_rows(
             out = _read(model, text[-1], out)
         out = _read(model, [suffix] * size, out) if suffix else out
         said = []
-        for _ in range(max(map(len, answers))):
+        for _ in range(longest):
             said.append(out.logits[:, -1].argmax(-1, keepdim=True).cpu())
             out = _read(model, said[-1], out)
         texts = torch.cat(text, 1).tolist() if text else [[]] * size
@@ -128,13 +131,18 @@ def _read(model: nn.Module, ids: Any, before: Any = None) -> Any:
     return model(input_ids=ids, past_key_values=None if before is None else before.past_key_values, use_cache=True)
 
 
-def _parts(ids: list[int], labels: list[int]) -> tuple[list[int], list[int]]:
-    """Prompt and answer of an encoded row."""
-    start = next(k for k, label in enumerate(labels) if label != IGNORE_INDEX)
-    return ids[:start], ids[start:]
+def _parts(rows: Dataset) -> Iterator[tuple[list[int], list[int]]]:
+    """Prompt and answer of each encoded row."""
+    for table in tables(rows, ["input_ids", "labels"]):
+        for ids, labels in zip(table["input_ids"].to_pylist(), table["labels"].to_pylist(), strict=True):
+            start = next(k for k, label in enumerate(labels) if label != IGNORE_INDEX)
+            yield ids[:start], ids[start:]
 
 
-def _common(sequences: Sequence[list[int]]) -> list[int]:
+def _common(sequences: Iterable[list[int]]) -> list[int]:
     """The longest common beginning."""
-    least, most = min(sequences), max(sequences)
+    least = most = None
+    for sequence in sequences:
+        least = sequence if least is None else min(least, sequence)
+        most = sequence if most is None else max(most, sequence)
     return least[: next((k for k, (a, b) in enumerate(zip(least, most, strict=False)) if a != b), len(least))]

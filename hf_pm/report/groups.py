@@ -52,8 +52,9 @@ PER_RUN_SETTINGS = frozenset(
     "seed data_seed output_dir logging_dir logging_strategy logging_steps logging_first_step log_level "
     "log_level_replica log_on_each_node report_to run_name project trackio_space_id disable_tqdm push_to_hub "
     "hub_model_id hub_token hub_private_repo hub_strategy hub_always_push hub_revision save_strategy save_steps "
-    "save_total_limit save_only_model dataloader_num_workers dataloader_pin_memory release local_rank ddp_timeout "
-    "torch_empty_cache_steps skip_memory_metrics data_dir curvature_batch_size per_device_eval_batch_size "
+    "save_total_limit save_only_model dataloader_num_workers dataloader_pin_memory dataloader_prefetch_factor release "
+    "local_rank ddp_timeout torch_empty_cache_steps skip_memory_metrics data_dir curvature_batch_size "
+    "per_device_eval_batch_size "
     "hub_curvature base_model_id license tags model_name_or_path stream tasks report_examples".split()
 )
 

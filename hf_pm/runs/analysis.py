@@ -191,7 +191,8 @@ class _Analysis:
         trainer, task, rows = self.trainer, self.tasks[task_index], self.rows[split][task_index]
         encoded = trainer.encoder.encode(task, rows)
         order = length_order(encoded)
-        labels = [0 if task.options is None else self.answers.index(rows[row]["label"]) for row in order]
+        answers = rows.select(order)["label"]
+        labels = [0 if task.options is None else self.answers.index(answer) for answer in answers]
         found = []
         with evaluating(trainer.model):
             for batch in self._batches(encoded.select(order)):

@@ -1,15 +1,20 @@
 """Prompts, and tokenised rows with labels on the answer only."""
 
 import hashlib
+import json
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
+import numpy as np
+import pyarrow.compute as pc
 import torch
-from datasets import Dataset
+from datasets import Dataset, Features, List, Value
 from jinja2.exceptions import TemplateError
 from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase
 
 from ..errors import UserError, choose
+from . import cache
 from .formats import format_parts
 from .stream import Task
 
@@ -18,6 +23,17 @@ IGNORE_INDEX = -100
 PROMPTS = ("plain", "published", "chat")
 # Few different shapes: kernels are built and cached per shape, on CPUs too.
 SHAPE_STEP = 8
+# Raised with every change of the token ids or the labels of a row: what was kept of them before is not looked for.
+FORMAT = 1
+# Answers of a task that `Encoder.check` remembers at most; more than that are hardly ever the same.
+MOST_ANSWERS = 100_000
+# Half as wide as Python's numbers, or less: of many rows they fill the disk.
+_READ = {"input_ids": List(Value("int32")), "attention_mask": List(Value("int8"))}
+FEATURES = {
+    "CAUSAL_LM": Features(_READ | {"labels": List(Value("int32"))}),
+    "SEQ_2_SEQ_LM": Features(_READ | {"labels": List(Value("int32"))}),
+    "SEQ_CLS": Features(_READ | {"labels": Value("int64")}),
+}
 
 Turns = Sequence[dict[str, str]]
 
@@ -104,6 +120,7 @@ class Encoder:
         self.task_type = task_type
         self.max_length = max_length
         self.prompt = prompt
+        self._tokenizer_sha256: str | None = None
         if prompt == "chat":
             self.ending, self.stop = self._read_ending()
 
@@ -115,17 +132,36 @@ class Encoder:
         template = hashlib.sha256(str(self.tokenizer.chat_template).encode()).hexdigest()
         return {"prompt": self.prompt, **({"chat_template": template} if self.prompt == "chat" else {})}
 
+    @property
+    def described_exactly(self) -> list[Any]:
+        """Plain JSON of everything but task and row that the token ids of a row depend on."""
+        if self._tokenizer_sha256 is None:
+            words = json.loads(self.tokenizer.backend_tokenizer.to_str())
+            for key in ("truncation", "padding"):  # of the last call
+                words.pop(key, None)
+            words = [words, type(self.tokenizer).__qualname__, self.tokenizer.eos_token, self.tokenizer.bos_token]
+            words.append(getattr(self.tokenizer, "split_special_tokens", None))
+            self._tokenizer_sha256 = hashlib.sha256(json.dumps(words, sort_keys=True).encode()).hexdigest()
+        return [FORMAT, self._tokenizer_sha256, self.task_type, self.max_length, self.described]
+
     def encode(self, task: Task, rows: Dataset) -> Dataset:
         """Rows with `input_ids`, `attention_mask` and `labels`.
 
         Only the answer and the token that ends it carry labels. A text that does not fit is cut where the task says;
         the instruction, the options, earlier turns and the answer stay whole.
 
+        Many rows are encoded once, into a memory-mapped file (see `cache.py`).
+
         Raises:
             UserError: If a row does not fit even without its text.
         """
-        encode_row = self._kind()
-        return Dataset.from_list([encode_row(task, row["text"], row["label"], row.get("history", ())) for row in rows])
+        of = [self.described_exactly, task.described(self.prompt)] if len(rows) > cache.FEW_ROWS else None
+        return cache.mapped(rows, partial(self._columns, task), FEATURES[self.task_type], of, "Tokenizing")
+
+    def encode_row(self, task: Task, text: str, answer: str, history: Turns = ()) -> dict[str, Any]:
+        """One row of [`Encoder.encode`]."""
+        columns = self._columns(task, {"text": [text], "label": [answer], "history": [history]})
+        return {name: values[0] for name, values in columns.items()}
 
     def check(self, task: Task, rows: Dataset) -> None:
         """Whether each row fits without its text, at the cost of the different answers only.
@@ -133,22 +169,49 @@ class Encoder:
         Raises:
             UserError: If one does not.
         """
-        encode_row = self._kind()
-        bare = rows if "history" in rows.column_names else [{"label": label} for label in rows.unique("label")]
-        for row in bare:
-            encode_row(task, "", row["label"], row.get("history", ()))
 
-    def _kind(self) -> Callable[..., dict[str, Any]]:
+        def check_all() -> bool:
+            seen: set[str] = set()
+            for table in cache.tables(rows, [name for name in ("label", "history") if name in rows.column_names]):
+                answers = table["label"].to_pylist()
+                batch = {"label": answers, "history": [()] * len(answers)}
+                if "history" in table.column_names:
+                    batch["history"] = table["history"].to_pylist()
+                else:
+                    new = [answer for answer in dict.fromkeys(answers) if answer not in seen]
+                    seen.update(new)
+                    if len(seen) > MOST_ANSWERS:
+                        seen.clear()
+                    batch = {"label": new, "history": [()] * len(new)}
+                if batch["label"]:
+                    self._columns(task, {"text": [""] * len(batch["label"]), **batch})
+            return True
+
+        if len(rows) <= cache.FEW_ROWS:
+            check_all()
+        else:
+            of = ["fits", cache.content(rows), self.described_exactly, task.described(self.prompt)]
+            cache.remembered(of, check_all)
+
+    def _columns(self, task: Task, batch: dict[str, Any]) -> dict[str, list[Any]]:
+        """Columns of token ids from columns of texts and answers."""
         kinds = {"CAUSAL_LM": self._causal, "SEQ_2_SEQ_LM": self._seq2seq, "SEQ_CLS": self._classification}
-        return kinds[self.task_type]
+        texts, answers = batch["text"], batch["label"]
+        return kinds[self.task_type](task, texts, answers, batch.get("history", [()] * len(texts)))
 
-    def _causal(self, task: Task, text: str, answer: str, history: Turns = ()) -> dict[str, list[int]]:
-        tokenize = self._chat if self.prompt == "chat" else self._completion
-        ids, start = self._fit(task, text, answer, lambda text: tokenize(task, text, answer, history))
+    def _causal(
+        self, task: Task, texts: Sequence[str], answers: Sequence[str], histories: Sequence[Turns]
+    ) -> dict[str, list[Any]]:
+        whole = self._chat if self.prompt == "chat" else self._completion
+
+        def tokenize(rows: Sequence[int], texts: Sequence[str]) -> list[tuple[list[int], int]]:
+            return whole(task, texts, [answers[i] for i in rows], [histories[i] for i in rows])
+
+        encoded = self._fit(task, texts, answers, tokenize)
         return {
-            "input_ids": ids,
-            "attention_mask": [1] * len(ids),
-            "labels": [IGNORE_INDEX] * start + ids[start:],
+            "input_ids": [ids for ids, _ in encoded],
+            "attention_mask": [[1] * len(ids) for ids, _ in encoded],
+            "labels": [[IGNORE_INDEX] * start + ids[start:] for ids, start in encoded],
         }
 
     def _render(self, task: Task, text: str, history: Turns) -> str:
@@ -156,32 +219,46 @@ class Encoder:
             return self._apply_template(task.name, render_turns(task, text, history), add_generation_prompt=True)
         return (render_published if self.prompt == "published" else render_prompt)(task, text, history)
 
-    def _completion(self, task: Task, text: str, answer: str, history: Turns) -> tuple[list[int], int]:
-        """Token ids of prompt and answer, and where the answer begins."""
+    def _completion(
+        self, task: Task, texts: Sequence[str], answers: Sequence[str], histories: Sequence[Turns]
+    ) -> list[tuple[list[int], int]]:
+        """Of each row the token ids of prompt and answer, and where the answer begins."""
         eos = self.tokenizer.eos_token_id
-        prompt = self._render(task, text, history)
+        prompts = [self._render(task, text, history) for text, history in zip(texts, histories, strict=True)]
         # One pass over prompt and answer: the tokens are those that `generate` would see and produce.
-        encoded = self.tokenizer(f"{prompt} {answer}", return_offsets_mapping=True)
-        ids = encoded["input_ids"]
-        if ids and ids[-1] == eos:
-            ids = ids[:-1]
-        return [*ids, eos], _first_token(encoded["offset_mapping"][: len(ids)], len(prompt))
+        wholes = [f"{prompt} {answer}" for prompt, answer in zip(prompts, answers, strict=True)]
+        encoded = self.tokenizer(wholes, return_offsets_mapping=True)
+        found = []
+        for prompt, ids, offsets in zip(prompts, encoded["input_ids"], encoded["offset_mapping"], strict=True):
+            if ids and ids[-1] == eos:
+                ids = ids[:-1]
+            found.append(([*ids, eos], _first_token(offsets[: len(ids)], len(prompt))))
+        return found
 
-    def _chat(self, task: Task, text: str, answer: str, history: Turns) -> tuple[list[int], int]:
+    def _chat(
+        self, task: Task, texts: Sequence[str], answers: Sequence[str], histories: Sequence[Turns]
+    ) -> list[tuple[list[int], int]]:
         """The same from the tokenizer's template: the answer ends with the token that ends the assistant's turn."""
-        prompt = self._render(task, text, history)
-        turns = [*render_turns(task, text, history), {"role": "assistant", "content": answer}]
-        whole = self._apply_template(task.name, turns)
-        whole, said = whole.removesuffix(self.ending), answer.strip()
-        if not whole.startswith(prompt) or not whole.endswith(said) or len(whole) < len(prompt) + len(said):
-            raise UserError(
-                "The tokenizer's chat template prints a conversation in another way than its beginning, so the answer "
-                f"to a row of task {task.name!r} cannot be told from the prompt. Use `prompt: plain`."
-            )
+        prompts, wholes = [], []
+        for text, answer, history in zip(texts, answers, histories, strict=True):
+            prompt = self._render(task, text, history)
+            turns = [*render_turns(task, text, history), {"role": "assistant", "content": answer}]
+            whole = self._apply_template(task.name, turns)
+            whole, said = whole.removesuffix(self.ending), answer.strip()
+            if not whole.startswith(prompt) or not whole.endswith(said) or len(whole) < len(prompt) + len(said):
+                raise UserError(
+                    "The tokenizer's chat template prints a conversation in another way than its beginning, so the "
+                    f"answer to a row of task {task.name!r} cannot be told from the prompt. Use `prompt: plain`."
+                )
+            prompts.append(prompt)
+            wholes.append(whole + self.stop)
         # The template writes its own first token.
-        encoded = self.tokenizer(whole + self.stop, add_special_tokens=False, return_offsets_mapping=True)
-        ids = encoded["input_ids"] if self.stop else [*encoded["input_ids"], self.tokenizer.eos_token_id]
-        return ids, _first_token(encoded["offset_mapping"], len(prompt))
+        encoded = self.tokenizer(wholes, add_special_tokens=False, return_offsets_mapping=True)
+        last = [] if self.stop else [self.tokenizer.eos_token_id]
+        return [
+            ([*ids, *last], _first_token(offsets, len(prompt)))
+            for prompt, ids, offsets in zip(prompts, encoded["input_ids"], encoded["offset_mapping"], strict=True)
+        ]
 
     def _read_ending(self) -> tuple[str, str]:
         """Text that the chat template writes after an answer, and how much of it is part of the completion.
@@ -207,20 +284,26 @@ class Encoder:
                 "Correct its turns, or use `prompt: plain`."
             ) from error
 
-    def _seq2seq(self, task: Task, text: str, answer: str, history: Turns = ()) -> dict[str, list[int]]:
-        def tokenize(text: str) -> tuple[list[int], int]:
-            return self.tokenizer(self._render(task, text, history))["input_ids"], 0
+    def _seq2seq(
+        self, task: Task, texts: Sequence[str], answers: Sequence[str], histories: Sequence[Turns]
+    ) -> dict[str, list[Any]]:
+        def tokenize(rows: Sequence[int], texts: Sequence[str]) -> list[tuple[list[int], int]]:
+            prompts = [self._render(task, text, histories[i]) for i, text in zip(rows, texts, strict=True)]
+            return [(ids, 0) for ids in self.tokenizer(prompts)["input_ids"]]
 
-        ids, _ = self._fit(task, text, "", tokenize)
-        labels = self.tokenizer(text_target=answer)["input_ids"]
-        if len(labels) > self.max_length:
+        encoded = self._fit(task, texts, [""] * len(texts), tokenize)
+        labels = self.tokenizer(text_target=list(answers))["input_ids"]
+        longest = max(map(len, labels))
+        if longest > self.max_length:
             raise UserError(
-                f"An answer of task {task.name!r} has {len(labels)} tokens, but `max_length` is {self.max_length}. "
+                f"An answer of task {task.name!r} has {longest} tokens, but `max_length` is {self.max_length}. "
                 "Raise `max_length` or shorten the answer."
             )
-        return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels}
+        return _read_only(encoded) | {"labels": labels}
 
-    def _classification(self, task: Task, text: str, answer: str, history: Turns = ()) -> dict[str, Any]:
+    def _classification(
+        self, task: Task, texts: Sequence[str], answers: Sequence[str], histories: Sequence[Turns]
+    ) -> dict[str, list[Any]]:
         if task.options is None:
             raise UserError(
                 f"Task {task.name!r} has no `options`, which a classification head needs. List them, or train a "
@@ -228,42 +311,48 @@ class Encoder:
             )
         first = f"{task.instruction}\n" if task.instruction else ""
 
-        def tokenize(text: str) -> tuple[list[int], int]:
-            return self.tokenizer(first + _conversation(text, history))["input_ids"], 0
+        def tokenize(rows: Sequence[int], texts: Sequence[str]) -> list[tuple[list[int], int]]:
+            read = [first + _conversation(text, histories[i]) for i, text in zip(rows, texts, strict=True)]
+            return [(ids, 0) for ids in self.tokenizer(read)["input_ids"]]
 
-        ids, _ = self._fit(task, text, "", tokenize)
-        return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": task.options.index(answer)}
+        classes = {option: place for place, option in enumerate(task.options)}
+        encoded = self._fit(task, texts, [""] * len(texts), tokenize)
+        return _read_only(encoded) | {"labels": [classes[answer] for answer in answers]}
 
     def _fit(
-        self, task: Task, text: str, answer: str, tokenize: Callable[[str], tuple[list[int], int]]
-    ) -> tuple[list[int], int]:
-        """Token ids with as much of the text as fits, and where the answer begins."""
-        ids, start = tokenize(text)
-        while len(ids) > self.max_length:
-            if not text:
-                length = len(self.tokenizer(answer, add_special_tokens=False)["input_ids"])
-                share = f", and its answer has {length}" if answer else ""
+        self,
+        task: Task,
+        texts: Sequence[str],
+        answers: Sequence[str],
+        tokenize: Callable[[Sequence[int], Sequence[str]], list[tuple[list[int], int]]],
+    ) -> list[tuple[list[int], int]]:
+        """Token ids of each row with as much of its text as fits, and where the answer begins.
+
+        `tokenize`: numbers of rows and what is left of their texts -> the same of those rows.
+        """
+        texts = list(texts)
+        found = tokenize(range(len(texts)), texts)
+        while long := [i for i, (ids, _) in enumerate(found) if len(ids) > self.max_length]:
+            for i in long:
+                if texts[i]:
+                    continue
+                length = len(self.tokenizer(answers[i], add_special_tokens=False)["input_ids"])
+                share = f", and its answer has {length}" if answers[i] else ""
                 raise UserError(
-                    f"A row of task {task.name!r} needs {len(ids)} tokens without its text, but `max_length` is "
-                    f"{self.max_length}{share}. Raise `max_length` or shorten the instruction, the options, the "
+                    f"A row of task {task.name!r} needs {len(found[i][0])} tokens without its text, but `max_length` "
+                    f"is {self.max_length}{share}. Raise `max_length` or shorten the instruction, the options, the "
                     "earlier turns or the answer."
                 )
-            text = self._shorten(text, len(ids) - self.max_length, task.cut)
-            ids, start = tokenize(text)
-        return ids, start
+            surplus = [len(found[i][0]) - self.max_length for i in long]
+            shorter = self._shorten([texts[i] for i in long], surplus, task.cut)
+            for i, text, row in zip(long, shorter, tokenize(long, shorter), strict=True):
+                texts[i], found[i] = text, row
+        return found
 
-    def _shorten(self, text: str, surplus: int, cut: str) -> str:
-        """`text` without about `surplus` tokens; at least one character shorter."""
-        offsets = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
-        kept = max(0, len(offsets) - surplus)
-        head = kept if cut == "end" else (kept + 1) // 2
-        before = offsets[head - 1][1] if head else 0
-        after = offsets[head - kept][0] if head < kept else len(text)
-        # Cutting can merge tokens at the seam, so the same character count may come back: drop one then.
-        if before >= after:
-            after = max(before, after, 1)
-            before = after - 1
-        return text[:before] + text[after:]
+    def _shorten(self, texts: Sequence[str], surplus: Sequence[int], cut: str) -> list[str]:
+        """The texts without about as many tokens as are too many; each at least one character shorter."""
+        encoded = self.tokenizer(list(texts), add_special_tokens=False, return_offsets_mapping=True)
+        return [_cut(*row, cut) for row in zip(texts, encoded["offset_mapping"], surplus, strict=True)]
 
 
 class AnswerCollator:
@@ -295,10 +384,28 @@ def by_length(rows: Dataset) -> Dataset:
     return rows.select(length_order(rows))
 
 
-def length_order(rows: Dataset) -> list[int]:
+def length_order(rows: Dataset) -> np.ndarray:
     """Indices of encoded rows, sorted by their number of tokens."""
-    lengths = [len(ids) for ids in rows["input_ids"][:]]
-    return sorted(range(len(rows)), key=lambda row: lengths[row])
+    lengths = [pc.list_value_length(table["input_ids"]).to_numpy() for table in cache.tables(rows, ["input_ids"])]
+    return np.argsort(np.concatenate([np.empty(0, np.int32), *lengths]), kind="stable")
+
+
+def _read_only(encoded: Sequence[tuple[list[int], int]]) -> dict[str, list[Any]]:
+    """Columns of rows without an answer among what is read."""
+    return {"input_ids": [ids for ids, _ in encoded], "attention_mask": [[1] * len(ids) for ids, _ in encoded]}
+
+
+def _cut(text: str, offsets: Sequence[tuple[int, int]], surplus: int, cut: str) -> str:
+    """`text`, whose tokens are at `offsets`, without about `surplus` of them; at least one character shorter."""
+    kept = max(0, len(offsets) - surplus)
+    head = kept if cut == "end" else (kept + 1) // 2
+    before = offsets[head - 1][1] if head else 0
+    after = offsets[head - kept][0] if head < kept else len(text)
+    # Cutting can merge tokens at the seam, so the same character count may come back: drop one then.
+    if before >= after:
+        after = max(before, after, 1)
+        before = after - 1
+    return text[:before] + text[after:]
 
 
 def _first_token(offsets: Sequence[tuple[int, int]], position: int) -> int:

@@ -7,7 +7,7 @@ from pathlib import Path
 from string import Formatter
 from typing import Any
 
-from datasets import Dataset, Features, Value, load_dataset
+from datasets import Dataset, Features, IterableDataset, Value, load_dataset
 from datasets.exceptions import DatasetsError
 
 from ..errors import UserError, cause_of
@@ -41,6 +41,17 @@ def read_file(path: str) -> Dataset:
     suffix = Path(path).suffix
     options = _table_options(path, SEPARATORS[suffix]) if suffix in SEPARATORS else {}
     return load_dataset(LOADERS[suffix], data_files=path, split="train", **options)
+
+
+def stream_file(path: str) -> IterableDataset:
+    """The rows of a file as [`read_file`] gives them, read only as far as they are asked for; rows alone, one a line.
+
+    Raises:
+        OSError, ValueError, DatasetsError: As [`read_file`], here or when a row is asked for.
+    """
+    suffix = Path(path).suffix
+    options = _table_options(path, SEPARATORS[suffix]) if suffix in SEPARATORS else {}
+    return load_dataset(LOADERS[suffix], data_files=path, split="train", streaming=True, **options)
 
 
 def read_texts(path: str, name: str) -> list[str]:

@@ -13,14 +13,18 @@ class Reading(NamedTuple):
     """How a label column is read.
 
     `answers`: type and value of a label -> the answer, or `None` if it has none. `by_position`: whether the labels are
-    positions in the options. `problem`: both readings in words, if the column has two.
+    positions in the options. `problem`: both readings in words, if the column has two. `free`: whether any value is an
+    answer, as it is written; then `answers` need not list them.
     """
 
     answers: dict[tuple[type, Any], str | None]
     by_position: bool = False
     problem: str | None = None
+    free: bool = False
 
     def answer(self, value: Any) -> str | None:
+        if self.free:
+            return str(value)
         return self.answers.get((type(value), value))
 
 

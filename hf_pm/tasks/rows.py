@@ -3,14 +3,15 @@
 import hashlib
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from datasets import Dataset, concatenate_datasets
+from datasets import Dataset, IterableDataset, IterableDatasetDict, concatenate_datasets
 
 from ..errors import UserError
+from . import cache
 from .encoding import Encoder, by_length, length_order
 from .leaks import equal, overlap
 from .stream import EVAL_SUBSET_SEED, Task, TaskStream, subset
@@ -61,9 +62,13 @@ class StreamRows:
         tasks = list(stream)
         data_seed = args.seed if args.data_seed is None else args.data_seed
         skip = args.on_bad_row == "skip"
-        loaded = [task.load_train(args.validation_samples, skip=skip) for task in tasks]
+        # Of a stream, as many rows are taken as are used.
+        steps = args.max_steps * args.effective_batch_size if args.max_steps > 0 else None
+        most = dict.fromkeys(("validation", "test"), args.max_eval_samples)
+        most["train"] = steps if args.max_train_samples is None else args.max_train_samples
+        loaded = [task.load_train(args.validation_samples, skip=skip, most=most) for task in tasks]
         train_rows, validation_rows = zip(*loaded, strict=True)
-        test_rows = [task.load("test", skip=skip) for task in tasks]
+        test_rows = [task.load("test", skip=skip, most=most) for task in tasks]
         # Of all rows, not of those drawn with this run's seed: runs that differ in the seed alone must be comparable.
         limits = (args.max_train_samples, args.max_eval_samples)
         splits = list(zip(train_rows, test_rows, validation_rows, strict=True))
@@ -100,7 +105,7 @@ class StreamRows:
                 )
             rows = {"train": train, "validation": validation, "test": test}
             for first, second in (("train", "test"), ("validation", "test"), ("train", "validation")):
-                if rows[first] is None or rows[second] is None or not equal(_pairs(rows[first]), _pairs(rows[second])):
+                if rows[first] is None or rows[second] is None or not _equal(rows[first], rows[second]):
                     continue
                 same.add((task.name, first, second))
                 what = f"The {first} and {second} splits of task {task.name!r} have the same {len(rows[first])} rows"
@@ -118,8 +123,9 @@ class StreamRows:
         for task, *rows in zip(self.stream, self.train, self.validation, test_rows, strict=True):
             for split, found in zip(("train", "validation", "test"), rows, strict=True):
                 if found is not None:
-                    splits[task.name, split] = found["text"][:]
-        pairs = overlap(splits)
+                    splits[task.name, split] = found
+        texts = {name: _texts(rows) for name, rows in splits.items()}
+        pairs = _remembered(lambda: overlap(texts), ["overlap", list(splits)], *splits.values())
         for pair in pairs:
             (task, first), (other, second) = pair["first"], pair["second"]
             pair["equal"] = task == other and (task, first, second) in same
@@ -198,14 +204,35 @@ class StreamRows:
 
 def _source(source: Any) -> str:
     """Public name of a data source: a Hub id, the last parts of a path, or that the rows came from Python."""
+    if isinstance(source, IterableDataset | IterableDatasetDict):
+        return "a stream"
     if not isinstance(source, str):
         return f"a {type(source).__name__}"
     path = Path(source)
     return "/".join(path.parts[-2:]) if path.suffix else source
 
 
-def _pairs(rows: Dataset) -> list[tuple[str, str]]:
-    return list(zip(rows["text"][:], rows["label"][:], strict=True))
+def _texts(rows: Dataset) -> Iterator[str]:
+    for table in cache.tables(rows, ["text"]):
+        yield from table["text"].to_pylist()
+
+
+def _equal(first: Dataset, second: Dataset) -> bool:
+    """Whether two splits have the same rows in any order."""
+
+    def pairs(rows: Dataset) -> Iterator[tuple[str, str]]:
+        for table in cache.tables(rows, ["text", "label"]):
+            yield from zip(table["text"].to_pylist(), table["label"].to_pylist(), strict=True)
+
+    same_count = len(first) == len(second)
+    return same_count and _remembered(lambda: equal(pairs(first), pairs(second)), ["equal"], first, second)
+
+
+def _remembered(compute: Callable[[], Any], of: list[Any], *splits: Dataset) -> Any:
+    """What `compute` says of some splits; if they have many rows, it is said once and found again."""
+    if sum(map(len, splits)) <= cache.FEW_ROWS:
+        return compute()
+    return cache.remembered([*of, [cache.content(rows) for rows in splits]], compute)
 
 
 def fingerprint(
@@ -225,14 +252,22 @@ def fingerprints(
     prompt: Mapping[str, str] = MappingProxyType({}),
 ) -> list[str]:
     """The `fingerprint` of the first task alone, of the first two, and so on."""
-    found = []
-    digest = hashlib.sha256(json.dumps(limits).encode())
-    if prompt:
-        digest.update(json.dumps(dict(prompt), sort_keys=True).encode())
-    for task, datasets in zip(tasks, splits, strict=True):
-        digest.update(json.dumps(task.described(prompt.get("prompt", "plain"))).encode())
-        for rows in datasets:
-            for row in [] if rows is None else zip(*(rows[name][:] for name in rows.column_names), strict=True):
-                digest.update(json.dumps(row).encode())
-        found.append(digest.hexdigest())
-    return found
+    described = [task.described(prompt.get("prompt", "plain")) for task in tasks]
+
+    def compute() -> list[str]:
+        found = []
+        digest = hashlib.sha256(json.dumps(limits).encode())
+        if prompt:
+            digest.update(json.dumps(dict(prompt), sort_keys=True).encode())
+        for task, datasets in zip(described, splits, strict=True):
+            digest.update(json.dumps(task).encode())
+            for rows in datasets:
+                for table in [] if rows is None else cache.tables(rows):
+                    columns = [column.to_pylist() for column in table.columns]
+                    digest.update("".join(map(json.dumps, zip(*columns, strict=True))).encode())
+            found.append(digest.hexdigest())
+        return found
+
+    every = [rows for datasets in splits for rows in datasets if rows is not None]
+    shape = [[rows is not None for rows in datasets] for datasets in splits]
+    return _remembered(compute, ["fingerprints", limits, dict(prompt), described, shape], *every)

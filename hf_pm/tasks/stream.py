@@ -1,22 +1,39 @@
 """Tasks and streams: from files, Hub datasets or `datasets` objects to checked rows of text and answer."""
 
 import logging
+import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeAlias
 
 import numpy as np
-from datasets import ClassLabel, Dataset, DatasetDict, LargeList, List, Value, load_dataset
+import pyarrow as pa
+import pyarrow.compute as pc
+from datasets import (
+    ClassLabel,
+    Dataset,
+    DatasetDict,
+    Features,
+    IterableDataset,
+    IterableDatasetDict,
+    LargeList,
+    List,
+    Value,
+    load_dataset,
+)
 from datasets.config import HF_DATASETS_CACHE
 from datasets.exceptions import DatasetsError
 
 from ..errors import UserError, cause_of, choose
 from ..metrics.task_metrics import TASK_METRICS
 from ..store.environment import place_problem
-from .formats import COLUMN_PAIRS, LOADERS, format_parts, local_files, read_file, split_conversation
+from . import cache
+from .formats import COLUMN_PAIRS, LOADERS, format_parts, local_files, read_file, split_conversation, stream_file
 from .labels import Reading, read_labels
 
 
@@ -27,8 +44,18 @@ EVAL_SUBSET_SEED = 0
 # Of a label's rows, at most this share is held out for validation: some labels have no more than a dozen rows.
 LARGEST_HELD_OUT = 1 / 5
 CUTS = ("end", "middle")
+NO_LIMITS: Mapping[str, int | None] = MappingProxyType({})
+ROW = Features({"text": Value("string"), "label": Value("string")})
+CONVERSATION = Features(ROW | {"history": List({"role": Value("string"), "content": Value("string")})})
 
-Source: TypeAlias = str | Path | Dataset | DatasetDict
+Source: TypeAlias = str | Path | Dataset | DatasetDict | IterableDataset | IterableDatasetDict
+WithSplits = DatasetDict | IterableDatasetDict
+# What says how many rows of a stream are taken, by split.
+TAKES = {
+    "train": "`max_train_samples` or `max_steps`",
+    "validation": "`max_eval_samples`",
+    "test": "`max_eval_samples`, or `test_samples` of the task",
+}
 
 
 @dataclass
@@ -42,7 +69,7 @@ class Task:
         name (`str`): Unique within the stream; letters, digits, `.`, `_` and `-` only, since it names files and tags.
         train (`str`, `Dataset` or `DatasetDict`): A `.jsonl`, `.json`, `.parquet`, `.csv` or `.tsv` file, a Hub
             dataset id, or rows. A cell of a `.csv` or `.tsv` file is the text that it holds; only an empty one is
-            missing.
+            missing. An `IterableDataset` or `IterableDatasetDict` is taken as with `streaming`.
         test (`str`, `Dataset` or `DatasetDict`): The same for the rows to evaluate on. It may be left out where
             `train` has splits: a Hub dataset or a `DatasetDict`.
         text (`str`, *optional*, defaults to `"text"`): Column with the input, or a format of several columns:
@@ -68,6 +95,10 @@ class Task:
             `{instruction}` and `{options}`.
         cut (`str`, *optional*, defaults to `"end"`): Where a text that does not fit is cut, `end` or `middle`. A text
             that carries its own question in its last line must keep it.
+        streaming (`bool`, *optional*, defaults to `False`): Read files and Hub datasets of this task only as far as
+            rows are needed: the first `max_train_samples` (or as many as `max_steps` steps take) to train on, and the
+            first `test_samples` or `max_eval_samples` of the other splits. They are taken once, before the training,
+            and memory holds a batch of them; from then on they are rows like any other.
 
     Attributes:
         by_position (`set[str]`): Splits whose labels were read as positions in the options.
@@ -97,6 +128,7 @@ class Task:
     num_train_epochs: float | None = None
     template: str | None = None
     cut: str = "end"
+    streaming: bool = False
 
     def __post_init__(self) -> None:
         self.by_position: set[str] = set()
@@ -137,6 +169,10 @@ class Task:
                     f"`{key}` of task {self.name!r} must be a positive {'whole ' if kind is int else ''}number, but "
                     f"got {value!r}. Leave it out for the default."
                 )
+        if not isinstance(self.streaming, bool):
+            raise UserError(
+                f"`streaming` of task {self.name!r} must be true or false, but got {self.streaming!r}. Correct it."
+            )
         if self.template is not None:
             parts = self._parts("template", self.template)
             placeholders = [part for _, part in parts if part is not None]
@@ -151,9 +187,8 @@ class Task:
                 setattr(self, key, str(value))
             elif not isinstance(value, Source) and (value is not None or key == "train"):
                 raise UserError(
-                    f"`{key}` of task {self.name!r} must be a file, a Hub dataset id, a `datasets.Dataset` or a "
-                    f"`datasets.DatasetDict`, but got {type(value).__name__}. A streaming dataset has no length: "
-                    "load it whole."
+                    f"`{key}` of task {self.name!r} must be a file, a Hub dataset id, or a dataset or its splits "
+                    f"from the library `datasets`, but got {type(value).__name__}. Convert it to one of them."
                 )
         if not self.has_splits(self.train):
             if self.test is None:
@@ -189,29 +224,32 @@ class Task:
         """Whether the data come with validation rows."""
         return self.validation is not None or self.validation_split is not None
 
-    def load(self, split: str, *, skip: bool = False) -> Dataset:
+    def load(self, split: str, *, skip: bool = False, most: Mapping[str, int | None] = NO_LIMITS) -> Dataset:
         """Rows of `split` (`"train"`, `"validation"` or `"test"`), at most those that the task's own limits allow.
 
         Args:
             split (`str`): Which rows.
             skip (`bool`, *optional*, defaults to `False`): Leave out and count the rows that would be refused one by
                 one: an empty field, a label that is no answer, a broken conversation.
+            most (`Mapping[str, int | None]`, *optional*): Split -> rows to take where the rows come as a stream.
 
         Returns:
             `Dataset`: The columns `text` and `label`, strings. Rows of conversations have a third one, `history`: the
             turns before the text, as a list of `{"role", "content"}`.
 
         Raises:
-            UserError: Missing file, Hub dataset that cannot be had, missing column, empty field, no rows, or a label
-                that is not among the options.
+            UserError: Missing file, Hub dataset that cannot be had, missing column, empty field, no rows, a label
+                that is not among the options, or a stream of which nobody says how many rows to take.
         """
         if split == "train":
-            return self.load_train(skip=skip)[0]
-        rows = self._rows(split, skip)
+            return self.load_train(skip=skip, most=most)[0]
+        rows = self._rows(split, skip, most)
         some = split == "test" and self.test_samples is not None and self.test_samples < len(rows)
         return self._finish(rows, split, _shuffled(rows)[: self.test_samples] if some else range(len(rows)))
 
-    def load_train(self, held_out: int | None = None, *, skip: bool = False) -> tuple[Dataset, Dataset | None]:
+    def load_train(
+        self, held_out: int | None = None, *, skip: bool = False, most: Mapping[str, int | None] = NO_LIMITS
+    ) -> tuple[Dataset, Dataset | None]:
         """The training rows, and validation rows that are never among them.
 
         Args:
@@ -219,47 +257,59 @@ class Task:
                 options and in all otherwise, but no more than a fifth of them. Without it validation is what the data
                 come with, or `None`, and training has every row.
             skip (`bool`, *optional*, defaults to `False`): As in [`Task.load`].
+            most (`Mapping[str, int | None]`, *optional*): As in [`Task.load`].
 
         Raises:
             UserError: As [`Task.load`], and if nothing can be held out.
         """
-        rows = self._rows("train", skip)
+        rows = self._rows("train", skip, most)
         if held_out is None:
             train, _ = self._divide(rows, 0)
-            validation = self.load("validation", skip=skip) if self.has_validation else None
+            validation = self.load("validation", skip=skip, most=most) if self.has_validation else None
             return self._finish(rows, "train", train), validation
         train, validation = self._divide(rows, held_out)
-        if not validation:
+        if not len(validation):
             raise UserError(
                 f"Task {self.name!r} has too few training rows ({len(rows)}) to hold out `validation_samples`. Give "
                 "it `validation` rows of its own, or leave `validation_samples` out."
             )
         return self._finish(rows, "train", train), self._finish(rows, "train", validation)
 
-    def _divide(self, rows: Dataset, held_out: int) -> tuple[list[int], list[int]]:
+    def _divide(self, rows: Dataset, held_out: int) -> tuple[Sequence[int], Sequence[int]]:
         """Indices to train on and to hold out; the first rows of each label in an order that is always the same."""
-        labelled = self.train_per_class is not None or self.options is not None
-        labels = rows[self._columns(rows)[1]][:] if labelled and not self._is_chat(rows) else [None] * len(rows)
-        labels = [self._single(label, "train") for label in labels]
+        count = len(rows)
+        if self.train_per_class is None and held_out == 0:
+            return range(count), []
+        labelled = (self.train_per_class is not None or self.options is not None) and not self._is_chat(rows)
+        codes = self._label_codes(rows) if labelled else np.zeros(count, dtype=np.int64)
         shuffled = _shuffled(rows)
-        of_label: dict[Any, list[int]] = {}
-        for index in shuffled:
-            of_label.setdefault(labels[index], []).append(index)
-        limit = self.train_per_class or len(rows)
-        train, validation = set(), set()
-        for indices in of_label.values():
-            spare = max(0, len(indices) - limit)
-            count = min(held_out, max(spare, int(len(indices) * LARGEST_HELD_OUT)))
-            kept = min(limit, len(indices) - count)
-            train.update(indices[:kept])
-            validation.update(indices[kept : kept + count])
-        order = range(len(rows)) if self.train_per_class is None else shuffled
-        return [i for i in order if i in train], [i for i in shuffled if i in validation]
+        sizes = np.bincount(codes)
+        spare = np.maximum(0, sizes - (self.train_per_class or count))
+        held = np.minimum(held_out, np.maximum(spare, (sizes * LARGEST_HELD_OUT).astype(np.int64)))
+        kept = np.minimum(self.train_per_class or count, sizes - held)
+        # Number of each row among those of its label, in the shuffled order.
+        by_label = shuffled[np.argsort(codes[shuffled], kind="stable")]
+        number = np.empty(count, dtype=np.int64)
+        number[by_label] = np.arange(count) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+        order = np.arange(count) if self.train_per_class is None else shuffled
+        train = order[number[order] < kept[codes[order]]]
+        after = number[shuffled] - kept[codes[shuffled]]
+        return train, shuffled[(after >= 0) & (after < held[codes[shuffled]])]
 
-    def _rows(self, split: str, skip: bool = False) -> Dataset:
+    def _label_codes(self, rows: Dataset) -> np.ndarray:
+        """A number for each row, the same for equal labels."""
+        numbers: dict[Any, int] = {}
+        codes = []
+        for _, column in _columns_of(rows, self._columns(rows)[1]):
+            distinct, places = _distinct(column)
+            own = np.array([numbers.setdefault(value, len(numbers)) for value in distinct], dtype=np.int64)
+            codes.append(own[places])
+        return np.concatenate(codes)
+
+    def _rows(self, split: str, skip: bool, most: Mapping[str, int | None]) -> Dataset:
         """The rows of a split as they are stored, with the columns that are needed; how labels are read is decided."""
         source = {"train": self.train, "validation": self.validation, "test": self.test}[split]
-        rows = self._read(self.train if source is None else source, split)
+        rows = self._read(self.train if source is None else source, split, most.get(split))
         if not self._is_chat(rows):
             text, label = self._columns(rows)
             for column in (*[part for _, part in self._text_parts(text) if part is not None], label):
@@ -303,32 +353,30 @@ class Task:
         if self._is_chat(rows):
             if not skip or "messages" not in rows.column_names:
                 return rows  # each is checked where it is read
-            for i, turns in enumerate(rows["messages"][:]):
-                try:
-                    _, answer, _ = split_conversation(turns)
-                except ValueError:
-                    bad[i] = "no conversation with an answer"
-                    continue
-                if read_labels([answer], self.options, self.label_names).answer(answer) is None:
-                    bad[i] = "a label that is no answer"
+            for start, column in _columns_of(rows, "messages"):
+                for i, turns in enumerate(column, start):
+                    try:
+                        _, answer, _ = split_conversation(turns)
+                    except ValueError:
+                        bad[i] = "no conversation with an answer"
+                        continue
+                    if read_labels([answer], self.options, self.label_names).answer(answer) is None:
+                        bad[i] = "a label that is no answer"
         else:
             text, label = self._columns(rows)
-            for column in (*[part for _, part in self._text_parts(text) if part is not None], label):
-                for i, value in enumerate(rows[column][:]):
-                    if value is None or value != value:  # a table says NaN where it has nothing
-                        bad.setdefault(i, f"nothing in the column {column!r}")
+            for name in (*[part for _, part in self._text_parts(text) if part is not None], label):
+                for start, column in _columns_of(rows, name):
+                    for i in np.flatnonzero(_nothing(column)) + start:
+                        bad.setdefault(int(i), f"nothing in the column {name!r}")
                         if not skip:
                             raise UserError(
                                 f"Row {i} of the {split} rows of task {self.name!r} has nothing in the column "
-                                f"{column!r}. Fill it in, remove the row, or set `on_bad_row: skip`."
+                                f"{name!r}. Fill it in, remove the row, or set `on_bad_row: skip`."
                             )
-            labels = [self._single(value, split) for value in rows[label][:]]
-            reading = self._reading(rows, [value for i, value in enumerate(labels) if i not in bad], split)
-            for i, value in enumerate(labels):
-                if i not in bad and reading.answer(value) is None:
-                    if not skip:
-                        raise self._no_answer(value, split)
-                    bad[i] = "a label that is no answer"
+            for i, value in self._bad_labels(rows, bad, split):
+                if not skip:
+                    raise self._no_answer(value, split)
+                bad[i] = "a label that is no answer"
         self.skipped.pop(split, None)
         if not bad:
             return rows
@@ -340,7 +388,31 @@ class Task:
         self.skipped[split] = dict(sorted(Counter(bad.values()).items()))
         for reason, count in self.skipped[split].items():
             logger.warning("Skipped %d of %d %s rows of task %r: %s.", count, len(rows), split, self.name, reason)
-        return rows.select([i for i in range(len(rows)) if i not in bad])
+        return rows.select(np.setdiff1d(np.arange(len(rows)), list(bad)))
+
+    def _bad_labels(self, rows: Dataset, bad: Container[int], split: str) -> Iterator[tuple[int, Any]]:
+        """Decide how the labels of all rows but the bad ones are read; then those without an answer, by row."""
+        name = self._columns(rows)[1]
+        free = self.options is None and self.label_names is None
+        if free and isinstance(rows.features[name], Value):
+            self._readings[split] = Reading({}, free=True)  # as many answers as rows: they are not listed
+            return
+        found: dict[Any, None] = {}
+        for start, column in _columns_of(rows, name):
+            distinct, places = _distinct(column, lambda value: self._single(value, split))
+            good = range(len(distinct))
+            if bad:
+                good = sorted({int(place) for i, place in enumerate(places, start) if i not in bad})
+            found |= dict.fromkeys((type(distinct[place]), distinct[place]) for place in good)
+        reading = self._reading(rows, [value for _, value in found], split)
+        if all(answer is not None for answer in reading.answers.values()):
+            return
+        for start, column in _columns_of(rows, name):
+            distinct, places = _distinct(column)
+            none = np.array([reading.answer(value) is None for value in distinct], dtype=bool)
+            for i in np.flatnonzero(none[places]):
+                if int(i) + start not in bad:
+                    yield int(i) + start, distinct[places[i]]
 
     def _reading(self, rows: Dataset, labels: list[Any], split: str) -> Reading:
         """How the labels of a split are read; every split of a task must be read in the same way."""
@@ -378,27 +450,47 @@ class Task:
             f"the data or the task's `{key}`, or set `on_bad_row: skip`."
         )
 
-    def _read(self, source: str | Dataset | DatasetDict, split: str) -> Dataset:
+    def _read(self, source: str | Dataset | WithSplits | IterableDataset, split: str, most: int | None) -> Dataset:
         where = f"the {split} rows of task {self.name!r}"
         named = {"train": self.train_split, "validation": self.validation_split or "validation"}
         stored = named.get(split, self.test_split)
-        if isinstance(source, Dataset):
-            return source
-        if isinstance(source, DatasetDict):
+        if isinstance(source, WithSplits):
             if stored not in source:
                 raise UserError(
                     f"There is no split {stored!r} for {where}; found {list(source)}. Set `{split}_split`."
                 )
-            return source[stored]
+            source = source[stored]
+        if isinstance(source, Dataset):
+            return source
+        streamed = self.streaming or isinstance(source, IterableDataset)
+        most = self.test_samples if split == "test" and self.test_samples is not None else most
+        if streamed and most is None:
+            raise UserError(
+                f"{where[0].upper()}{where[1:]} come as a stream, which has no length. Say how many to take: set "
+                f"{TAKES[split]}."
+            )
+        if isinstance(source, IterableDataset):
+            return self._taken(source, most, None, where)
         is_file = Path(source).suffix in LOADERS
         if is_file and not Path(source).is_file():
             raise UserError(f"There is no file {source!r} for {where}. Correct the path or set `data_dir`.")
         if not is_file and Path(source).is_file():
             raise UserError(f"{source!r}, {where}, has an ending that is not known. Use one of {', '.join(LOADERS)}.")
         try:
+            if streamed and is_file:
+                state = os.stat(source)
+                of = [os.path.abspath(source), state.st_size, state.st_mtime_ns]
+                return self._taken(stream_file(source), most, of, where)
             if is_file:
                 return read_file(source)
-            return load_dataset(source, name=self.config, revision=self.revision, split=stored)
+            place = {"name": self.config, "revision": self.revision, "split": stored}
+            if streamed:
+                pinned = re.fullmatch("[0-9a-f]{40}", self.revision or "")
+                of = [source, *place.values()] if pinned else None
+                return self._taken(load_dataset(source, **place, streaming=True), most, of, where)
+            return load_dataset(source, **place)
+        except UserError:
+            raise
         # RuntimeError: `datasets` no longer runs the scripts that some Hub datasets still consist of.
         except (OSError, ValueError, TypeError, KeyError, RuntimeError, StopIteration, DatasetsError) as error:
             cache = place_problem(HF_DATASETS_CACHE)
@@ -411,6 +503,23 @@ class Task:
                 f"Cannot load {where} from {source!r}: {cause_of(error)} {remedy}, or point `data_dir` to a folder "
                 f"with {self.name}/{split}.jsonl (columns `text` and `label`)."
             ) from error
+
+    def _taken(self, stream: IterableDataset, count: int, of: Any, where: str) -> Dataset:
+        """The first rows of a stream, without the columns that no prompt is made of.
+
+        Raises:
+            UserError: If its rows cannot be had, or are not all of one kind.
+        """
+        if stream.column_names is not None:
+            parts = [part for _, part in self._text_parts(self.text)]
+            wanted = {*parts, self.label, "messages", *(name for pair in COLUMN_PAIRS for name in pair)}
+            stream = stream.select_columns([name for name in stream.column_names if name in wanted])
+        try:
+            return cache.taken(stream, count, None if of is None else [of, stream.column_names])
+        except UserError:
+            raise
+        except (OSError, ValueError, TypeError, KeyError, RuntimeError, StopIteration, DatasetsError) as error:
+            raise UserError(f"Cannot take {where} from their stream: {cause_of(error)} Correct its rows.") from error
 
     def _columns(self, rows: Dataset) -> tuple[str, str]:
         """Columns with text and answer: the task's, or those of a known kind of file."""
@@ -428,14 +537,14 @@ class Task:
             return self._conversations(rows, split, positions)
         text, label = self._columns(rows)
         parts = self._text_parts(text)
-        chosen = rows.select(positions)
-        columns = {name: chosen[name][:] for name in (*[part for _, part in parts if part is not None], label)}
-        texts = [
-            "".join(literal + ("" if part is None else str(columns[part][i])) for literal, part in parts)
-            for i in range(len(positions))
-        ]
-        answers = [self._readings[split].answer(value) for value in columns[label]]
-        return Dataset.from_dict({"text": texts, "label": answers})
+        names = list(dict.fromkeys([*[part for _, part in parts if part is not None], label]))
+        chosen = rows.select(positions).select_columns(names)
+        reading = self._readings[split]
+        said = all(kind is str and value == answer for (kind, value), answer in reading.answers.items())
+        if said and parts == [("", text)] and text != label and _all_texts(chosen):
+            return chosen.rename_columns({text: "text", label: "label"}).select_columns(["text", "label"])
+        of = [parts, [[str(kind), repr(value), answer] for (kind, value), answer in reading.answers.items()]]
+        return cache.mapped(chosen, partial(_plain, parts, label, reading), ROW, of, "Reading")
 
     def _conversations(self, rows: Dataset, split: str, positions: Sequence[int]) -> Dataset:
         """Text, answer and the turns before them."""
@@ -444,20 +553,26 @@ class Task:
                 f"The {split} rows of task {self.name!r} have no column 'messages'; found {rows.column_names}. Set "
                 "`text` and `label` of the task."
             )
-        found: list[dict[str, Any]] = []
-        for position, turns in zip(positions, rows.select(positions)["messages"][:], strict=True):
-            try:
-                text, answer, history = split_conversation(turns)
-            except ValueError as error:
-                raise UserError(
-                    f"Row {position} of the {split} rows of task {self.name!r} is no conversation with an answer: "
-                    f"{error}. Correct the row."
-                ) from error
-            label = read_labels([answer], self.options, self.label_names).answer(answer)
-            if label is None:
-                raise self._no_answer(answer, split)
-            found.append({"text": text, "label": label, "history": history})
-        return Dataset.from_list(found)
+        chosen = rows.select(positions).select_columns(["messages"])
+
+        def read(batch: dict[str, Any], numbers: Sequence[int]) -> dict[str, list[Any]]:
+            found = []
+            for number, turns in zip(numbers, batch["messages"], strict=True):
+                try:
+                    text, answer, history = split_conversation(turns)
+                except ValueError as error:
+                    raise UserError(
+                        f"Row {positions[number]} of the {split} rows of task {self.name!r} is no conversation with "
+                        f"an answer: {error}. Correct the row."
+                    ) from error
+                label = read_labels([answer], self.options, self.label_names).answer(answer)
+                if label is None:
+                    raise self._no_answer(answer, split)
+                found.append((text, label, history))
+            return dict(zip(CONVERSATION, map(list, zip(*found, strict=True)), strict=True))
+
+        of = [self.options, self.label_names]
+        return cache.mapped(chosen, read, CONVERSATION, of, "Reading", numbered=True)
 
     def _single(self, value: Any, split: str) -> Any:
         if isinstance(value, list | dict):
@@ -493,8 +608,8 @@ class Task:
 
     @staticmethod
     def has_splits(source: Any) -> bool:
-        """Whether one source has the rows of several splits: a `DatasetDict` or a Hub dataset."""
-        return isinstance(source, DatasetDict) or (isinstance(source, str) and Path(source).suffix not in LOADERS)
+        """Whether one source has the rows of several splits: a dictionary of datasets, or a Hub dataset."""
+        return isinstance(source, WithSplits) or (isinstance(source, str) and Path(source).suffix not in LOADERS)
 
     def described(self, prompt: str = "plain") -> list[Any]:
         """Plain JSON of everything but the rows that the result depends on: instruction, options, columns, sizes.
@@ -559,9 +674,52 @@ class TaskStream(Sequence[Task]):
         return cls(items)
 
 
-def _shuffled(rows: Dataset) -> list[int]:
+def _columns_of(rows: Dataset, name: str) -> Iterator[tuple[int, pa.ChunkedArray | list[Any]]]:
+    """A column, a batch at a time, and the number of the first row of each batch.
+
+    In Arrow, or as Python's values where a column has no one type: lists, objects, and the mixtures of a JSON file.
+    """
+    start, plain = 0, isinstance(rows.features[name], Value | ClassLabel)
+    for batch in rows.select_columns([name]).with_format("arrow" if plain else None).iter(cache.BATCH_ROWS):
+        yield start, batch[name]
+        start += len(batch[name])
+
+
+def _nothing(column: pa.ChunkedArray | list[Any]) -> np.ndarray:
+    """Which values are missing; a table says NaN where it has nothing."""
+    if isinstance(column, list):
+        return np.array([value is None or value != value for value in column])
+    return pc.is_null(column, nan_is_null=True).to_numpy()
+
+
+def _distinct(
+    column: pa.ChunkedArray | list[Any], checked: Callable[[Any], Any] = lambda value: value
+) -> tuple[list[Any], np.ndarray]:
+    """The different values of a column in their order, and the place of each row's value among them."""
+    if isinstance(column, list):
+        keys = [(type(value), checked(value)) for value in column]
+        places = {key: place for place, key in enumerate(dict.fromkeys(keys))}
+        return [value for _, value in places], np.array([places[key] for key in keys])
+    coded = pa.chunked_array([column.combine_chunks()]).dictionary_encode("encode").chunk(0)
+    return coded.dictionary.to_pylist(), coded.indices.to_numpy()
+
+
+def _all_texts(rows: Dataset) -> bool:
+    return all(feature == Value("string") for feature in rows.features.values())
+
+
+def _plain(parts: Any, label: str, reading: Reading, batch: dict[str, Any]) -> dict[str, list[str | None]]:
+    """Texts and answers from the columns that they are made of."""
+    texts = [
+        "".join(literal + ("" if part is None else str(batch[part][i])) for literal, part in parts)
+        for i in range(len(batch[label]))
+    ]
+    return {"text": texts, "label": [reading.answer(value) for value in batch[label]]}
+
+
+def _shuffled(rows: Dataset) -> np.ndarray:
     """Positions of the rows in the order of `Dataset.shuffle`, always the same."""
-    return np.random.default_rng(EVAL_SUBSET_SEED).permutation(len(rows)).tolist()
+    return np.random.default_rng(EVAL_SUBSET_SEED).permutation(len(rows))
 
 
 def subset(rows: Dataset, limit: int | None, seed: int) -> Dataset:
