@@ -26,12 +26,13 @@ from hf_pm.evaluation import panel
 from hf_pm.evaluation.answers import predict, sample_texts
 from hf_pm.methods.curvature import measure_curvature
 from hf_pm.methods.kronecker_state import PRICES
-from hf_pm.methods.perturbation import scaled_update
 from hf_pm.methods.moments import PROBES, random_signs
+from hf_pm.methods.perturbation import scaled_update
 from hf_pm.methods.protection import Protection
 from hf_pm.report.page import render_report
 from hf_pm.tasks.encoding import IGNORE_INDEX
 from hf_pm.tasks.formats import read_texts
+from hf_pm.weights import kronecker
 from hf_pm.weights.adapters import lora_layers
 from hf_pm.weights.kronecker import Cut
 from hf_pm.weights.states import StoredState
@@ -65,8 +66,8 @@ def opened(model, stream, tokenizer, lora, args, cls=PMTrainer):
 
 
 def by_tokens(model, rows, labels, seed):
-    """G and A of every linear layer of a plain model: one row after another and its gradient token by token, in float64,
-    in the row's random directions."""
+    """G and A of every linear layer of a plain model: one row after another, its gradient token by token, in float64,
+    seen in the row's random directions."""
     model = model.double().eval()
     G, A, seen = {}, {}, {}
 
@@ -180,7 +181,7 @@ def test_the_first_task_already_spares_the_base(method, model, stream, tokenizer
         drift[tolerance] = 0.0
         for name in folder.names:
             moved = (folder.merged(name, 1) - folder.merged(name, 0)).double()
-            G, A = (dense(state.get(key, name)).double() for key in "GA")
+            G, A = kronecker.split(*(dense(state.get(key, name)).double() for key in "GA"))
             drift[tolerance] += tolerance * float((G @ moved @ A * moved).sum())
     assert 0 < drift[1e-3] < 0.3 * drift[1e6]
 

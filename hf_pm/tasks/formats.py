@@ -108,7 +108,7 @@ def _table_options(path: str, separators: str) -> dict[str, Any]:
 
 def _separator(path: str, separators: str) -> str:
     """The usual separator, unless only another one divides the header and, into as many cells, the row below it."""
-    usual, *others = separators
+    usual, others = separators[0], separators[1:]
     if len(_first_rows(path, usual)[0]) > 1:
         return usual
     for other in others:

@@ -4,7 +4,7 @@ import logging
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -289,7 +289,7 @@ class Task:
         kept = np.minimum(self.train_per_class or count, sizes - held)
         # Number of each row among those of its label, in the shuffled order.
         by_label = shuffled[np.argsort(codes[shuffled], kind="stable")]
-        number = np.empty(count, dtype=np.int64)
+        number: np.ndarray = np.empty(count, dtype=np.int64)
         number[by_label] = np.arange(count) - np.repeat(np.cumsum(sizes) - sizes, sizes)
         order = np.arange(count) if self.train_per_class is None else shuffled
         train = order[number[order] < kept[codes[order]]]
@@ -400,7 +400,7 @@ class Task:
         found: dict[Any, None] = {}
         for start, column in _columns_of(rows, name):
             distinct, places = _distinct(column, lambda value: self._single(value, split))
-            good = range(len(distinct))
+            good: Iterable[int] = range(len(distinct))
             if bad:
                 good = sorted({int(place) for i, place in enumerate(places, start) if i not in bad})
             found |= dict.fromkeys((type(distinct[place]), distinct[place]) for place in good)
@@ -450,7 +450,7 @@ class Task:
             f"the data or the task's `{key}`, or set `on_bad_row: skip`."
         )
 
-    def _read(self, source: str | Dataset | WithSplits | IterableDataset, split: str, most: int | None) -> Dataset:
+    def _read(self, source: Any, split: str, most: int | None) -> Dataset:
         where = f"the {split} rows of task {self.name!r}"
         named = {"train": self.train_split, "validation": self.validation_split or "validation"}
         stored = named.get(split, self.test_split)
