@@ -465,10 +465,8 @@ class Task:
         streamed = self.streaming or isinstance(source, IterableDataset)
         most = self.test_samples if split == "test" and self.test_samples is not None else most
         if streamed and most is None:
-            raise UserError(
-                f"{where[0].upper()}{where[1:]} come as a stream, which has no length. Say how many to take: set "
-                f"{TAKES[split]}."
-            )
+            rows = where[0].upper() + where[1:]
+            raise UserError(f"{rows} come as a stream, which has no length. Say how many to take: set {TAKES[split]}.")
         if isinstance(source, IterableDataset):
             return self._taken(source, most, None, where)
         is_file = Path(source).suffix in LOADERS
