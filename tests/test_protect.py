@@ -25,7 +25,7 @@ from hf_pm.cli import main
 from hf_pm.evaluation import panel
 from hf_pm.evaluation.answers import predict, sample_texts
 from hf_pm.methods.curvature import measure_curvature
-from hf_pm.methods.kronecker_state import PRICES
+from hf_pm.methods.kronecker_state import PRICES, KroneckerState
 from hf_pm.methods.moments import PROBES, random_signs
 from hf_pm.methods.perturbation import scaled_update
 from hf_pm.methods.protection import Protection
@@ -181,7 +181,8 @@ def test_the_first_task_already_spares_the_base(method, model, stream, tokenizer
         drift[tolerance] = 0.0
         for name in folder.names:
             moved = (folder.merged(name, 1) - folder.merged(name, 0)).double()
-            G, A = kronecker.split(*(dense(state.get(key, name)).double() for key in "GA"))
+            keys = next(part.keys for part in trainer.parts if isinstance(part, KroneckerState))
+            G, A = kronecker.split(*(dense(state.get(key, name)).double() for key in keys))
             drift[tolerance] += tolerance * float((G @ moved @ A * moved).sum())
     assert 0 < drift[1e-3] < 0.3 * drift[1e6]
 
@@ -236,7 +237,7 @@ def test_stopped_and_started_again_gives_the_same_bits(model, stream, tokenizer,
 
 @pytest.mark.slow
 def test_two_processes_measure_the_text_once(recipe, tmp_path):  # noqa: F811
-    """Each rank takes its share of the same windows, and the sums are those of all: the same A as of one process."""
+    """Each rank takes its share of the same windows, and the sums are those of all, up to the labels drawn."""
     path, values = recipe
     (tmp_path / "known.txt").write_text(text(300))
     values |= {"method": "kronecker", "protect": "known.txt", "report_to": "none", "release": "none"}
@@ -252,10 +253,10 @@ def test_two_processes_measure_the_text_once(recipe, tmp_path):  # noqa: F811
         assert json.loads((folder / "results.json").read_text())["protect"]["windows"] == 5
         found[processes] = StoredState(folder / "curvature" / "state-01.safetensors")
         assert found[processes].get("A", NAME) is not None
-    one, two = (dense(state.get("A", NAME)) for state in found.values())
-    assert torch.allclose(one, two, rtol=1e-3, atol=1e-5)
-    one, two = (dense(state.get("G", NAME)) for state in found.values())
-    assert two.trace().item() == pytest.approx(one.trace().item(), rel=0.3)  # other labels are drawn
+    for key in "GA":
+        one, two = (dense(state.get(key, NAME)) for state in found.values())
+        assert (one * two).sum() > 0.7 * one.norm() * two.norm()
+        assert two.trace().item() == pytest.approx(one.trace().item(), rel=0.3)
 
 
 # ---- The text -------------------------------------------------------------------------------------------------------
