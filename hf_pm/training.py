@@ -65,7 +65,9 @@ class TaskTraining:
         if not (self.parts.penalties and self.model.training):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         batch = dict(inputs)  # `Trainer` may take the labels out
-        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        whole = return_outputs or any(penalty.reads_outputs for penalty in self.parts.penalties)
+        found = super().compute_loss(model, inputs, whole, num_items_in_batch)
+        loss, outputs = found if whole else (found, None)
         step = self.state.global_step, self._micro_step
         terms = self.parts.losses(self.model, batch, outputs, self.accelerator.autocast, *step)
         for name, term in terms.items():

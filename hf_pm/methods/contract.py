@@ -169,9 +169,10 @@ class Ended(NamedTuple):
 class Step(NamedTuple):
     """One training step, after its forward pass.
 
-    `model`: with its adapter. `batch`: model inputs with `labels`. `outputs`: of the model. `layers`, `scales`: every
-    adapted layer, and its nominal scale, which a perturbation does not change. `autocast`: context manager factory.
-    `number`, `micro_step`: optimizer step of the task, and micro-batch of that step, both from 0.
+    `model`: with its adapter. `batch`: model inputs with `labels`. `outputs`: of the model, if a penalty reads them.
+    `layers`, `scales`: every adapted layer, and its nominal scale, which a perturbation does not change. `autocast`:
+    context manager factory. `number`, `micro_step`: optimizer step of the task, and micro-batch of that step, both
+    from 0.
     """
 
     model: PeftModel
@@ -309,11 +310,13 @@ class Perturbation(Part):
 class Penalty(Part):
     """What is added to the loss?
 
-    `anchored`: whether it looks at the update since the merged weights of the tasks before.
+    `anchored`: whether it looks at the update since the merged weights of the tasks before. `reads_outputs`: whether
+    it needs `Step.outputs`, for which some trainers (TRL's) make another forward pass.
     """
 
     name: ClassVar[str]
     anchored: ClassVar[bool] = True
+    reads_outputs: ClassVar[bool] = False
 
     def loss(self, step: Step) -> torch.Tensor | None:
         """The term of one micro-batch, a scalar on the scale of a mean loss; `None` for nothing."""

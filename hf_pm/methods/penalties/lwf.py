@@ -20,6 +20,7 @@ class Lwf(Penalty):
     """
 
     name = "lwf"
+    reads_outputs = True
     active = False  # before the first task
     settings = {
         "lwf_strength": Setting(0.5, "must be at least 0", lambda value: value >= 0),
