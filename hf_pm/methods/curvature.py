@@ -345,7 +345,7 @@ def _row_gradients(
 
         def on_gradient(gradient: torch.Tensor, inputs: torch.Tensor) -> None:
             d = by_row(name, gradient)
-            norms.add_(d.square().sum((1, 2)))
+            norms.add_(torch.linalg.vector_norm(d, dim=(1, 2)))
             x = by_row(name, inputs) if collectors or moments is not None else None
             for collect, totals, power in collectors:
                 collect(totals, name, x, d, by_targets(power), transposed)

@@ -20,7 +20,7 @@ from ..weights.adapters import is_experts, lora_layers
 
 
 # Random directions in which a row's gradient is looked at, a mean over which stands for all of it.
-PROBES = 32
+PROBES = 16
 
 
 class Moments:
