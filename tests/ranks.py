@@ -72,17 +72,21 @@ def run(words: list[str], rank: int, fails: str | None = None) -> int:
     from hf_pm.methods.parts import Parts
     from hf_pm.trainer import PMTrainerMixin
 
+    def tell(word, what):  # noqa: ANN001, ANN202
+        # One write: the ranks share the file, and `print` may make several.
+        os.write(1, f"\n{word} {json.dumps(what)}\n".encode())
+
     def stream(trainer, go=PMTrainerMixin.train_stream):  # noqa: ANN001, ANN202
         base = {name: p for name, p in trainer.model.named_parameters() if ".lora_" not in name}
         shards = {name: p for name, p in base.items() if isinstance(p, DTensor)}
         here = sum((p.to_local() if isinstance(p, DTensor) else p).numel() for p in base.values())
         engine = trainer.accelerator.distributed_type.value
         told = {"rank": rank, "engine": engine, "base": len(base), "sharded": len(shards), "here": here}
-        print("SHARDS", json.dumps(told | {"whole": sum(p.numel() for p in base.values())}), flush=True)
+        tell("SHARDS", told | {"whole": sum(p.numel() for p in base.values())})
         return go(trainer)
 
     def solve(parts, ended, go=Parts.solve):  # noqa: ANN001, ANN202
-        print("SOLVED", json.dumps([rank, ended.number]), flush=True)
+        tell("SOLVED", [rank, ended.number])
         if fails is not None:
             raise UserError("No good.") if fails == "user" else RuntimeError("Broken.")
         return go(parts, ended)
@@ -91,7 +95,7 @@ def run(words: list[str], rank: int, fails: str | None = None) -> int:
         adapter = {n: p for n, p in parity.trainer.model.named_parameters() if ".lora_" in n}
         digest = sha256(b"".join(p.detach().numpy().tobytes() for p in adapter.values())).hexdigest()
         told = [rank, number, digest, merged.alpha, merged.per_matrix, merged.record, merged.dense is not None]
-        print("MERGED", json.dumps(told), flush=True)
+        tell("MERGED", told)
         return go(parity, number, merged)
 
     PMTrainerMixin.train_stream, Parts.solve, Parity.expect = stream, solve, expect
