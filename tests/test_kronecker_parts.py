@@ -469,6 +469,17 @@ def test_a_penalty_and_a_merge_keep_one_state(model, stream, tokenizer, lora, co
     assert len(results["matrix"]) == 2 and digests(Path(args.output_dir))
 
 
+def test_parts_with_other_factors_keep_prices_of_their_own(model, stream, tokenizer, lora, config):
+    """`gram` prices an update by other factors than the merge does."""
+    args = config(method="subspace", penalty="gram", num_train_epochs=1, release="none")
+    trainer, results = trained(model, stream, tokenizer, lora, args)
+    state = trainer.run.read_state()
+    mine, other = (state.beside(key)["tasks"] for key in ("kronecker_prices", "gram_prices"))
+    merges = [terms["price"] for terms in results["coefficient_terms"]]
+    assert mine.tolist() == pytest.approx(merges) and len(other) == 2
+    assert not torch.allclose(mine, other, rtol=1e-2)
+
+
 @pytest.mark.parametrize("kind", ["mixtral", "gpt_oss"])
 def test_experts_have_a_penalty_a_merge_and_a_state(kind, tmp_path, stream, tokenizer, config):
     """Matrices of every expert along a leading dimension, in the orientation of the live weight."""

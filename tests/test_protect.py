@@ -25,7 +25,7 @@ from hf_pm.cli import main
 from hf_pm.evaluation import panel
 from hf_pm.evaluation.answers import predict, sample_texts
 from hf_pm.methods.curvature import measure_curvature
-from hf_pm.methods.kronecker_state import PRICES, KroneckerState
+from hf_pm.methods.kronecker_state import KroneckerState
 from hf_pm.methods.moments import PROBES, random_signs
 from hf_pm.methods.perturbation import scaled_update
 from hf_pm.methods.protection import Protection
@@ -206,7 +206,7 @@ def test_the_base_counts_as_one_task_in_the_sums(model, stream, tokenizer, lora,
             if number == 2:
                 penalty, before = self.parts.penalties[0], self.run.read_state()
                 measured.append({name: penalty.old(before, name) for name in self.parts.layers})
-                measured.append(before.beside(PRICES)["tasks"])
+                measured.append(before.beside(penalty.prices_key)["tasks"])
 
     trainer, _ = trained(model, stream, tokenizer, lora, args, cls=Watches)
     first, factors, (cost,) = measured[:3]

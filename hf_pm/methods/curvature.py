@@ -346,10 +346,11 @@ def _row_gradients(
         def on_gradient(gradient: torch.Tensor, inputs: torch.Tensor) -> None:
             d = by_row(name, gradient)
             norms.add_(torch.linalg.vector_norm(d, dim=(1, 2)))
-            x = by_row(name, inputs) if collectors or moments is not None else None
+            pairs = moments is not None and moments.sees_gradients
+            x = by_row(name, inputs) if collectors or pairs or leads else None
             for collect, totals, power in collectors:
                 collect(totals, name, x, d, by_targets(power), transposed)
-            if moments is not None and moments.sees_gradients:
+            if pairs:
                 moments.add_gradients(name, x, d, weights)
             if leads:
                 moments.add_input(name, _real_tokens(x, real))

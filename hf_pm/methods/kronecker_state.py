@@ -14,8 +14,6 @@ from ..weights.states import StoredState, Value
 from .contract import Ended, Measured, Part, Setting
 
 
-# Key of the prices of the tasks so far, beside the matrices.
-PRICES = "kronecker_prices"
 DAMPING = Setting(1e-3, "must lie in (0, 1]", lambda value: 0 < value <= 1)
 
 
@@ -44,7 +42,9 @@ class KroneckerState(Part):
         "protect_tolerance": Setting(1.0, "must be more than 0", lambda value: value > 0),
     }
     measures = frozenset({"kronecker"})
+    # Of the two sums, and of the prices of the tasks so far, beside them. Parts with the same factors share all three.
     keys = ("G", "A")
+    prices_key = "kronecker_prices"
     growth = "constant: two cut square matrices for every matrix"
     protects = True
 
@@ -103,7 +103,7 @@ class KroneckerState(Part):
                     f"The price of undoing the task is {price}, first of all for {worst!r}, but must be finite. "
                     "Nothing of it was committed; lower `learning_rate`."
                 )
-            earlier = ended.before.beside(PRICES).get("tasks", torch.zeros(0, dtype=torch.float64))
+            earlier = ended.before.beside(self.prices_key).get("tasks", torch.zeros(0, dtype=torch.float64))
             self._measured, self._prices = measured, torch.cat([earlier, earlier.new_tensor([price])])
         return self._prices
 
@@ -114,7 +114,7 @@ class KroneckerState(Part):
 
     @torch.no_grad()
     def end(self, ended: Ended) -> dict[str, torch.Tensor]:
-        return {f"{PRICES}/tasks": self.prices(ended)}
+        return {f"{self.prices_key}/tasks": self.prices(ended)}
 
     def protect_matrix(self, measured: Measured, name: str) -> dict[str, Value]:
         G, A = self.factors(measured, name)

@@ -56,6 +56,7 @@ class Gram(Kronecker):
     name = "gram"
     measures = frozenset({"kronecker", "inputs"})
     keys = ("gram_G", "gram_A")
+    prices_key = "gram_prices"
 
     def factors(self, measured: Measured, name: str) -> Factors:
         pair, inputs = measured.kronecker[name], kronecker.unit_trace(measured.inputs[name])
