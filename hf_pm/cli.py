@@ -297,6 +297,7 @@ def demo_command(options: argparse.Namespace, overrides: list[str]) -> None:
     from .config import parse_recipe
     from .report.comparison import write_comparison
     from .report.page import format_table
+    from .store.environment import cpu_has_bf16
 
     if toy:
         # A model this small gains nothing from a second thread, and loses much where the cores are shared.
@@ -310,9 +311,9 @@ def demo_command(options: argparse.Namespace, overrides: list[str]) -> None:
             print(f"\n== {method} ==", flush=True)
             output = output_dir / method
             words = ["--method", method, "--output_dir", str(output)]
-            words += (
-                [] if toy else ["--model_name_or_path", str(Path(model).resolve()) if Path(model).is_dir() else model]
-            )
+            if not toy:
+                words += ["--model_name_or_path", str(Path(model).resolve()) if Path(model).is_dir() else model]
+                words += [] if cpu_has_bf16() else ["--dtype", "float32", "--bf16", "false"]
             recipe = demo / ("recipe.yaml" if toy else "smollm2.yaml")
             runs.append((method, output, run_recipe(parse_recipe(recipe, [*words, *overrides]))))
     page = write_comparison([output for _, output, _ in runs], output_dir / "compare.html")

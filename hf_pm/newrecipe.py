@@ -21,6 +21,7 @@ from .config import Recipe
 from .errors import UserError, cause_of, choose
 from .loading import ARCHITECTURES, LOADING_ERRORS
 from .recipefiles import coerce, parse_words
+from .store.environment import cpu_has_bf16
 from .store.ledger import write_bytes
 from .tasks.encoding import Encoder
 from .tasks.formats import LOADERS
@@ -175,6 +176,8 @@ def _settings(base: _Model, proposals: list[Proposal], path: Path) -> dict[str, 
     values: dict[str, Any] = {"model_name_or_path": base.name}
     if base.task_type != "CAUSAL_LM":
         values["task_type"] = base.task_type
+    if on_cpu and narrow:  # on a GPU bfloat16 is the default
+        values |= {"bf16": True} if cpu_has_bf16() else {"dtype": "float32"}
     values |= {"lora_r": 8, "lora_alpha": 16, "lora_target_modules": "all-linear"}
     if base.prompt != "plain":
         values["prompt"] = base.prompt
@@ -191,8 +194,6 @@ def _settings(base: _Model, proposals: list[Proposal], path: Path) -> dict[str, 
         "seed": 0,
         "output_dir": f"runs/{path.stem}",
     }
-    if narrow and (on_cpu or torch.cuda.is_available() and torch.cuda.is_bf16_supported()):
-        values["bf16"] = True
     if on_cpu:
         values["use_cpu"] = True
     return values

@@ -3,6 +3,7 @@ import json
 import sys
 
 import pytest
+import torch
 from transformers import TrainingArguments
 
 from hf_pm import PMConfig, UserError
@@ -60,6 +61,41 @@ def test_later_words_win_and_yaml_types_fit(tmp_path):
     assert recipe.learning_rate == 1e-4 and recipe.seed == 7 and recipe.lora_alpha == 8.0
     assert recipe.save_strategy == "no" and recipe.num_train_epochs == 3.0 and recipe.warmup_steps == 20
     assert recipe.lora_target_modules == ["q_proj", "v_proj"]
+
+
+@pytest.mark.parametrize(
+    ("there", "words", "used"),
+    [
+        (True, [], True),
+        (False, [], False),
+        (True, ["--bf16", "false"], False),
+        (True, ["--fp16", "true"], False),
+        (True, ["--dtype", "float32"], False),
+        (True, ["--dtype", "bfloat16"], True),
+        (True, ["--use_cpu", "true"], False),
+    ],
+)
+def test_bf16_is_the_default_where_a_gpu_has_it(monkeypatch, there, words, used):
+    monkeypatch.setattr("hf_pm.config.gpu_has_bf16", lambda: there)
+    monkeypatch.setattr(TrainingArguments, "__post_init__", lambda self: None)  # it would look for the GPU
+    monkeypatch.setattr(TrainingArguments, "device", torch.device("meta"))
+    recipe = parse_recipe(None, [*BASE, "--use_cpu", "false", "--report_to", "[]", *words])
+    assert recipe.bf16 is used
+    assert settings(recipe).get("bf16", False) is used, "what the default came to belongs to the run"
+
+
+def test_a_launcher_with_its_own_precision_keeps_it(monkeypatch):
+    monkeypatch.setattr("hf_pm.config.gpu_has_bf16", lambda: True)
+    monkeypatch.setattr(TrainingArguments, "__post_init__", lambda self: None)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    assert parse_recipe(None, [*BASE, "--use_cpu", "false", "--report_to", "[]"]).bf16 is False
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_bf16_on_a_cpu_without_instructions_for_it_is_told(monkeypatch, caplog, there):
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {"avx512_bf16": there, "avx2": True})
+    parse_recipe(None, [*BASE, "--bf16", "true"])
+    assert ("This CPU has no instructions for bfloat16" in caplog.text) is not there
 
 
 def test_paths_are_looked_up_beside_the_recipe(tmp_path, monkeypatch):

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from transformers.utils import is_torch_bf16_gpu_available
 
 from ..errors import UserError
 
@@ -29,6 +30,19 @@ CPU_MEMORY = "DefaultCPUAllocator"
 def memory_is_used_up(error: BaseException) -> bool:
     """Whether memory, of the machine or of a GPU, was not enough."""
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or CPU_MEMORY in str(error)
+
+
+def cpu_has_bf16() -> bool:
+    """Whether this CPU has instructions for products of bfloat16 numbers; torch emulates them where it has none."""
+    known = getattr(torch.cpu, "get_capabilities", dict)()  # of newer versions of torch
+    return any(there for name, there in known.items() if "bf16" in name)
+
+
+def gpu_has_bf16() -> bool:
+    """Whether there is a GPU or another accelerator that multiplies bfloat16 numbers without emulating it."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return is_torch_bf16_gpu_available()
 
 
 def place_problem(folder: str | Path) -> str | None:
