@@ -40,7 +40,7 @@ logger = logging.getLogger(__name__)
 
 CHOICES = {
     "perturbation_draw": ("step", "micro_step"),
-    "curvature_estimator": ("diagonal", "factored", "directional"),
+    "curvature_estimator": ("auto", "diagonal", "factored", "directional"),
     "curvature_labels": ("empirical", "sampled"),
     "curvature_normalization": ("sequence", "token", "trace"),
     "curvature_dtype": ("float32", "bfloat16"),
@@ -62,6 +62,8 @@ AT_LEAST = {
 POSITIVE = ("num_train_epochs", "save_steps")
 TASK_TYPES = ("CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+# Adapted weights up to which `curvature_estimator: auto` keeps a number for each: S and R then take 5 GB.
+DENSE_WEIGHTS = 625_000_000
 # Whether a base has 8 bits rather than 4 -> the arguments of `BitsAndBytesConfig` that it takes.
 QUANTIZATION = {
     False: (
@@ -134,10 +136,11 @@ class PMConfig(TrainingArguments):
     > Parameters that control the curvature
 
     Args:
-        curvature_estimator (`str`, *optional*, defaults to `"diagonal"`):
+        curvature_estimator (`str`, *optional*, defaults to `"auto"`):
             `diagonal` keeps one number per weight (the paper), `factored` one per row and column of a matrix,
             `directional` the latter, scaled so that the new task's curvature along its update is exact, cross terms
-            included. See `methods/curvature.py`.
+            included. `auto` is `diagonal` up to 625 M adapted weights, of which S and R take 5 GB, and `factored`
+            above. See `methods/curvature.py`.
         curvature_num_samples (`int`, *optional*, defaults to `256`):
             Training rows whose gradients make up the curvature, and windows of the text of `protect`.
         curvature_batch_size (`int`, *optional*, defaults to `8`):
@@ -250,7 +253,7 @@ class PMConfig(TrainingArguments):
     perturbation_epsilon: float = _knob(0.5, "Size of the perturbation, in [0, 1).")
     perturbation_probability: float = _knob(1 / 3, "Probability of each of 1 + epsilon and 1 - epsilon.")
     perturbation_draw: str = _knob("step", "`step` or `micro_step`.")
-    curvature_estimator: str = _knob("diagonal", "`diagonal`, `factored` or `directional`.")
+    curvature_estimator: str = _knob("auto", "`diagonal`, `factored`, `directional` or `auto`.")
     curvature_num_samples: int = _knob(256, "Training rows in the curvature estimate.")
     curvature_batch_size: int = _knob(8, "Rows per forward pass of the curvature.")
     curvature_labels: str = _knob("empirical", "`empirical` or `sampled`.")
@@ -297,7 +300,7 @@ class PMConfig(TrainingArguments):
         for name, known in CHOICES.items():
             choose(f"`{name}`", getattr(self, name), known)
         _require(
-            not self.coefficient_first_order or self.curvature_estimator == "diagonal",
+            not self.coefficient_first_order or self.curvature_estimator in ("auto", "diagonal"),
             "curvature_estimator",
             self.curvature_estimator,
             "must be 'diagonal' with `coefficient_first_order`",
@@ -372,6 +375,12 @@ class PMConfig(TrainingArguments):
         missing = sorted({*self.report_to} - {*get_available_reporting_integrations(), "azure_ml", "flyte"})
         rule = "must name trackers that are installed"
         _require(not missing, "report_to", missing, rule, "Install them, or use `report_to: none`.")
+
+    def settle_estimator(self, weights: int) -> None:
+        """Say what `curvature_estimator: auto` is for a model of `weights` adapted weights."""
+        if self.curvature_estimator == "auto":
+            dense = self.coefficient_first_order or weights <= DENSE_WEIGHTS
+            self.curvature_estimator: str = "diagonal" if dense else "factored"
 
     def _check_sharded(self) -> None:
         """Refuse what nobody has seen run on a sharded base."""

@@ -13,6 +13,7 @@ from .config import PMConfig, Recipe
 from .hub.releases import STATE_LIMIT
 from .loading import ARCHITECTURES, LOADING_ERRORS, cannot_load, recipe_lora, recipe_stream
 from .memory import Choice, Sizes, choice_of, fitting, memory, sizes_of
+from .methods.contract import curvature_form
 from .methods.moments import moment_bytes
 from .methods.parts import Parts
 from .methods.protection import Protection
@@ -89,8 +90,7 @@ def method_bytes(shapes: Mapping[str, Sequence[int]], config: PMConfig) -> Metho
     keeps, dense = parts.keeps(), parts.merge.dense
     measured = 0
     if "curvature" in parts.measures():
-        form = "dense" if config.curvature_estimator == "diagonal" else "factored"
-        measured = state_bytes({"F": form}, shapes, dtype="float32", rank=0)
+        measured = state_bytes({"F": curvature_form(config)}, shapes, dtype="float32", rank=0)
     if parts.measures() & {"kronecker", "inputs"}:
         measured += moment_bytes(shapes, parts.cut_rank)
     # For one matrix at a time, old and new values of everything that is kept, and dense updates.
@@ -126,6 +126,7 @@ def plan_recipe(recipe: Recipe, probe: bool = False) -> Plan:
         raise cannot_load(recipe, error) from error
     model = adapters.attach(model, peft_config, recipe.task_type)
     shapes = {name: tuple(adapters.base_weight(layer).shape) for name, layer in adapters.lora_layers(model).items()}
+    recipe.settle_estimator(sum(math.prod(shape) for shape in shapes.values()))
     encoder = Encoder(tokenizer, recipe.task_type, recipe.max_length, recipe.prompt)
     rows = StreamRows(stream, encoder, recipe.resolved_method().stream, recipe)
     plan = estimate(recipe, rows, shapes, base_bytes=_size(base), adapter_bytes=_trainable(model))

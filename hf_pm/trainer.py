@@ -164,6 +164,7 @@ class PMTrainerMixin(TaskTraining):
             self._selects = args.eval_strategy != IntervalStrategy.NO and kwargs.get("eval_dataset") is None
             if self._selects:
                 kwargs["eval_dataset"] = self.rows.selection(self.stages[0])
+        args.settle_estimator(sum(math.prod(update.shape()) for update in adapters.updates(model).values()))
         self.parts.attach(model)
         self._forget_steps()
         self.interruption = recovery.Interruption()

@@ -90,6 +90,21 @@ def test_factored_state_is_small_and_constant_once_its_rank_is_full(recipe):
     assert plan_recipe(recipe(method="sequential")).state == 0
 
 
+@pytest.mark.parametrize(("room", "same"), [(0, "diagonal"), (-1, "factored")])
+def test_the_default_keeps_a_number_a_weight_while_that_is_little(recipe, monkeypatch, room, same):
+    asked, auto = recipe(curvature_estimator=same), recipe()
+    planned = plan_recipe(recipe(curvature_estimator=same))
+    monkeypatch.setattr("hf_pm.config.DENSE_WEIGHTS", planned.adapted_weights + room)
+    plan = plan_recipe(recipe())
+    assert (plan.state, plan.merge_memory, plan.choice) == (planned.state, planned.merge_memory, planned.choice)
+    files = []
+    for name, args in (("asked", asked), ("auto", auto)):
+        args.output_dir = str(Path(args.output_dir).with_name(name))
+        build_trainer(args).train_stream()
+        files.append(sorted(Path(args.output_dir, "curvature").iterdir()))
+    assert [path.read_bytes() for path in files[0]] == [path.read_bytes() for path in files[1]]
+
+
 def test_a_full_disk_is_announced(recipe):
     text = format_plan(plan_recipe(recipe())._replace(free=10))
     assert "The disk is too small" in text and "curvature_history: last" in text

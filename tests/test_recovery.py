@@ -556,7 +556,7 @@ def test_a_curvature_pass_without_any_memory_says_what_may_change(run_twice, mon
     (change,) = read_json(run_twice.path / "run.json")["changes"]
     assert (change["from_task"], change["key"], change["new"]) == (1, "curvature_estimator", "factored")
     # What is committed depends on it.
-    with pytest.raises(UserError, match="curvature_estimator is 'factored' there, 'diagonal' now"):
+    with pytest.raises(UserError, match="curvature_estimator is 'factored' there, 'auto' now"):
         run_twice.start(**short)
 
 

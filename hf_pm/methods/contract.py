@@ -42,6 +42,11 @@ from ..weights.merging import Curvature, LowRank
 from ..weights.states import StoredState, Value
 
 
+def curvature_form(args: Any) -> str:
+    """How the curvature of a matrix is kept, as `Part.keeps` names it: `dense` or `factored`."""
+    return "factored" if args.curvature_estimator in ("factored", "directional") else "dense"
+
+
 class Measured(NamedTuple):
     """Result of the measuring pass at the end of a task, by matrix name; means over the rows of all ranks.
 

@@ -16,7 +16,7 @@ from ...weights.merging import (
     update_state,
 )
 from ...weights.states import StoredState, Value
-from ..contract import Ended, Measured, Merge, Merged
+from ..contract import Ended, Measured, Merge, Merged, curvature_form
 
 
 logger = logging.getLogger(__name__)
@@ -71,8 +71,8 @@ class ClosedForm(Coefficient):
         return frozenset({"curvature", "gradient"} if self.args.coefficient_first_order else {"curvature"})
 
     def keeps(self) -> dict[str, str]:
-        dense = self.args.curvature_estimator == "diagonal"
-        return {"S": "dense", "R": "dense"} if dense else {"S": "factored", "R": "low_rank"}
+        form = curvature_form(self.args)
+        return {"S": form, "R": "dense" if form == "dense" else "low_rank"}
 
     def solve(self, ended: Ended) -> Merged:
         return closed_form(ended.measured, ended.before, ended.number, ended.name, self.args.coefficient_scope)

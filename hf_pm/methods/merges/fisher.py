@@ -7,7 +7,7 @@ import torch
 
 from ...weights.merging import Curvature, Factored, add_curvature, mean_entry
 from ...weights.states import Value
-from ..contract import Ended, Merge, Merged, Setting
+from ..contract import Ended, Merge, Merged, Setting, curvature_form
 from .vectors import VectorMerge
 
 
@@ -26,7 +26,7 @@ class Fisher(VectorMerge):
     growth = VectorMerge.growth + ", and the sum of the curvatures, constant"
 
     def keeps(self) -> dict[str, str]:
-        return {"S": "dense" if self.args.curvature_estimator == "diagonal" else "factored"}
+        return {"S": curvature_form(self.args)}
 
     def solve(self, ended: Ended) -> Merged:
         curvature = ended.measured.curvature
@@ -69,7 +69,7 @@ class Cofima(Merge):
         return None
 
     def keeps(self) -> dict[str, str]:
-        return {"F": "dense" if self.args.curvature_estimator == "diagonal" else "factored"}
+        return {"F": curvature_form(self.args)}
 
     def solve(self, ended: Ended) -> Merged:
         a, cap = self.args.merge_coefficient, self["cofima_cap"]

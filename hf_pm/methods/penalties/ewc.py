@@ -4,7 +4,7 @@ import torch
 
 from ...weights.merging import Curvature, Factored, add_curvature, scaled
 from ...weights.states import Value
-from ..contract import Ended, Penalty, Setting, Step, Task
+from ..contract import Ended, Penalty, Setting, Step, Task, curvature_form
 
 
 class Ewc(Penalty):
@@ -30,7 +30,7 @@ class Ewc(Penalty):
         return "S" if self["ewc_decay"] == 1 else "importance"
 
     def keeps(self) -> dict[str, str]:
-        return {self.key: "dense" if self.args.curvature_estimator == "diagonal" else "factored"}
+        return {self.key: curvature_form(self.args)}
 
     def begin(self, task: Task) -> None:
         device = task.model.device

@@ -7,7 +7,7 @@ import torch
 
 from ...weights.merging import Curvature, Factored, LowRank, add_curvature
 from ...weights.states import StoredState, Value
-from ..contract import Ended, Penalty, Setting, Step, Task
+from ..contract import Ended, Penalty, Setting, Step, Task, curvature_form
 from ..rows_state import RowsState
 from .ewc import weighted
 
@@ -49,7 +49,7 @@ class TdVcl(RowsState, Penalty):
         return reason and f"{reason} `td_vcl_steps: 1` needs no rows."
 
     def keeps(self) -> dict[str, str]:
-        form = "dense" if self.args.curvature_estimator == "diagonal" else "factored"
+        form = curvature_form(self.args)
         older = range(1, self.steps)
         return {"S": form, **{_older("S", i): form for i in older}, **{_older("D", i): "low_rank" for i in older}}
 
