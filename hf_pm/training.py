@@ -40,6 +40,15 @@ class TaskTraining:
         self._factors: list[float] = []
         self._penalties: dict[str, list[torch.Tensor]] = {}
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """HF's `train`.
+
+        Raises:
+            UserError: Called without `train_stream`, with a method that needs one.
+        """
+        self.parts.check_alone()
+        return super().train(*args, **kwargs)
+
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """HF's `training_step`, forward and backward, at the perturbed scale."""
         step = self.state.global_step

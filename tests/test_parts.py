@@ -97,6 +97,29 @@ def test_ewc_is_the_weighted_square_of_the_dense_update(adapted, tmp_path, estim
         assert part.loss(step).item() == pytest.approx(expected.item(), rel=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("method", "part"),
+    [("ewc", "penalty: ewc"), ("replay", "replay: buffer"), ("slao", "start: slao"), ("badam", "start: continued")],
+)
+def test_one_task_alone_is_not_trained_with_parts_that_need_the_stream(method, part, model, tokenizer, lora, config):
+    rows = [{"input_ids": [5, 6, 7], "attention_mask": [1, 1, 1], "labels": [5, 6, 7]}] * 4
+    args = config(method=method, max_steps=1)
+    trainer = PMTrainer(model=model, args=args, train_dataset=rows, processing_class=tokenizer, peft_config=lora)
+    with pytest.raises(
+        UserError, match=rf"`train\(\)` alone has no stream, which `{part}` of `method: {method}` needs"
+    ):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+@pytest.mark.parametrize("method", ["pm", "n-lora", "subspace"])
+def test_one_task_alone_is_trained_where_nothing_of_others_is_needed(method, model, tokenizer, lora, config):
+    rows = [{"input_ids": [5, 6, 7], "attention_mask": [1, 1, 1], "labels": [5, 6, 7]}] * 4
+    args = config(method=method, max_steps=1)
+    trainer = PMTrainer(model=model, args=args, train_dataset=rows, processing_class=tokenizer, peft_config=lora)
+    assert trainer.train().global_step == 1
+
+
 def test_ewc_has_nothing_to_keep_before_the_first_task(adapted):
     part = Ewc(arguments())
     part.begin(Task(1, "a", adapted, [], StoredState(None), None, 0))

@@ -129,6 +129,8 @@ class Parts:
         UserError: If `method_kwargs` has a setting of no part of the row, or a value that breaks its rule.
     """
 
+    begun = False  # whether a task of a stream was introduced
+
     def __init__(self, method: Method, args: Any) -> None:
         self.method = method
         self.args = args
@@ -242,7 +244,28 @@ class Parts:
         for part in self:
             part.attach(model)
 
+    def check_alone(self) -> None:
+        """Refuse to train one task without a stream with parts that have to be told of it.
+
+        Raises:
+            UserError: Names the part.
+        """
+        if self.begun:
+            return
+        method = self.method
+        named: list[tuple[str, str, type[Part]]] = [("start", method.start, Start)]
+        named += [("penalty", name, Penalty) for name in method.penalties]
+        named += [("replay", method.replay, Replay), ("optimizer", method.optimizer, Optimizer)]
+        for kind, name, usual in named:
+            part, hooks = PARTS[kind][name], ("begin", "adapter", "join", "create")
+            if any(getattr(part, hook, None) is not getattr(usual, hook, None) for hook in hooks):
+                raise UserError(
+                    f"`train()` alone has no stream, which `{kind}: {name}` of `method: {self.args.method}` needs. Call "
+                    "`train_stream()`, or use a method without it, such as `pm` or `sequential`."
+                )
+
     def begin(self, task: Task) -> None:
+        self.begun = True
         for part in self:
             part.begin(task)
 
