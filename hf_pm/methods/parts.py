@@ -260,8 +260,8 @@ class Parts:
             part, hooks = PARTS[kind][name], ("begin", "adapter", "join", "create")
             if any(getattr(part, hook, None) is not getattr(usual, hook, None) for hook in hooks):
                 raise UserError(
-                    f"`train()` alone has no stream, which `{kind}: {name}` of `method: {self.args.method}` needs. Call "
-                    "`train_stream()`, or use a method without it, such as `pm` or `sequential`."
+                    f"`train()` alone has no stream, which `{kind}: {name}` of `method: {self.args.method}` needs. "
+                    "Call `train_stream()`, or use a method without it, such as `pm` or `sequential`."
                 )
 
     def begin(self, task: Task) -> None:
