@@ -211,7 +211,7 @@ def quantization_arguments(recipe: Mapping[str, Any]) -> dict[str, Any]:
         usual = {"load_in_8bit": True}
     else:
         return {}
-    found = usual | dict(recipe.get("quantization_kwargs") or {})
+    found: dict[str, Any] = usual | dict(recipe.get("quantization_kwargs") or {})
     if recipe.get("task_type") == "SEQ_CLS":
         found["llm_int8_skip_modules"] = list(dict.fromkeys([*found.get("llm_int8_skip_modules", ()), *HEADS]))
     return found
