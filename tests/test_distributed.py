@@ -93,7 +93,7 @@ def test_zero2_ends_where_ddp_does(recipe, tmp_path, monkeypatch):  # noqa: F811
 
 def test_curvature_does_not_depend_on_processes_and_batches(recipe, tmp_path):  # noqa: F811
     """Labels that are sampled from the model and random directions, too: the same state and coefficients, but for the
-    rounding of float32 sums, of which batches of other lengths make others. One other label would change 1e-2."""
+    rounding of float32 sums, of which batches of other lengths make others."""
     path, values = recipe
     values |= {"curvature_labels": "sampled", "max_eval_samples": 4, "release": "none", "report_examples": 0}
     path.write_text(yaml.safe_dump(values))
