@@ -458,7 +458,7 @@ class Recipe(PMConfig):
         quantization_kwargs (`dict`, *optional*):
             Further arguments of `BitsAndBytesConfig` for one of the two: `bnb_4bit_quant_type` (`nf4` by default),
             `bnb_4bit_use_double_quant`, `bnb_4bit_compute_dtype` (`bfloat16` by default), `bnb_4bit_quant_storage`,
-            `llm_int8_threshold`, `llm_int8_skip_modules`.
+            `llm_int8_threshold`, `llm_int8_skip_modules`. The head of a classifier is never quantized.
         trust_remote_code (`bool`, *optional*, defaults to `False`):
             Run code that comes with the model. Read that code first: it can do anything that you can.
         stream (`str`, *optional*): Id of a published task order, such as `olora/order1`.

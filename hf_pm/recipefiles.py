@@ -196,12 +196,22 @@ def coerce(key: str, value: Any, hint: Any) -> Any:
     return value
 
 
+# Heads of classifiers, as `weights.adapters` finds them too; that file imports what takes seconds.
+HEADS = ("classifier", "score")
+
+
 def quantization_arguments(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of `BitsAndBytesConfig` that the keys of a recipe ask for; empty for a base that is not quantized."""
+    """Arguments of `BitsAndBytesConfig` that the keys of a recipe ask for; empty for a base that is not quantized.
+
+    The head of a classifier is trained whole, and so it is never quantized.
+    """
     if recipe.get("load_in_4bit"):
         usual = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": "bfloat16"}
     elif recipe.get("load_in_8bit"):
         usual = {"load_in_8bit": True}
     else:
         return {}
-    return usual | dict(recipe.get("quantization_kwargs") or {})
+    found: dict[str, Any] = usual | dict(recipe.get("quantization_kwargs") or {})
+    if recipe.get("task_type") == "SEQ_CLS":
+        found["llm_int8_skip_modules"] = list(dict.fromkeys([*found.get("llm_int8_skip_modules", ()), *HEADS]))
+    return found

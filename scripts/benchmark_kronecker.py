@@ -76,8 +76,9 @@ def step_ratio(rounds: int, hidden: int, layers: int, method: str) -> dict[str, 
         return paired(name, lambda: step(ours), lambda: step(plain), rounds)
 
 
-def measuring_ratio(rounds: int, hidden: int, layers: int, rank: int) -> dict[str, object]:
-    """The measuring pass for Kronecker factors alone, over a forward and backward pass: 8 rows of 128 tokens."""
+def measuring_ratios(rounds: int, hidden: int, layers: int, rank: int) -> list[dict[str, object]]:
+    """The measuring pass for Kronecker factors alone, over a forward and backward pass: 8 rows of 128 tokens. Then the
+    pass with labels drawn from the model, over the one with the data's."""
     model = build(hidden, layers, rank=16).eval()
     batch = with_answer_logits(rows(8, 128, 4))
     moments = Moments(rank, wanted={"kronecker"})
@@ -86,10 +87,13 @@ def measuring_ratio(rounds: int, hidden: int, layers: int, rank: int) -> dict[st
         model(**batch).loss.backward()
         model.zero_grad()
 
-    def measuring() -> None:
-        measure_curvature(model, [batch], estimator="directional", moments=moments)
+    def measuring(label_seed: int | None = None) -> None:
+        measure_curvature(model, [batch], estimator="directional", moments=moments, label_seed=label_seed)
 
-    return paired("measuring / forward + backward", measuring, plain, rounds)
+    return [
+        paired("measuring / forward + backward", measuring, plain, rounds),
+        paired("measuring with sampled labels / with the data's", lambda: measuring(0), measuring, rounds),
+    ]
 
 
 def shapes_of(config: LlamaConfig, rank: int) -> dict[str, tuple[int, ...]]:
@@ -221,7 +225,7 @@ def main() -> None:
             step_ratio(options.rounds, options.hidden, options.layers, method) for method in ("kronecker", "gram")
         ]
     if "measuring" in wanted:
-        results["measuring"] = measuring_ratio(options.rounds, options.hidden, options.layers, options.rank)
+        results["measuring"] = measuring_ratios(options.rounds, options.hidden, options.layers, options.rank)
     if "merging" in wanted:
         results["merging"] = merging_seconds(options.lora_r)
     if "state" in wanted:

@@ -1,9 +1,10 @@
 """Runs of several processes, one after the other: `python tests/ranks.py JOBS.json`.
 
 The imports are made once, and every rank of every job is a fork of this process. A job is `name`, `world`, `words` for
-`hf-pm`, and if need be `env`, `kill_when`: a glob pattern at whose first match every rank gets a SIGKILL, and
-`fails`: `user` or `other`, the kind of error that solving raises. What the ranks said is in NAME.log beside the jobs,
-their exit codes in NAME.json.
+`hf-pm`, and if need be `env`, `kill_when`: a glob pattern at whose first match every rank gets a SIGKILL, `fails`:
+`user` or `other`, the kind of error that solving raises, and `untrained`: adapters are drawn in the place of trained,
+so that several jobs measure and merge the same. What the ranks said is in NAME.log beside the jobs, their exit codes
+in NAME.json.
 """
 
 import faulthandler
@@ -55,7 +56,7 @@ def start(job: dict, rank: int, port: int, folder: Path) -> int:
             os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1"}
             os.environ |= {name: str(job["world"]) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE")}
             os.environ["MASTER_PORT"] = str(port)
-        code = run(job["words"], rank, job.get("fails"))
+        code = run(job["words"], rank, job.get("fails"), job.get("untrained", False))
     except BaseException:
         traceback.print_exc()
     sys.stdout.flush()
@@ -63,7 +64,8 @@ def start(job: dict, rank: int, port: int, folder: Path) -> int:
     os._exit(code)
 
 
-def run(words: list[str], rank: int, fails: str | None = None) -> int:
+def run(words: list[str], rank: int, fails: str | None = None, untrained: bool = False) -> int:
+    import torch
     from torch.distributed.tensor import DTensor
 
     import hf_pm.cli
@@ -98,7 +100,17 @@ def run(words: list[str], rank: int, fails: str | None = None) -> int:
         tell("MERGED", told)
         return go(parity, number, merged)
 
+    def draw(trainer, number, stage):  # noqa: ANN001, ANN202
+        generator = torch.Generator().manual_seed(number)
+        for name, parameter in trainer.model.named_parameters():
+            if ".lora_B." in name:
+                parameter.data = torch.randn(parameter.shape, generator=generator) / 8
+        trainer.live = None
+        trainer._seconds = {"train_seconds": 0.0, "curvature_seconds": 0.0}
+
     PMTrainerMixin.train_stream, Parts.solve, Parity.expect = stream, solve, expect
+    if untrained:
+        PMTrainerMixin._train = draw
     code = hf_pm.cli.main(words)
     print("PEAK", rank, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, flush=True)
     return code

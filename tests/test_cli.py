@@ -15,7 +15,10 @@ import transformers
 import yaml
 from conftest import COLOUR, MOOD, build, rows
 from huggingface_hub import ModelCard
+from peft import LoraConfig
+from safetensors.torch import load_file
 
+from hf_pm import UserError, recipefiles
 from hf_pm.cli import _demo_model, _print_json, main
 from hf_pm.config import parse_recipe
 from hf_pm.loading import build_trainer, recipe_stream
@@ -23,7 +26,7 @@ from hf_pm.methods.table import METHODS
 from hf_pm.progress import step_line, task_label, task_lines
 from hf_pm.report.page import format_table
 from hf_pm.tasks.benchmarks import STREAMS
-from hf_pm.weights.adapters import lora_layers
+from hf_pm.weights.adapters import HEADS, attach, lora_layers
 
 
 ROOT = Path(__file__).parent.parent
@@ -253,6 +256,117 @@ def test_a_recipe_says_how_the_base_is_quantized(recipe, name):
         else:
             assert ("v_proj" in layer_name) == (layer.weight.dtype != torch.int8), layer_name
     assert ("nf4" if name.startswith("nf4") else "int8") in results["per_task"][0]["parity"]["policy"]
+
+
+@torch.no_grad()
+def answered_right(model, rows):
+    """Share of encoded rows that a classifier or an encoder-decoder model answers, one row and token at a time."""
+    for module in model.eval().modules():
+        if type(module).__name__ == "Linear4bit":
+            module.support_avx512bf16_for_cpu = False
+    right = 0
+    for ids, labels in zip(rows["input_ids"], rows["labels"], strict=True):
+        ids = torch.tensor([ids])
+        if isinstance(labels, int):
+            right += int(model(input_ids=ids).logits[0].argmax()) == labels
+            continue
+        said = [model.config.decoder_start_token_id]
+        for _ in labels:
+            out = model(input_ids=ids, decoder_input_ids=torch.tensor([said]))
+            said.append(int(out.logits[0, -1].argmax()))
+        right += said[1:] == labels
+    return right / len(rows)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ("t5", "nf4"),
+        ("bert", "int8"),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("bert", "nf4"), ("t5", "int8"))),
+    ],
+)
+def test_quantized_classifiers_and_encoder_decoders_are_scored_as_released(
+    kind, name, recipe, seq2seq_tokenizer, tmp_path
+):
+    """Both tables of the card, by what its reader loads; an earlier task of a classifier with its own head."""
+    pytest.importorskip("bitsandbytes", reason="needs the quantization extra")
+    path, values = recipe
+    model = build(kind)
+    # Most checkpoints hold no head, and some call their weights as the body does.
+    (model.bert if kind == "bert" else model).save_pretrained(tmp_path / kind)
+    seq2seq_tokenizer.save_pretrained(tmp_path / kind)
+    task_type, auto = {
+        "t5": ("SEQ_2_SEQ_LM", transformers.AutoModelForSeq2SeqLM),
+        "bert": ("SEQ_CLS", transformers.AutoModelForSequenceClassification),
+    }[kind]
+    values |= {"model_name_or_path": kind, "task_type": task_type, "num_train_epochs": 12, "report_examples": 0}
+    key, more = (
+        ("load_in_4bit", {"bnb_4bit_compute_dtype": "float32"})
+        if name == "nf4"
+        else ("load_in_8bit", {"llm_int8_threshold": 0.0})
+    )
+    path.write_text(yaml.safe_dump(values | {key: True, "quantization_kwargs": more}))
+    trainer = build_trainer(parse_recipe(path, []))
+    results = trainer.train_stream()
+    assert results["quantized"] == name
+    heads = {"llm_int8_skip_modules": ["classifier", "score"]} if kind == "bert" else {}
+    settings = transformers.BitsAndBytesConfig(**{key: True}, **USUAL[name], **more, **heads)
+    for number, row in enumerate(results["matrix"], start=1):
+        folder = trainer.run.path / "releases" / trainer.outbox.releases.facts.tag(number)
+        scores = []
+        for options in ({}, {"quantization_config": settings}):
+            model = auto.from_pretrained(folder, **options)
+            scores.append([])
+            for task, rows_of_task in zip(results["tasks"][:number], trainer.rows.test, strict=False):
+                if kind == "bert":
+                    stored = load_file(folder / "heads.safetensors")
+                    own = {
+                        name.partition("/")[2]: value for name, value in stored.items() if name.startswith(f"{task}/")
+                    }
+                    assert own and not model.load_state_dict(own, strict=False).unexpected_keys
+                scores[-1].append(answered_right(model, rows_of_task))
+        released = results["per_task"][number - 1]["released"]
+        assert released == {"dtype": "float32", "scores": scores[0]}
+        assert row == scores[1]
+        card = ModelCard.load(folder / "README.md")
+        assert [found.metric_value for found in card.data.eval_results] == [round(score, 6) for score in scores[0]]
+        first, second = (part.split("## Coefficients")[0] for part in card.text.split("| After |")[1:3])
+        label = f"| {number}. {results['tasks'][number - 1]} | "
+        for table, found in zip((first, second), scores, strict=True):
+            assert label + " | ".join(f"{score:.4f}" for score in found) in table
+        assert ("llm_int8_skip_modules=['classifier', 'score']" in card.text) == (kind == "bert")
+    assert max(map(max, results["matrix"])) > max(results["base_row"])
+
+
+def test_what_was_made_at_random_for_a_classifier_is_not_quantized(recipe, seq2seq_tokenizer, tmp_path):
+    pytest.importorskip("bitsandbytes", reason="needs the quantization extra")
+    path, values = recipe
+    model = build("bert")
+    transformers.BertModel(model.config, add_pooling_layer=False).save_pretrained(tmp_path / "bert")
+    seq2seq_tokenizer.save_pretrained(tmp_path / "bert")
+    values |= {"model_name_or_path": "bert", "task_type": "SEQ_CLS", "load_in_8bit": True, "max_steps": 1}
+    path.write_text(yaml.safe_dump(values | {"max_eval_samples": 2}))
+    with pytest.raises(
+        UserError, match=r"lacks 'bert.pooler.dense.weight', and .* Add 'bert.pooler.dense' to `llm_in"
+    ):
+        build_trainer(parse_recipe(path, []))
+    skip = ["--quantization_kwargs", "{llm_int8_skip_modules: [bert.pooler.dense], llm_int8_threshold: 0.0}"]
+    assert main(["run", str(path), *skip]) == 0
+    base, own = (load_file(tmp_path / folder / "model.safetensors") for folder in ("run/base", "bert"))
+    assert own.keys() < {name.removeprefix("bert.") for name in base} and len(base) == len(own) + 4
+    assert all(torch.equal(base[f"bert.{name}"], tensor) for name, tensor in own.items())
+    # The command again finds the head and the pooler that it made.
+    assert main(["run", str(path), *skip]) == 0
+    quantized = transformers.BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=["bert.pooler"])
+    loaded = transformers.BertForSequenceClassification.from_pretrained(
+        tmp_path / "bert", quantization_config=quantized
+    )
+    with pytest.raises(
+        UserError, match=r"The head 'classifier' of the classifier is quantized, but it is trained whol"
+    ):
+        attach(loaded, LoraConfig(target_modules="all-linear"), "SEQ_CLS")
+    assert recipefiles.HEADS == HEADS
 
 
 MISTAKES = [

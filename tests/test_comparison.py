@@ -209,6 +209,55 @@ def test_general_text_is_compared(tmp_path):
     assert partial.rows[0]["panel_change"]["n"] == 0 and "General text" not in partial.markdown
 
 
+def test_scores_of_a_quantized_base_say_of_which_model_they_are(tmp_path):
+    def quantized(seed: int, *released: list[float]) -> dict[str, Any]:
+        results = aa(0.7, seed=seed, quantized="nf4")
+        for record, row in zip(results["per_task"], released, strict=False):
+            record["released"] = {"dtype": "float32", "scores": row}
+        return results
+
+    dirs = [write_run(tmp_path / "four0", quantized(0, [0.45], [0.62, 0.5]))]
+    dirs += [write_run(tmp_path / "four1", quantized(1, [0.55], [0.58, 0.7]))]
+    dirs += [write_run(tmp_path / "whole", aa(0.8, seed=0))]
+    comparison = compare(dirs, ["nf4", "nf4", "whole"])
+    row = values(comparison, "nf4")
+    assert row["quantized"] == "nf4" and row["average_accuracy"]["mean"] == pytest.approx(0.7)
+    assert row["released_average"] == pytest.approx({"mean": 0.6, "std": 0.0565685, "n": 2}, abs=1e-6)
+    assert [summary["mean"] for summary in row["released_scores"]] == pytest.approx([0.6, 0.6])
+    assert values(comparison, "whole")["quantized"] is None and not values(comparison, "whole")["released_scores"]
+    of_models = "The scores of nf4 are of models whose weights are quantized to nf4, as they were trained. "
+    apart = "Those of the releases, as plain transformers loads them, stand apart."
+    assert comparison.notes == [of_models + apart]
+    assert of_models + apart in comparison.markdown and of_models in comparison.latex
+    assert "| Method | AA | BWT | AA of releases |" in comparison.markdown
+    assert "| nf4 | 0.700 ± 0.000 | **-0.070 ± 0.000** | 0.600 ± 0.057 | 2 | 0, 1 |" in comparison.markdown
+    assert "| whole | **0.800** | -0.080 | – | 1 | 0 |" in comparison.markdown
+    lines = list(csv.DictReader(comparison.csv.splitlines()))
+    released = {(line["quantity"], line["task"]): line for line in lines if line["quantity"].startswith("released")}
+    assert set(released) == {("released_average", ""), ("released_score", "a"), ("released_score", "b")}
+    assert {line["label"] for line in released.values()} == {"nf4"}
+    page = Page(comparison.html)
+    assert of_models + apart in page.visible
+    captions = [heat.all("caption")[0].text for heat in page.root.all("table", "heat")]
+    assert captions == [
+        "nf4 (mean of 2 runs), weights quantized to nf4", "nf4 (mean of 2 runs), releases as loaded", "whole (whole)",
+    ]  # fmt: skip
+    second = page.root.all("table", "heat")[1]
+    found = [[cell.text.strip() for cell in line.all("td")] for line in second.all("tr")[1:]]
+    assert found == [["0.500", "–", "0.500"], ["0.600", "0.600", "0.600"]]
+    # Without a score of each release, none is shown as theirs.
+    dirs[1] = write_run(tmp_path / "four2", quantized(1))
+    comparison = compare(dirs, ["nf4", "nf4", "whole"])
+    missing = "The releases hold the weights before that rounding, which were not scored in 1 of 2 runs."
+    assert comparison.notes == [of_models + missing]
+    assert values(comparison, "nf4")["released_average"]["n"] == 1
+    assert "| 0.560 (n = 1) | 2 | 0, 1 |" in comparison.markdown
+    assert len(Page(comparison.html).root.all("table", "heat")) == 2
+    none = compare([dirs[1]], ["nf4"])
+    assert none.notes == [of_models + "The releases hold the weights before that rounding, which were not scored."]
+    assert "AA of releases" not in none.markdown
+
+
 def test_t_quantiles():
     # Tables of Student's t at 0.975; with one degree of freedom it is tan(0.475 pi), with two a square root.
     assert len(T_QUANTILES) == 30

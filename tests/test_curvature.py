@@ -14,7 +14,7 @@ from hf_pm.errors import UserError
 from hf_pm.evaluation.answers import Filler
 from hf_pm.methods import curvature
 from hf_pm.methods.curvature import draw_labels, mean_gradient, measure_curvature, row_losses, see_inputs
-from hf_pm.methods.moments import Moments
+from hf_pm.methods.moments import Moments, row_seed
 from hf_pm.weights import adapters
 from hf_pm.weights.adapters import attach, base_weight, live_delta, lora_layers
 
@@ -129,6 +129,32 @@ def test_every_estimator_equals_the_row_loop(kind, normalization, batch_size):
     assert not any(p.grad is not None for p in model.parameters())
 
 
+@pytest.mark.parametrize("kind", list(TASK_TYPES))
+def test_sampled_labels_are_the_rows_own(kind):
+    """The slow twin draws the answer of each row by itself; batches and processes change nothing."""
+    extra = {"fan_in_fan_out": True} if kind == "gpt2" else {}
+    model, dense = (adapted(kind, TASK_TYPES[kind], **extra).eval() for _ in range(2))
+    inputs, answers = single_rows(kind)
+    layers, targets = lora_layers(dense), []
+    merge_into_dense(dense.double(), layers)
+    for row, (one, (positions, _)) in enumerate(zip(inputs, answers, strict=True)):
+        with torch.no_grad():
+            logits = model(**one).logits
+        chosen = logits if kind == "bert" else logits[0, positions]
+        generator = torch.Generator().manual_seed(row_seed(3, row))
+        targets.append((positions, torch.multinomial(chosen.softmax(-1), 1, generator=generator)[:, 0]))
+    assert any(not torch.equal(drawn, data) for (_, drawn), (_, data) in zip(targets, answers, strict=True))
+    gradients, counts = gradients_by_rows(dense, inputs, targets, layers)
+    expected = fisher_by_rows(gradients, counts, "token")
+    for batch_size, world in ((1, 1), (2, 1), (5, 1), (1, 2)):
+        options = {"label_seed": 3, "step": world}
+        shares = [batches(kind, batch_size)[rank::world] for rank in range(world)]
+        found = [measure_curvature(model, share, first=rank, **options) for rank, share in enumerate(shares)]
+        for name, fisher in expected.items():
+            total = sum(one.curvature[name] for one in found)
+            assert close(total / len(counts), fisher), (name, batch_size, world)
+
+
 @pytest.mark.parametrize("reentrant", [None, True, False])
 def test_what_fillers_find_is_dropped(reentrant):
     """A rank that has run out of rows makes passes all the same; one that never had any finds zeros everywhere. So it
@@ -232,10 +258,10 @@ def test_gradient_checkpointing_and_train_mode_change_nothing(kind, labels):
     options = {"gradient": labels == "empirical", "factors": True}
 
     def measured(estimator):
-        generator = torch.Generator().manual_seed(3) if labels == "sampled" else None
+        seed = 3 if labels == "sampled" else None
         moments = Moments(2)
         found = measure_curvature(
-            model, batches(kind, 2), estimator=estimator, generator=generator, moments=moments, **options
+            model, batches(kind, 2), estimator=estimator, label_seed=seed, moments=moments, **options
         )
         sums = {"inputs": moments.inputs, "G": moments.G, "A": moments.A} | found._asdict()
         tensors = {
@@ -485,8 +511,7 @@ def test_a_factor_that_is_not_trained_changes_nothing(factor):
 
 def test_sampled_labels_have_the_models_frequencies():
     logits = torch.log(torch.tensor([0.7, 0.2, 0.1])).expand(4000, 1, 3)
-    generator = torch.Generator().manual_seed(0)
-    losses, counts = row_losses(logits, torch.zeros(4000, 1, dtype=torch.long), generator)
+    losses, counts = row_losses(logits, torch.zeros(4000, 1, dtype=torch.long), range(4000))
     assert counts.tolist() == [1] * 4000
     for probability in (0.7, 0.2, 0.1):
         share = float((losses - (-torch.tensor(probability).log())).abs().lt(1e-5).float().mean())
@@ -495,10 +520,7 @@ def test_sampled_labels_have_the_models_frequencies():
 
 def test_sampled_curvature_is_seeded_and_differs_from_the_labels():
     model = adapted("llama", "CAUSAL_LM")
-    runs = [
-        measure_curvature(model, causal_batches(2), generator=torch.Generator().manual_seed(seed)).curvature
-        for seed in (0, 0, 1)
-    ]
+    runs = [measure_curvature(model, causal_batches(2), label_seed=seed).curvature for seed in (0, 0, 1)]
     name = next(iter(runs[0]))
     assert torch.equal(runs[0][name], runs[1][name])
     assert not torch.equal(runs[0][name], runs[2][name])
@@ -519,6 +541,8 @@ def test_a_loss_that_is_not_finite_names_the_task_and_the_row():
         model.get_input_embeddings().weight[11] = float("nan")
     with pytest.raises(UserError, match="row 2 in the curvature pass of task 'colour'"):
         measure_curvature(model, causal_batches(2), task_name="colour")
+    with pytest.raises(UserError, match="row 2 in the curvature pass"):  # of all processes' rows
+        measure_curvature(model, list(causal_batches(1))[::2], first=0, step=2)
     assert not any(layer._forward_hooks for layer in lora_layers(model).values())
 
 
@@ -628,6 +652,14 @@ def test_labels_are_drawn_where_their_probabilities_are(device):
         pytest.skip("needs a GPU")
     expected = torch.tensor([0.2, 0.0, 0.3, 0.5])
     probabilities = expected.repeat(30_000, 1).to(device)
-    first, again, other = (draw_labels(probabilities, torch.Generator().manual_seed(seed)) for seed in (3, 3, 4))
+    counts = [2, 0, 3, 1] * 5_000
+    first, again, other = (
+        draw_labels(probabilities, counts, range(start, start + len(counts))) for start in (0, 0, 100_000)
+    )
     assert first.device.type == device and torch.equal(first, again) and not torch.equal(first, other)
     assert first.bincount(minlength=4).cpu() / len(first) == pytest.approx(expected, abs=0.015)
+    # A row has the same labels wherever it is and whatever is beside it.
+    alone = draw_labels(probabilities[:3], [3], [2])
+    assert torch.equal(alone, first[2:5])
+    backwards = draw_labels(probabilities, counts[::-1], range(len(counts) - 1, -1, -1)).split(counts[::-1])
+    assert all(map(torch.equal, backwards[::-1], first.split(counts)))

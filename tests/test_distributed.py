@@ -14,7 +14,7 @@ import yaml
 from safetensors.torch import load_file
 from test_cli import ROOT, environment, greedy_score, recipe  # noqa: F401 - recipe is a fixture
 from test_launchers import launched_by
-from test_sharding import run_jobs, said
+from test_sharding import run_jobs, said, state_of
 from transformers import AutoModelForCausalLM
 
 from hf_pm.config import parse_recipe
@@ -89,6 +89,47 @@ def test_zero2_ends_where_ddp_does(recipe, tmp_path, monkeypatch):  # noqa: F811
         assert first.keys() == second.keys()
         for key, value in first.items():
             assert (second[key] - value).abs().max() < 1e-5, key
+
+
+def test_curvature_does_not_depend_on_processes_and_batches(recipe, tmp_path):  # noqa: F811
+    """Labels that are sampled from the model and random directions, too: the same state and coefficients, but for the
+    rounding of float32 sums, of which batches of other lengths make others."""
+    path, values = recipe
+    values |= {"curvature_labels": "sampled", "max_eval_samples": 4, "release": "none", "report_examples": 0}
+    path.write_text(yaml.safe_dump(values))
+    layouts = {"1x8": (1, 8), "1x4": (1, 4), "2x4": (2, 4)}
+    jobs = []
+    for estimator, method in (("diagonal", "pm"), ("factored", "kronecker")):
+        for layout, (world, size) in layouts.items():
+            name = f"{method}-{layout}"
+            words = ["run", str(path), "--output_dir", str(tmp_path / name), "--method", method, "--merge", "pm"]
+            words += ["--curvature_estimator", estimator, "--curvature_batch_size", str(size)]
+            words += ["--per_device_train_batch_size", str(8 // world)]
+            jobs.append({"name": name, "world": world, "words": words, "untrained": True})
+    codes = run_jobs(tmp_path, jobs)
+    assert all(not any(codes[job["name"]]) for job in jobs), codes
+    for method, kept in (("pm", {"S", "R"}), ("kronecker", {"S_rows", "S_cols", "R", "G_whole", "A_whole"})):
+        alphas, states = {}, {}
+        for layout in layouts:
+            folder = tmp_path / f"{method}-{layout}"
+            alphas[layout] = json.loads((folder / "results.json").read_text())["coefficients"]
+            states[layout] = multiplied(state_of(folder))
+        assert 0.1 < alphas["1x8"][1] < 0.9
+        assert {name.split("/")[0] for name in states["1x8"]} - {"kronecker_prices"} == kept
+        for layout in ("1x4", "2x4"):
+            assert alphas[layout] == pytest.approx(alphas["1x8"], abs=1e-6), (method, layout)
+            assert states[layout].keys() == states["1x8"].keys()
+            for name, expected in states["1x8"].items():
+                assert (states[layout][name] - expected).norm() <= 5e-6 * expected.norm(), (layout, name)
+
+
+def multiplied(state):
+    """The tensors of a state in float64, with R in the place of its factors, which may be turned."""
+    found = {name: tensor.double() for name, tensor in state.items()}
+    for name in [name for name in found if name.startswith("R_left/")]:
+        matrix = name.removeprefix("R_left/")
+        found[f"R/{matrix}"] = found.pop(name) @ found.pop(f"R_right/{matrix}")
+    return found
 
 
 def test_two_ranks_score_the_release_of_a_quantized_base(recipe, tmp_path):  # noqa: F811

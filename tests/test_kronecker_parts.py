@@ -27,7 +27,7 @@ from hf_pm.cli import main
 from hf_pm.methods import moments as moments_module
 from hf_pm.methods.contract import Measured, Task
 from hf_pm.methods.curvature import measure_curvature
-from hf_pm.methods.moments import Moments, expert_name, random_signs
+from hf_pm.methods.moments import Moments, expert_name, random_signs, row_seed
 from hf_pm.methods.penalties.kronecker import Gram, Kronecker
 from hf_pm.runs.doctor import examine
 from hf_pm.store.ledger import Ledger
@@ -115,9 +115,9 @@ def test_the_directions_of_a_row_are_its_own_in_every_process():
     rows = batches("llama", 1)
     whole = Moments(32)
     measure_curvature(adapted("llama"), rows, estimator="directional", moments=whole)
-    shares = [Moments(32, first=rank, step=2) for rank in range(2)]
+    shares = [Moments(32) for _ in range(2)]
     for rank, share in enumerate(shares):
-        measure_curvature(adapted("llama"), rows[rank::2], estimator="directional", moments=share)
+        measure_curvature(adapted("llama"), rows[rank::2], estimator="directional", moments=share, first=rank, step=2)
     other = Moments(32, seed=1)
     measure_curvature(adapted("llama"), rows, estimator="directional", moments=other)
     for name in whole.G:
@@ -155,10 +155,9 @@ def test_moments_of_sampled_labels_are_those_of_these_labels():
     """Inputs do not change; gradients are those of the drawn labels, put into the rows of the data."""
     model = adapted("llama")
     moments, empirical = Moments(32), Moments(32)
-    generator = torch.Generator().manual_seed(3)
-    measure_curvature(model, batches("llama", 1), estimator="directional", generator=generator, moments=moments)
+    measure_curvature(model, batches("llama", 1), estimator="directional", label_seed=3, moments=moments)
     measure_curvature(model, batches("llama", 1), estimator="directional", moments=empirical)
-    G, generator = {}, torch.Generator().manual_seed(3)
+    G = {}
     for row, (inputs, (positions, answers)) in enumerate(zip(*single_rows("llama"), strict=True)):
         outs, read, hooks = {}, {}, []
 
@@ -168,6 +167,7 @@ def test_moments_of_sampled_labels_are_those_of_these_labels():
         for name, layer in lora_layers(model.eval()).items():
             hooks.append(layer.register_forward_hook(partial(watch, name)))
         log_probabilities = model(**inputs).logits[0][positions].log_softmax(-1)
+        generator = torch.Generator().manual_seed(row_seed(3, row))
         drawn = torch.multinomial(log_probabilities.detach().exp(), 1, generator=generator)
         gradients = torch.autograd.grad(log_probabilities.gather(1, drawn).sum(), list(outs.values()))
         for name, d in zip(outs, gradients, strict=True):

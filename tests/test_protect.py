@@ -24,7 +24,8 @@ from hf_pm import PMSeq2SeqConfig, PMSeq2SeqTrainer, PMTrainer, TaskStream, User
 from hf_pm.cli import main
 from hf_pm.evaluation import panel
 from hf_pm.evaluation.answers import predict, sample_texts
-from hf_pm.methods.curvature import measure_curvature
+from hf_pm.methods import curvature
+from hf_pm.methods.curvature import draw_labels, measure_curvature
 from hf_pm.methods.kronecker_state import KroneckerState
 from hf_pm.methods.moments import PROBES, random_signs
 from hf_pm.methods.perturbation import scaled_update
@@ -101,8 +102,8 @@ def by_tokens(model, rows, labels, seed):
 def test_factors_are_those_of_a_loop_over_tokens(
     kind, model, stream, tokenizer, seq2seq_tokenizer, lora, config, file, monkeypatch, tmp_path
 ):
-    draw, drawn = torch.multinomial, []
-    monkeypatch.setattr(torch, "multinomial", lambda *a, **k: drawn.append(draw(*a, **k)) or drawn[-1])
+    drawn = []
+    monkeypatch.setattr(curvature, "draw_labels", lambda *a: drawn.append(draw_labels(*a)) or drawn[-1])
     settings = {
         "method": "kronecker", "protect": "self" if kind == "self" else file, "curvature_num_samples": 6,
         "max_length": 24,
@@ -120,7 +121,7 @@ def test_factors_are_those_of_a_loop_over_tokens(
     rows = trainer.protection.rows.to_list()
     assert len(rows) == 6 and max(len(row["input_ids"]) for row in rows) <= 24
     plain = build("t5") if kind == "seq2seq" else again(model)
-    G, A = by_tokens(plain, rows, [labels[:, 0] for labels in drawn[-6:]], trainer._task_seed(0))
+    G, A = by_tokens(plain, rows, drawn[-6:], trainer._task_seed(0))
     assert trainer.parts.layers.keys() <= G.keys()
     for name in trainer.parts.layers:
         mine = G[name] / 0.5
@@ -146,7 +147,7 @@ def test_the_exact_quadratic_is_the_divergence_per_token():
     divergence = float((before.exp() * (before - after)).sum(-1).mean())
     with scaled_update(layers, 1.0):
         batches = [{"input_ids": ids, "labels": ids}] * 80
-        found = measure_curvature(model, batches, estimator="directional", normalization="token", generator=generator)
+        found = measure_curvature(model, batches, estimator="directional", normalization="token", label_seed=0)
     assert 0.5 * found.slope / found.rows == pytest.approx(divergence, rel=0.15)
 
 

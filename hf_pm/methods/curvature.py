@@ -20,6 +20,7 @@ gradient is taken where the adapted weight enters the layer, with one row at a t
 multiplies its tokens with it.
 """
 
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
@@ -36,7 +37,7 @@ from ..evaluation.answers import Filler, evaluating, predict
 from ..tasks.encoding import IGNORE_INDEX
 from ..weights.adapters import ADAPTER, base_weight, is_experts, live_delta, live_update, lora_layers
 from ..weights.merging import Curvature, Factored
-from .moments import Moments, watch_experts
+from .moments import Moments, row_seed, watch_experts
 
 
 ESTIMATORS = ("diagonal", "factored", "directional")
@@ -64,15 +65,15 @@ class Measurement(NamedTuple):
 
 
 def row_losses(
-    logits: torch.Tensor, targets: torch.Tensor, generator: torch.Generator | None = None
+    logits: torch.Tensor, targets: torch.Tensor, seeds: Sequence[int] | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Summed cross-entropy of each row's targets and the number of targets.
 
     Args:
         logits (`torch.Tensor`): (rows, positions, vocabulary), or (rows, classes) for a classification head.
         targets (`torch.Tensor`): What each position predicts, (rows, positions) with -100 for nothing, or (rows,).
-        generator (`torch.Generator`, *optional*): If given, targets are drawn from the model wherever there is one,
-            instead of taken from the data; the context stays the data's.
+        seeds (`Sequence[int]`, *optional*): One a row. If given, targets are drawn from the model wherever there is
+            one, instead of taken from the data; the context stays the data's.
 
     Returns:
         `tuple`: losses (rows,) in float32 (float64 if the logits are) and counts (rows,).
@@ -82,24 +83,28 @@ def row_losses(
     mask = targets != IGNORE_INDEX
     chosen, wanted = logits[mask], targets[mask]
     chosen = chosen if chosen.dtype == torch.float64 else chosen.float()
-    if generator is not None:
+    counts = mask.sum(1)
+    if seeds is not None:
         # Where logits are not finite, neither is the loss, which names the row; any label will do.
-        wanted = draw_labels(chosen.detach().softmax(-1).nan_to_num(nan=1.0), generator)
+        wanted = draw_labels(chosen.detach().softmax(-1).nan_to_num(nan=1.0), counts.tolist(), seeds)
     losses = nn.functional.cross_entropy(chosen, wanted, reduction="none")
     rows = torch.arange(len(targets), device=targets.device)[:, None].expand_as(targets)[mask]
-    return torch.zeros(len(targets), device=losses.device, dtype=losses.dtype).index_add(0, rows, losses), mask.sum(1)
+    return torch.zeros(len(targets), device=losses.device, dtype=losses.dtype).index_add(0, rows, losses), counts
 
 
-def draw_labels(probabilities: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """A label for each row of `probabilities` (rows, labels), drawn where these are.
+def draw_labels(probabilities: torch.Tensor, counts: Sequence[int], seeds: Sequence[int]) -> torch.Tensor:
+    """A label for each of `probabilities` (targets, labels), drawn where these are.
 
-    On another device than the generator's, a generator of that device takes its seed from it, so that one number
-    travels and not the whole vocabulary. Its draws are others than those of the CPU.
+    Row n of the batch has `counts[n]` of the targets. Its draws depend on `seeds[n]` alone, not on the rows beside it
+    or on their number. Those of a GPU are others than those of a CPU.
     """
-    if probabilities.device != generator.device:
-        seed = int(torch.randint(2**62, (), generator=generator))
-        generator = torch.Generator(probabilities.device).manual_seed(seed)
-    return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
+    # As `torch.multinomial` draws one label, with noise of each row's own: the largest p / q, q exponential. Rounding
+    # of p then moves few draws; along a cumulative sum over the vocabulary it would move more.
+    noise = torch.empty_like(probabilities)
+    generator = torch.Generator(probabilities.device)
+    for part, seed in zip(noise.split(list(counts)), seeds, strict=True):
+        part.exponential_(generator=generator.manual_seed(seed))
+    return probabilities.div(noise).argmax(-1)
 
 
 def measure_curvature(
@@ -108,7 +113,9 @@ def measure_curvature(
     *,
     estimator: str = "diagonal",
     normalization: str = "token",
-    generator: torch.Generator | None = None,
+    label_seed: int | None = None,
+    first: int = 0,
+    step: int = 1,
     gradient: bool = False,
     moments: Moments | None = None,
     factors: bool = False,
@@ -123,7 +130,10 @@ def measure_curvature(
             does not depend on how rows are batched.
         estimator (`str`): One of `ESTIMATORS`; see the table above.
         normalization (`str`): `sequence`, or `token` (also what `trace` starts from).
-        generator (`torch.Generator`, *optional*): Draws labels from the model (true Fisher) instead of the data's.
+        label_seed (`int`, *optional*): If given, labels are drawn from the model (true Fisher) instead of taken from
+            the data: those of a row by this seed and the row's number.
+        first, step (`int`, *optional*, default to 0 and 1): Number of the first row among those of all processes, and
+            from one of its rows to the next.
         gradient (`bool`, *optional*, defaults to `False`): Sum up the gradient of the training loss in the same pass,
             as [`mean_gradient`] does in one of its own. It is that of the labels in use.
         moments (`Moments`, *optional*): Filled in the same pass.
@@ -154,7 +164,11 @@ def measure_curvature(
         for name, update in live.items():
             squares_of_factors |= {f"{name}.A": torch.zeros_like(update.A), f"{name}.B": torch.zeros_like(update.B)}
         collectors.append((partial(_add_factor_squares, live), squares_of_factors, power))
-    for gradients in _row_gradients(model, batches, collectors, generator, autocast, task_name, power, moments):
+    numbers = range(first, sys.maxsize, step)
+    passes = _row_gradients(
+        model, batches, collectors, autocast, task_name, power, moments, label_seed=label_seed, numbers=numbers
+    )
+    for gradients in passes:
         # One copy a batch, whatever the number of layers; widened to float64 on the host.
         weights, *values = _on_host([gradients.weights, *gradients.slopes.values()])
         for name, value in zip(gradients.slopes, values, strict=True):
@@ -199,7 +213,7 @@ def check_layers(model: PeftModel, batch: Mapping[str, Any], inputs: bool = Fals
         UserError: Names the layer that mixes the rows of a batch, or whose inputs cannot be seen.
     """
     moments = Moments(1, batch["labels"].device) if inputs else None
-    for _ in _row_gradients(model, [batch], [(_count_rows, {}, 1)], None, nullcontext, "", 1, moments):
+    for _ in _row_gradients(model, [batch], [(_count_rows, {}, 1)], nullcontext, "", 1, moments):
         pass
 
 
@@ -223,7 +237,7 @@ def mean_gradient(
     """
     totals: dict[str, torch.Tensor] = {}
     rows = 0
-    for gradients in _row_gradients(model, batches, [(_add_gradients, totals, 1)], None, autocast, task_name, 1):
+    for gradients in _row_gradients(model, batches, [(_add_gradients, totals, 1)], autocast, task_name, 1):
         rows = gradients.last_row
     _add_missing(model, totals)
     return totals, rows
@@ -300,15 +314,18 @@ def _row_gradients(
     model: PeftModel,
     batches: Iterable[Mapping[str, Any]],
     collectors: Sequence[tuple[Callable[..., None], dict[str, Any], int]],
-    generator: torch.Generator | None,
     autocast: Callable[[], Any],
     task_name: str | None,
     power: int,
     moments: Moments | None = None,
+    *,
+    label_seed: int | None = None,
+    numbers: range = range(sys.maxsize),
 ) -> Iterator[_Batch]:
     """One forward and backward pass a batch. A collector is a function, its totals, and the power of a row's number of
     targets that the row is divided by: `collect(totals, name, x, d, weights, transposed)` sees x (rows, tokens, in)
-    and d (rows, tokens, out) of every layer, as soon as its gradient exists."""
+    and d (rows, tokens, out) of every layer, as soon as its gradient exists. `numbers` are those of the rows among the
+    rows of all processes: with the seeds, all that random draws of a row depend on."""
     layers = lora_layers(model)
     experts = any(is_experts(layer) for layer in layers.values())
     weights: torch.Tensor = torch.empty(0)
@@ -443,23 +460,25 @@ def _row_gradients(
             with autocast():
                 logits, targets = predict(model, batch)
             forward = False
-            losses, counts = row_losses(logits, targets, generator)
+            these = numbers[seen : seen + rows]
+            seeds = None if label_seed is None else [row_seed(label_seed, number) for number in these]
+            losses, counts = row_losses(logits, targets, seeds)
             if counts_for_nothing:
                 if losses.requires_grad:
                     losses.sum().backward()
                 model.zero_grad(set_to_none=True)
                 continue
-            _require_finite(losses, "loss", seen, task_name)
+            _require_finite(losses, "loss", these, task_name)
             counts = counts.clamp(min=1).to(losses.dtype)
             weights = by_targets(power)
             if moments is not None:
-                moments.begin_batch(rows)
+                moments.begin_batch(these)
             norms = torch.zeros_like(losses.detach())
             slopes = {}
             if losses.requires_grad:  # unless every adapter is frozen
                 losses.sum().backward()
             model.zero_grad(set_to_none=True)
-            _require_finite(norms + sum(slopes.values()), "gradient", seen, task_name)
+            _require_finite(norms + sum(slopes.values()), "gradient", these, task_name)
             seen += len(losses)
             yield _Batch(weights, slopes, seen)
 
@@ -688,12 +707,13 @@ def remedy(task_name: str | None) -> str:
     return "Nothing was committed; lower `learning_rate`"
 
 
-def _require_finite(values: torch.Tensor, what: str, seen: int, task_name: str | None) -> None:
+def _require_finite(values: torch.Tensor, what: str, numbers: range, task_name: str | None) -> None:
     finite = torch.isfinite(values)
     if not bool(finite.all()):
+        row = numbers[int((~finite).nonzero()[0])]
         raise UserError(
-            f"The {what} of row {seen + int((~finite).nonzero()[0])} in the curvature pass of {source_of(task_name)} "
-            f"is not finite. {remedy(task_name)} or look at that row."
+            f"The {what} of row {row} in the curvature pass of {source_of(task_name)} is not finite. "
+            f"{remedy(task_name)} or look at that row."
         )
 
 

@@ -90,7 +90,8 @@ def measure(
         rows (`Dataset`): Encoded training rows, at most `curvature_num_samples` of them.
         wanted (`Collection[str]`): Out of `MEASURES`.
         task_name (`str`, *optional*): For messages; `None` for the protected text.
-        seed (`int`): Of the sampled labels.
+        seed (`int`): Of the sampled labels and of the random directions of `Moments`, which depend on it and on a
+            row's number among `rows`, not on batches and processes.
         labels (`str`, *optional*): In the place of `curvature_labels`.
         normalization (`str`, *optional*): In the place of `curvature_normalization`.
     """
@@ -111,9 +112,7 @@ def measure(
     def one_pass(batch_size: int) -> tuple[Measurement, Moments | None]:
         moments = None
         if sums:
-            place = {"first": args.process_index, "step": args.world_size}
-            moments = Moments(trainer.parts.cut_rank, accelerator.device, wanted, seed, **place)
-        generator = torch.Generator().manual_seed(seed + args.process_index) if sampled else None
+            moments = Moments(trainer.parts.cut_rank, accelerator.device, wanted, seed)
         found = measure_curvature(
             trainer.model,
             trainer.batches(rows, batch_size, "curvature" if task_name is not None else "protecting"),
@@ -121,7 +120,9 @@ def measure(
             # one.
             estimator=estimator,
             normalization=normalization,
-            generator=generator,
+            label_seed=seed if sampled else None,
+            first=args.process_index,  # as `batches` shares the rows out
+            step=args.world_size,
             gradient="gradient" in wanted and not sampled,
             moments=moments,
             factors="factors" in wanted,

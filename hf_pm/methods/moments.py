@@ -34,7 +34,7 @@ class Moments:
 
     J_n is never formed. For a random vector z of signs J_n^T z (J_n^T z)^T has the mean J_n^T J_n, so that A is
     estimated from `PROBES` products D_n (X_n^T z) a row, and G likewise: signs of a row's own, from its number among
-    the rows of all processes, so that batches and numbers of processes do not matter.
+    the rows of all processes, so that batches and processes do not matter.
 
     What layers read is summed up apart: `inputs`, the sum over real tokens (prompt too, padding not) of x x^T.
 
@@ -46,8 +46,6 @@ class Moments:
         device (`torch.device`, *optional*, defaults to `"cpu"`): Of the model.
         wanted (`Collection[str]`, *optional*): `kronecker`, for G and A, and `inputs`.
         seed (`int`, *optional*, defaults to 0): Of the signs.
-        first, step (`int`, *optional*, default to 0 and 1): Number of this process's first row, and from one of its
-            rows to the next.
 
     Attributes:
         G (`dict`): Layer -> the sum, (out, out). Every expert is a layer of its own, see [`expert_name`].
@@ -63,8 +61,6 @@ class Moments:
         device: torch.device | str = "cpu",
         wanted: Collection[str] = ("kronecker", "inputs"),
         seed: int = 0,
-        first: int = 0,
-        step: int = 1,
     ) -> None:
         self.rank = rank
         self.device = device
@@ -72,8 +68,8 @@ class Moments:
         self.sees_inputs = "inputs" in wanted
         self.G: dict[str, torch.Tensor | kronecker.Sketch] = {}
         self.A: dict[str, torch.Tensor | kronecker.Sketch] = {}
-        self._seed, self._next, self._step = seed, first, step
-        self._rows: list[int] = []
+        self._seed = seed
+        self._rows: Sequence[int] = ()
         self._signs: dict[int, torch.Tensor] = {}
         self._sums: dict[str, torch.Tensor | kronecker.Sketch] = {}
         self._counts: dict[str, int] = {}
@@ -106,10 +102,9 @@ class Moments:
         self._sums[name] = kronecker.add_outer(self._sums.get(name), x, self.columns(x.shape[-1]))
         self._counts[name] = self._counts.get(name, 0) + len(x)
 
-    def begin_batch(self, rows: int) -> None:
-        """The next `rows` rows of this process come by."""
-        self._rows = [self._next + i * self._step for i in range(rows)]
-        self._next += rows * self._step
+    def begin_batch(self, rows: Sequence[int]) -> None:
+        """The rows with these numbers come by."""
+        self._rows = rows
         self._signs.clear()
 
     def signs(self, n: int) -> torch.Tensor:
@@ -128,9 +123,14 @@ class Moments:
             sums[name] = kronecker.add_outer(sums.get(name), vectors, self.columns(vectors.shape[-1]), each)
 
 
+def row_seed(seed: int, row: int, n: int = 0) -> int:
+    """Seed of what is drawn for one row: its labels (n = 0), or its signs for matrices of side n."""
+    return ((seed * 1_000_003 + row) * 1_000_003 + n) % 2**63
+
+
 def random_signs(seed: int, row: int, n: int) -> torch.Tensor:
     """The signs of one row for matrices of side n, (n, `PROBES`) float32; the same on every machine."""
-    generator = torch.Generator().manual_seed(((seed * 1_000_003 + row) * 1_000_003 + n) % 2**63)
+    generator = torch.Generator().manual_seed(row_seed(seed, row, n))
     return torch.randint(0, 2, (n, PROBES), generator=generator).mul_(2).sub_(1).float()
 
 

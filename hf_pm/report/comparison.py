@@ -20,9 +20,12 @@ from .groups import (
     labels_of,
     mean_grid,
     names_of,
+    note_on_weights,
     notes_on_formulas,
     notes_on_group,
+    quantized_to,
     reason_of,
+    released_grid,
     row_of,
     values_of,
 )
@@ -50,12 +53,14 @@ class Comparison:
         rows (`list[dict[str, Any]]`):
             One per label and group of comparable runs: `group` (from 1), `label`, `method`, `runs` (names), `seeds`,
             `n`, `baseline`; per metric, and for `train_seconds` and `panel_change`, a summary `{"mean", "std", "n"}`;
-            `scores` (of the last row of the matrix) and `coefficients`, one summary per task; and `paired`, for each
+            `scores` (of the last row of the matrix) and `coefficients`, one summary per task; for a quantized base
+            `quantized`, the form of the weights that were scored, and `released_average` and `released_scores`, the
+            summaries of what its releases score at the end as they are loaded; and `paired`, for each
             metric with a shared seed a summary of the difference to the baseline, with `low` and `high` of its 95 %
             interval (`None` for a single pair); `None` for the baseline itself. `paired_scores` is the same for the
             last score of each task, in their order.
         notes (`list[str]`):
-            What keeps the runs from being comparable.
+            What keeps the runs from being comparable, and of which model the scores of a quantized base are.
         markdown, latex, csv (`str`):
             The tables; the CSV has a line per label and quantity, in full precision.
         html (`str`):
@@ -148,6 +153,8 @@ def _tables(rows: Sequence[Mapping[str, Any]], tasks: Sequence[str], prefix: str
         for name in COMPARED
         if any(row[name]["n"] for row in rows)
     ]
+    if any(row["released_average"]["n"] for row in rows):
+        columns.append(column("AA of releases", "released_average", fixed_text, max))
     if any(row["panel_change"]["n"] for row in rows):
         columns.append(column("General text", "panel_change", signed_text, min))
     columns.append(Column("Runs", [str(row["n"]) for row in rows], [row["n"] for row in rows]))
@@ -168,6 +175,7 @@ def _tables(rows: Sequence[Mapping[str, Any]], tasks: Sequence[str], prefix: str
     names = [f"{number}: {name}" for number, name in enumerate(tasks, start=1)]
     for title, key, better in (
         ("Score per task at the end", "scores", max),
+        ("Score per task at the end, releases as loaded", "released_scores", max),
         ("Kept fraction alpha per task", "coefficients", None),
     ):
         held = [row for row in rows if row[key]]
@@ -196,8 +204,10 @@ def _differences(title: str, found: Sequence[Mapping[str, Any] | None], pairs: S
 def _csv(rows: Iterable[Mapping[str, Any]], tasks: Mapping[int, Sequence[str]]) -> str:
     lines = []
     for row in rows:
-        quantities = [(name, "", row[name]) for name in (*COMPARED, "train_seconds", "panel_change")]
-        for name, key in (("score", "scores"), ("coefficient", "coefficients")):
+        single = (*COMPARED, "released_average", "train_seconds", "panel_change")
+        quantities = [(name, "", row[name]) for name in single]
+        by_task = {"score": "scores", "released_score": "released_scores", "coefficient": "coefficients"}
+        for name, key in by_task.items():
             quantities += [(name, tasks[row["group"]][j], summary) for j, summary in enumerate(row[key])]
         differences = dict(row["paired"] or {})
         for task, held in zip(tasks[row["group"]], row["paired_scores"] or (), strict=False):
@@ -301,10 +311,14 @@ def compare(
         own_rows, grids = [], []
         for label, scored in values.items():
             repeats = [run for run, _ in scored]
-            notes += notes_on_group(label, repeats)
+            notes += notes_on_group(label, repeats) + note_on_weights(label, repeats)
             own_rows.append({"group": number, "baseline": base, **row_of(label, scored, values[base])})
             source = f"mean of {len(repeats)} runs" if len(repeats) > 1 else repeats[0].name
-            grids.append({"title": f"{label} ({source})", "grid": mean_grid(repeats)})
+            form = quantized_to(repeats)
+            title = f"{label} ({source})" + (f", weights quantized to {form}" if form else "")
+            grids.append({"title": title, "grid": mean_grid(repeats)})
+            if form and (grid := released_grid(repeats)) is not None:
+                grids.append({"title": f"{label} ({source}), releases as loaded", "grid": grid})
         own_tables = _tables(own_rows, members[0].results["tasks"], prefix)
         rows += own_rows
         made += own_tables

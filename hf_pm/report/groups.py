@@ -23,7 +23,9 @@ from ..store.results import (
     matrix_of,
     metric_of,
     panel_of,
+    quantized_of,
     record_of,
+    released_of,
 )
 from .tables import cut_text, plain_text
 
@@ -215,6 +217,27 @@ def mean_grid(runs: Sequence[Run]) -> dict[str, Any]:
     return grid_of(runs[0].results["tasks"], matrix, _mean_cells(base_row_of(run.results) for run in runs))
 
 
+def released_matrix(run: Run) -> list[list[float | None]]:
+    """Scores of the releases of a run on a quantized base, a row for each task learned; empty if none was scored."""
+    rows = released_of(run.results)
+    return [rows.get(step, [None] * step) for step in range(1, run.done + 1)] if rows else []
+
+
+def released_grid(runs: Sequence[Run]) -> dict[str, Any] | None:
+    """The mean score matrix of the releases, as the rows of a table; `None` if a run has none."""
+    found = [released_matrix(run) for run in runs]
+    if not all(found):
+        return None
+    matrix = [_mean_cells(rows) for rows in zip(*found, strict=True)]
+    grid = grid_of(runs[0].results["tasks"], matrix, [None] * len(runs[0].results["tasks"]))
+    return grid | {"rows": grid["rows"][1:]}
+
+
+def quantized_to(runs: Sequence[Run]) -> str:
+    """Forms that the weights of the scored models were quantized to; empty for full precision."""
+    return ", ".join(dict.fromkeys(form for run in runs if (form := quantized_of(run.results))))
+
+
 def _panel_change(run: Run) -> float | None:
     """By how much the cross-entropy of general text rose over the whole run."""
     panel = panel_of(run.results)
@@ -226,6 +249,7 @@ def row_of(label: str, group: Sequence[Scored], baseline: Sequence[Scored]) -> d
     runs = [run for run, _ in group]
     done = runs[0].done
     last = [matrix_of(run.results)[-1] if done else [] for run in runs]
+    releases = [(released_matrix(run) or [[None] * done])[-1] for run in runs]
     differences = {name: paired(lambda pair, name=name: pair[1][name], group, baseline) for name in PAIRED}
     # A run that learns all tasks at once has one coefficient for all.
     alphas = [as_list(run.results.get("coefficients")) for run in runs]
@@ -237,6 +261,11 @@ def row_of(label: str, group: Sequence[Scored], baseline: Sequence[Scored]) -> d
         "n": len(runs),
         **{name: _summary(values[name] for _, values in group) for name in COMPARED},
         "scores": [_summary(row[j] for row in last) for j in range(done)],
+        "quantized": quantized_to(runs) or None,
+        "released_average": _summary(continual.average_accuracy([row]) for row in releases if row),
+        "released_scores": [
+            _summary(row[j] for row in releases) for j in range(done) if any(map(released_matrix, runs))
+        ],
         "coefficients": [
             _summary(entry_of(run.results, "coefficients", j) for run in runs)
             for j in range(done)
@@ -317,6 +346,20 @@ def notes_on_group(label: str, runs: Sequence[Run]) -> list[str]:
         texts = dict.fromkeys(setting_text(run, key) for run in runs)
         notes.append(f"{label} mixes runs with different {key}: {'; '.join(texts)}.")
     return notes
+
+
+def note_on_weights(label: str, runs: Sequence[Run]) -> list[str]:
+    """Which model the scores of a quantized base are of."""
+    if not (form := quantized_to(runs)):
+        return []
+    scored = sum(bool(released_matrix(run)) for run in runs)
+    releases = "Those of the releases, as plain transformers loads them, stand apart."
+    if scored < len(runs):
+        releases = "The releases hold the weights before that rounding, which were not scored"
+        releases += f" in {len(runs) - scored} of {len(runs)} runs." if scored else "."
+    return [
+        f"The scores of {label} are of models whose weights are quantized to {form}, as they were trained. {releases}"
+    ]
 
 
 def notes_on_formulas(runs: Sequence[Run]) -> list[str]:

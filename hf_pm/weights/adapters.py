@@ -5,6 +5,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,6 +31,7 @@ ADAPTER = "default"
 PREFIX = "base_model.model."
 # Names that PEFT looks for to find the head of a classifier.
 HEADS = ("classifier", "score")
+QUANTIZED_LAYERS = ("Linear4bit", "Linear8bitLt")  # of bitsandbytes
 # Of the tuner, beside the adapted layers; PEFT's checkpoints hold what the tuner has.
 MAGNITUDES = "lora_magnitudes"
 # In the header of the weights: parameter name -> module path of its factors, number of experts, transposed.
@@ -99,10 +101,13 @@ def attach(model: PreTrainedModel, config: LoraConfig, task_type: str) -> PeftMo
     """Wrap `model` with one fresh adapter.
 
     Raises:
-        UserError: An unsupported setting, or targets that match nothing, an embedding or a convolution.
+        UserError: An unsupported setting, targets that match nothing, an embedding or a convolution, or a classifier
+            whose head is quantized.
     """
     check_config(config, task_type)
     config.task_type = task_type
+    if task_type == "SEQ_CLS":
+        _check_quantized(model)
     if task_type == "SEQ_CLS" and config.target_modules == "all-linear" and not config.exclude_modules:
         # PEFT trains whole what ends in these names, and would adapt it too: DistilBERT's `pre_classifier`.
         heads = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
@@ -126,7 +131,7 @@ def attach(model: PreTrainedModel, config: LoraConfig, task_type: str) -> PeftMo
             )
         if is_experts(layer) and not isinstance(layer.get_base_layer(), nn.Embedding):
             continue
-        if kind not in ("Conv1D", "Linear4bit", "Linear8bitLt") and not _is_linear(layer.get_base_layer()):
+        if kind not in ("Conv1D", *QUANTIZED_LAYERS) and not _is_linear(layer.get_base_layer()):
             raise UserError(
                 f"The LoRA target {name!r} is a {kind}; only linear layers are supported. Remove it from LoRA targets."
             )
@@ -141,6 +146,24 @@ def attach(model: PreTrainedModel, config: LoraConfig, task_type: str) -> PeftMo
     if not any(parameter.requires_grad for parameter in wrapped.parameters()):
         raise UserError("The adapter has no trainable parameter. Set `inference_mode=False` in the LoRA settings.")
     return wrapped
+
+
+def _check_quantized(model: nn.Module) -> None:
+    """Refuse a classifier that has no full-precision weights where it needs some."""
+    for name, module in model.named_modules():
+        if type(module).__name__ not in QUANTIZED_LAYERS:
+            continue
+        head = next((part for part in accumulate(name.split("."), "{}.{}".format) if part.endswith(HEADS)), None)
+        if head is not None:
+            raise UserError(
+                f"The head {head!r} of the classifier is quantized, but it is trained whole. Load the model with "
+                f"`llm_int8_skip_modules={list(HEADS)}` in its `BitsAndBytesConfig`."
+            )
+        if type(module.weight) is nn.Parameter:  # transformers does not quantize what it makes at random
+            raise UserError(
+                f"The checkpoint lacks {name + '.weight'!r}, and what is made at random in its place is not "
+                f"quantized. Add {name!r} to `llm_int8_skip_modules`."
+            )
 
 
 @torch.no_grad()

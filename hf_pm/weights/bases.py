@@ -1,5 +1,6 @@
 """The untouched checkpoint that all merged models are rebuilt from, and where in it each adapted weight is."""
 
+import copy
 import json
 import logging
 import shutil
@@ -13,12 +14,13 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from peft import PeftModel
 from torch import nn
+from transformers import PreTrainedModel
 
 from ..errors import UserError
 from ..store.disk import whole
 from ..store.ledger import sha256_file
 from ..store.tensorfiles import Stored, read_header, read_tensor
-from .adapters import base_weight, is_experts, lora_layers, quantized, quantized_to
+from .adapters import ADAPTER, base_weight, is_experts, lora_layers, quantized, quantized_to
 from .sharding import is_sharded, whole_weight
 
 
@@ -300,14 +302,12 @@ def snapshot_base(model: PeftModel, folder: Path) -> None:
 
     For models that have no checkpoint of their own or differ from it. `folder` appears whole or not at all.
 
+    Of a quantized classifier the checkpoint is read again in full precision, into host memory; the head that was made
+    for the run is the live one.
+
     Raises:
-        UserError: If the model is quantized: its full-precision weights are gone.
+        UserError: If the model is quantized and its full-precision weights are nowhere.
     """
-    if quantized(model):
-        raise UserError(
-            "The live model is quantized and no stored checkpoint, so that there are no full-precision weights to add "
-            "updates to. Save the full-precision model first, and quantize it while loading."
-        )
     if is_sharded(model):
         raise UserError(
             "The live model is sharded and no stored checkpoint, so that its weights would have to be gathered to be "
@@ -320,6 +320,8 @@ def snapshot_base(model: PeftModel, folder: Path) -> None:
         if ".lora_" not in key and ".modules_to_save." not in key:
             parts = [part for part in key.split(".") if part not in ("base_layer", "original_module")]
             weights[".".join(parts)] = tensor
+    if quantized(model):
+        inner, weights = _full_precision(model, weights)
     with whole(folder) as part:
         # The published layout; the live one where that mixes the entries of experts beyond recognition.
         for published in (True, False):
@@ -327,3 +329,25 @@ def snapshot_base(model: PeftModel, folder: Path) -> None:
             inner.save_pretrained(part, state_dict=dict(weights), save_original_format=published)
             if stored_names(model, BaseCheckpoint(part)) is not None:
                 break
+
+
+def _full_precision(
+    model: PeftModel, live: Mapping[str, torch.Tensor]
+) -> tuple[PreTrainedModel, dict[str, torch.Tensor]]:
+    """The stored classifier under a quantized one, with what the checkpoint lacks from `live`, and its weights."""
+    inner = model.get_base_model()
+    if model.peft_config[ADAPTER].task_type != "SEQ_CLS" or not inner.name_or_path:
+        raise UserError(
+            "The live model is quantized and no stored checkpoint, so that there are no full-precision weights to add "
+            "updates to. Save the full-precision model first, and quantize it while loading."
+        )
+    base = BaseCheckpoint.resolve(inner.name_or_path, getattr(inner.config, "_commit_hash", None))
+    stored_names(model, base)  # which refuses one that is quantized itself
+    config = copy.deepcopy(inner.config)
+    del config.quantization_config
+    config.dtype = None  # that of the files, not the live one
+    with torch.random.fork_rng():
+        full, loaded = type(inner).from_pretrained(
+            base.folder, config=config, dtype="auto", use_safetensors=True, output_loading_info=True
+        )
+    return full, full.state_dict() | {key: live[key] for key in loaded["missing_keys"]}
