@@ -49,7 +49,7 @@ from .progress import (
     REPLACED,
     StreamBar,
     StreamLines,
-    TrackerPictures,
+    StreamTrackers,
     say,
     shows_bars,
     task_label,
@@ -177,8 +177,9 @@ class PMTrainerMixin(TaskTraining):
                 **kwargs,
             )
         self.add_callback(self.interruption)
+        self.run: RunFolder | None = None
         if stream is not None:
-            self.add_callback(TrackerPictures(self))
+            self.add_callback(StreamTrackers(self))
 
     # ---- The stream ---------------------------------------------------------------------------------------------
 
@@ -343,7 +344,11 @@ class PMTrainerMixin(TaskTraining):
         finally:
             self._checkpoint_dir = self._resumed = self._loss = None
             self.args.num_train_epochs = default_epochs
-        self._seconds = {"train_seconds": time.monotonic() - started, "curvature_seconds": 0.0}
+        self._costs = {
+            "train_seconds": time.monotonic() - started,
+            "train_steps": self.state.global_step,
+            "curvature_seconds": 0.0,
+        }
 
     def _resume_point(self, number: int) -> tuple[Path, float] | None:
         """The newest checkpoint of this task that is whole; what is not is taken away."""
@@ -362,7 +367,7 @@ class PMTrainerMixin(TaskTraining):
             return None
         started = time.monotonic()
         measured = measure(self, self._curvature_rows(), wanted, stage.name, self._task_seed(self.task_number))
-        self._seconds["curvature_seconds"] = time.monotonic() - started
+        self._costs["curvature_seconds"] = time.monotonic() - started
         return measured
 
     def _curvature_rows(self) -> Dataset:
@@ -401,7 +406,7 @@ class PMTrainerMixin(TaskTraining):
             merged = self.parts.solve(ended)
         else:
             merged = recovery.on_main(lambda: self.parts.solve(ended), Merged.shared)
-        record = self._seconds
+        record = self._costs
         if args.coefficient_search != "off" and number > 1:
             found = search(self, held_out_rows(self.rows, args, number))
             record["coefficient_search"] = found._asdict() | {"closed_form": merged.alpha}
