@@ -12,7 +12,7 @@ import torch
 import yaml
 from accelerate import init_empty_weights
 from conftest import COLOUR, MOOD, build, rows
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, LlamaConfig
@@ -113,6 +113,7 @@ def test_command_line(recipe, tmp_path, capsys, monkeypatch):
 # ---- Time -----------------------------------------------------------------------------------------------------------
 
 
+@settings(deadline=None)  # with one, the first draw, which reads every module for its constants, may take a second
 @given(
     fixed=st.floats(0, 10), each=st.floats(0, 1), few=st.integers(1, 1000), more=st.integers(1, 1000),
     steps=st.integers(0, 100), tokens=st.integers(0, 10**6),
