@@ -76,6 +76,7 @@ class _Model:
             self.task_type = "SEQ_2_SEQ_LM" if self.config.is_encoder_decoder else self.task_type
             with init_empty_weights():
                 model = ARCHITECTURES[self.task_type].from_config(self.config, trust_remote_code=False)
+            model.tie_weights()  # without weights, what is tied was made twice
         except LOADING_ERRORS as error:
             raise UserError(
                 f"The model {name!r} cannot be read: {cause_of(error)} Give `--model_name_or_path` the folder of a "
