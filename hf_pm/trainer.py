@@ -365,8 +365,10 @@ class PMTrainerMixin(TaskTraining):
         wanted = self.parts.measures()
         if not wanted:
             return None
-        started = time.monotonic()
-        measured = measure(self, self._curvature_rows(), wanted, stage.name, self._task_seed(self.task_number))
+        started, rows = time.monotonic(), self._curvature_rows()
+        label = task_label(self.task_number, len(self.stages), stage.name)
+        self._say_what_runs(label, f"measuring {len(rows):,} rows")
+        measured = measure(self, rows, wanted, stage.name, self._task_seed(self.task_number))
         self._costs["curvature_seconds"] = time.monotonic() - started
         return measured
 
@@ -547,6 +549,11 @@ class PMTrainerMixin(TaskTraining):
         """Whether this process draws progress bars."""
         return self.is_world_process_zero() and shows_bars(self.args.disable_tqdm)
 
+    def _say_what_runs(self, label: str, text: str) -> None:
+        """A line before what takes long, where no bar shows it."""
+        if self.is_world_process_zero() and not self._bars:
+            say(f"{label}  {text}")
+
     def _score_base(self) -> None:
         """The row before any task and the general ability of the base, once; tasks that were added come later."""
         known, count = len(self.run.results["base_row"]), len(self.stream)
@@ -554,6 +561,8 @@ class PMTrainerMixin(TaskTraining):
             return
         self.rebuild(0)
         adapters.reset(self.model, self.args.seed)
+        rows = sum(len(self.rows.test[t]) for t in range(known, count))
+        self._say_what_runs("base", f"scoring {rows:,} rows before the first task")
         cells = [None] * known + [self.scorer.score_task(t) for t in range(known, count)]
         self.run.record_base(cells, None if known else self._measure_general_ability(0))
         self.log(stream_logs(self.run.results, 0))
