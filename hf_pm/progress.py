@@ -97,7 +97,13 @@ class StreamBar(StreamProgress, ProgressCallback):
 
 
 class StreamLines(StreamProgress):
-    """One line per log step, on the standard output."""
+    """A line where the training of a task begins, and one per log step, on the standard output."""
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:  # noqa: ANN001, ANN003
+        super().on_train_begin(args, state, control, **kwargs)
+        if state.is_world_process_zero:
+            begun = f", {state.global_step} of them are done" if state.global_step else ""
+            say(f"{self.label}  training {state.max_steps:,} steps{begun}")
 
     def on_log(self, args, state, control, logs=None, **kwargs) -> None:  # noqa: ANN001, ANN003
         if state.is_world_process_zero and logs and ("loss" in logs or "eval_loss" in logs):
