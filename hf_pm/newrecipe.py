@@ -67,6 +67,11 @@ class _Model:
 
     def __init__(self, name: str, revision: str | None) -> None:
         self.name = name
+        if Path(name).is_dir() and not Path(name, "config.json").is_file():
+            raise UserError(
+                f"The folder {name!r} has no config.json, so it holds no model. Give `--model_name_or_path` the "
+                "folder of a checkpoint or a Hub id."
+            )
         try:
             loading = {"revision": revision, "trust_remote_code": False}
             self.tokenizer = transformers.AutoTokenizer.from_pretrained(name, **loading)

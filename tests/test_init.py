@@ -324,6 +324,7 @@ MISTAKES = [
     (("tickets.csv", "--method", "pmm"), "Unknown `method` 'pmm'"),
     (("tickets.csv", "--max_length", "4"), "`max_length` is 4"),
     (("tickets.csv", "--model_name_or_path", "nowhere"), "The model 'nowhere' cannot be read"),
+    (("tickets.csv", "--model_name_or_path", "."), "The folder '.' has no config.json, so it holds no model."),
 ]  # fmt: skip
 
 
