@@ -275,7 +275,10 @@ def plan_command(options: argparse.Namespace, words: list[str]) -> int:
 
     quiet()
     gpu_memory = None if options.gpu_memory is None else parse_bytes(options.gpu_memory)
-    plan = plan_recipe(parse_recipe(options.recipe, words), options.probe)
+    recipe = parse_recipe(options.recipe, words)
+    if options.probe:
+        print("Loading the model and timing some forty steps: minutes on a CPU ...", file=sys.stderr, flush=True)
+    plan = plan_recipe(recipe, options.probe)
     if options.json:
         _print_json(plan_record(plan, gpu_memory))
     else:

@@ -68,6 +68,11 @@ class _Model:
 
     def __init__(self, name: str, revision: str | None) -> None:
         self.name = name
+        if Path(name).is_dir() and not Path(name, "config.json").is_file():
+            raise UserError(
+                f"The folder {name!r} has no config.json, so it holds no model. Give `--model_name_or_path` the "
+                "folder of a checkpoint or a Hub id."
+            )
         try:
             loading = {"revision": revision, "trust_remote_code": False}
             self.tokenizer = transformers.AutoTokenizer.from_pretrained(name, **loading)
@@ -77,6 +82,7 @@ class _Model:
             self.task_type = "SEQ_2_SEQ_LM" if self.config.is_encoder_decoder else self.task_type
             with init_empty_weights():
                 model = ARCHITECTURES[self.task_type].from_config(self.config, trust_remote_code=False)
+            model.tie_weights()  # without weights, what is tied was made twice
         except LOADING_ERRORS as error:
             raise UserError(
                 f"The model {name!r} cannot be read: {cause_of(error)} Give `--model_name_or_path` the folder of a "

@@ -37,7 +37,7 @@ class Plan(NamedTuple):
     and backward before the first task. `sizes` and `choice` are what the memory of a GPU follows from (`memory.py`);
     `push` is what the first task sends to the Hub, `shard` the largest file of the base. `seconds` is the estimate of
     `probe.py`; `untimed` says why there is none. `released_rows` are scored once more, on the releases of a quantized
-    base.
+    base. With `use_cpu` the memory is told as that of the machine.
     """
 
     tasks: list[str]
@@ -68,6 +68,7 @@ class Plan(NamedTuple):
     sizes: Sizes | None = None
     choice: Choice | None = None
     seconds: Seconds | None = None
+    use_cpu: bool = False
     untimed: str = "`--probe` loads the model, times a few steps, and estimates it"
 
 
@@ -122,6 +123,7 @@ def plan_recipe(recipe: Recipe, probe: bool = False) -> Plan:
         config = transformers.AutoConfig.from_pretrained(base.folder, trust_remote_code=trusted)
         with init_empty_weights():
             model = ARCHITECTURES[recipe.task_type].from_config(config, trust_remote_code=trusted)
+        model.tie_weights()  # without weights, what is tied was made twice
     except LOADING_ERRORS as error:
         raise cannot_load(recipe, error) from error
     model = adapters.attach(model, peft_config, recipe.task_type)
@@ -132,7 +134,7 @@ def plan_recipe(recipe: Recipe, probe: bool = False) -> Plan:
     plan = estimate(recipe, rows, shapes, base_bytes=_size(base), adapter_bytes=_trainable(model))
     shard = max((base.folder / file).stat().st_size for file in base.files)
     sizes = sizes_of(recipe, model, shapes, _predictions(recipe, rows))
-    plan = plan._replace(shard=shard, sizes=sizes, choice=choice_of(recipe))
+    plan = plan._replace(shard=shard, sizes=sizes, choice=choice_of(recipe), use_cpu=recipe.use_cpu)
     if (recipe.load_in_4bit or recipe.load_in_8bit) and recipe.release != "none":
         plan = plan._replace(released_rows=plan.scored_rows - sum(plan.test_rows))
     if probe:
@@ -231,17 +233,24 @@ def fits(plan: Plan, gpu_memory: int | None) -> bool:
     return plan.disk <= plan.free
 
 
-def _memory_lines(plan: Plan) -> list[tuple[str, str]]:
+def _memory_lines(plan: Plan, on_cpu: bool) -> list[tuple[str, str]]:
     if plan.sizes is None:
         return [("memory", "unknown: this architecture cannot be run without weights")]
     found = memory(plan.sizes, plan.choice)
     parts = {"weights": found.weights, "adapter, gradients, optimizer": found.adapter}
     parts["activations of a training step"] = found.activations
     stages = {"training": found.training, "curvature": found.curvature, "certificate": found.certificate}
+    told = ", ".join(f"{name} {_bytes(size)}" for name, size in stages.items() if size)
+    listed = ", ".join(f"{name} {_bytes(size)}" for name, size in parts.items())
+    if on_cpu:
+        return [
+            ("memory", f"of each process: {listed}"),
+            ("stages", f"{told}, one after another; {_bytes(plan.merge_memory)} while merging"),
+        ]
     return [
-        ("memory", f"of each process's GPU: {', '.join(f'{name} {_bytes(size)}' for name, size in parts.items())}"),
-        ("stages", f"{', '.join(f'{name} {_bytes(size)}' for name, size in stages.items() if size)}; a GPU of "
-         f"{_bytes(found.needed())} is enough (without room for it, the certificate is left out)"),
+        ("memory", f"of each process's GPU: {listed}"),
+        ("stages", f"{told}; a GPU of {_bytes(found.needed())} is enough (without room for it, the certificate is "
+         "left out)"),
         ("host", f"{_bytes(plan.shard)} while loading, {_bytes(plan.merge_memory)} while merging, each process; "
          "without a GPU, the stages come on top"),
     ]  # fmt: skip
@@ -306,7 +315,7 @@ def format_plan(plan: Plan, gpu_memory: int | None = None) -> str:
         ("releases", f"{_bytes(plan.release)} the first, {_bytes(plan.releases)} all"),
         ("run folder", f"{_bytes(plan.disk)} at the end; {_bytes(plan.free)} free"),
         ("push", f"{_bytes(plan.push)} for the first task; {_pushed_state(plan)}"),
-        *_memory_lines(plan),
+        *_memory_lines(plan, plan.use_cpu and gpu_memory is None),
         ("time", _time(plan)),
     ]  # fmt: skip
     if plan.protect is not None:

@@ -1,18 +1,21 @@
 """Progress of a whole stream: a bar per task on a terminal, lines of at most 80 columns everywhere else; and the
-report's pictures for the trackers."""
+report's pictures and steps that go on for the trackers."""
 
 import importlib
 import os
 import sys
 import textwrap
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from copy import copy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from transformers.integrations import TensorBoardCallback
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.utils import is_in_notebook
 
 from .metrics.continual import average_accuracy
@@ -94,7 +97,13 @@ class StreamBar(StreamProgress, ProgressCallback):
 
 
 class StreamLines(StreamProgress):
-    """One line per log step, on the standard output."""
+    """A line where the training of a task begins, and one per log step, on the standard output."""
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:  # noqa: ANN001, ANN003
+        super().on_train_begin(args, state, control, **kwargs)
+        if state.is_world_process_zero:
+            begun = f", {state.global_step} of them are done" if state.global_step else ""
+            say(f"{self.label}  training {state.max_steps:,} steps{begun}")
 
     def on_log(self, args, state, control, logs=None, **kwargs) -> None:  # noqa: ANN001, ANN003
         if state.is_world_process_zero and logs and ("loss" in logs or "eval_loss" in logs):
@@ -161,12 +170,14 @@ def clock(seconds: float) -> str:
 REPLACED = (ProgressCallback, PrinterCallback, StreamBar, StreamLines)
 
 
-class TrackerPictures(TrainerCallback):
-    """Sends the score matrix and its curves, as pictures, to every tracker that takes images.
+class StreamTrackers(TrainerCallback):
+    """Makes one run of a whole stream in every tracker of `report_to`.
 
-    The files are those of the report: nothing is drawn again. A picture's step is the number of tasks seen, since the
-    global step begins anew with every task. trackio counts its own steps. It also ends its run with each call of
-    `train`, and the next one goes on with it only if it has a name: it gets the name of the run folder and the time.
+    - The global step begins anew with every task; a tracker gets the step of the stream, so that no line runs back.
+    - The score matrix and its curves go as pictures to the trackers that take images. The files are those of the
+      report: nothing is drawn again. A picture's step is the number of tasks seen; trackio counts its own steps.
+    - trackio ends its run with each call of `train`, and the next one goes on with it only if it has a name: it gets
+      the name of the run folder and the time.
 
     Args:
         trainer (`Trainer`): Its callbacks name the trackers; add this one after them.
@@ -175,12 +186,25 @@ class TrackerPictures(TrainerCallback):
     def __init__(self, trainer: Any) -> None:
         self.trainer = trainer
         now = time.strftime("%Y-%m-%d_%H-%M-%S")
+        trackers: Any = tuple(INTEGRATION_TO_CALLBACK.values())
         for callback in trainer.callback_handler.callbacks:
             # A stream logs the scores of the base before any training, and only a training would name the folder.
             if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
                 callback.logging_dir = os.path.join(trainer.args.output_dir, "runs", now)
             if _is_trackio(callback) and trainer.args.run_name is None:
                 trainer.args.run_name = f"{Path(trainer.args.output_dir).resolve().name}-{now}"
+            if isinstance(callback, trackers):
+                # Only the trackers see that state: the checkpoints and the other callbacks count a task's own steps.
+                callback.on_log = partial(self._log_at_stream_step, callback.on_log)
+
+    def _log_at_stream_step(
+        self, on_log: Callable[..., None], args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any
+    ) -> None:
+        state, scored = copy(state), "stream/average_accuracy" in (logs or ())
+        records = [] if self.trainer.run is None else self.trainer.run.results["per_task"]
+        finished = sum(record.get("train_steps", 0) for record in records)
+        state.global_step = finished + (0 if scored else state.global_step)  # a scored task is among the finished ones
+        on_log(args, state, control, logs=logs, **kwargs)
 
     def on_log(self, args, state, control, logs=None, **kwargs) -> None:  # noqa: ANN001, ANN003
         if not state.is_world_process_zero or "stream/average_accuracy" not in (logs or ()):

@@ -49,7 +49,7 @@ from .progress import (
     REPLACED,
     StreamBar,
     StreamLines,
-    TrackerPictures,
+    StreamTrackers,
     say,
     shows_bars,
     task_label,
@@ -178,8 +178,9 @@ class PMTrainerMixin(TaskTraining):
                 **kwargs,
             )
         self.add_callback(self.interruption)
+        self.run: RunFolder | None = None
         if stream is not None:
-            self.add_callback(TrackerPictures(self))
+            self.add_callback(StreamTrackers(self))
 
     # ---- The stream ---------------------------------------------------------------------------------------------
 
@@ -344,7 +345,11 @@ class PMTrainerMixin(TaskTraining):
         finally:
             self._checkpoint_dir = self._resumed = self._loss = None
             self.args.num_train_epochs = default_epochs
-        self._seconds = {"train_seconds": time.monotonic() - started, "curvature_seconds": 0.0}
+        self._costs = {
+            "train_seconds": time.monotonic() - started,
+            "train_steps": self.state.global_step,
+            "curvature_seconds": 0.0,
+        }
 
     def _resume_point(self, number: int) -> tuple[Path, float] | None:
         """The newest checkpoint of this task that is whole; what is not is taken away."""
@@ -361,9 +366,11 @@ class PMTrainerMixin(TaskTraining):
         wanted = self.parts.measures()
         if not wanted:
             return None
-        started = time.monotonic()
-        measured = measure(self, self._curvature_rows(), wanted, stage.name, self._task_seed(self.task_number))
-        self._seconds["curvature_seconds"] = time.monotonic() - started
+        started, rows = time.monotonic(), self._curvature_rows()
+        label = task_label(self.task_number, len(self.stages), stage.name)
+        self._say_what_runs(label, f"measuring {len(rows):,} rows")
+        measured = measure(self, rows, wanted, stage.name, self._task_seed(self.task_number))
+        self._costs["curvature_seconds"] = time.monotonic() - started
         return measured
 
     def _curvature_rows(self) -> Dataset:
@@ -402,7 +409,7 @@ class PMTrainerMixin(TaskTraining):
             merged = self.parts.solve(ended)
         else:
             merged = recovery.on_main(lambda: self.parts.solve(ended), Merged.shared)
-        record = self._seconds
+        record = self._costs
         if args.coefficient_search != "off" and number > 1:
             found = search(self, held_out_rows(self.rows, args, number))
             record["coefficient_search"] = found._asdict() | {"closed_form": merged.alpha}
@@ -543,6 +550,11 @@ class PMTrainerMixin(TaskTraining):
         """Whether this process draws progress bars."""
         return self.is_world_process_zero() and shows_bars(self.args.disable_tqdm)
 
+    def _say_what_runs(self, label: str, text: str) -> None:
+        """A line before what takes long, where no bar shows it."""
+        if self.is_world_process_zero() and not self._bars:
+            say(f"{label}  {text}")
+
     def _score_base(self) -> None:
         """The row before any task and the general ability of the base, once; tasks that were added come later."""
         known, count = len(self.run.results["base_row"]), len(self.stream)
@@ -550,6 +562,8 @@ class PMTrainerMixin(TaskTraining):
             return
         self.rebuild(0)
         adapters.reset(self.model, self.args.seed)
+        rows = sum(len(self.rows.test[t]) for t in range(known, count))
+        self._say_what_runs("base", f"scoring {rows:,} rows before the first task")
         cells = [None] * known + [self.scorer.score_task(t) for t in range(known, count)]
         self.run.record_base(cells, None if known else self._measure_general_ability(0))
         self.log(stream_logs(self.run.results, 0))

@@ -474,6 +474,10 @@ def test_report_and_compare_of_real_runs(recipe, tmp_path, capsys):
             line for line in lines if re.fullmatch(r"task 2/2 mood  step [246]/6  loss \S+  lr \S+  left \S+", line)
         ]
         assert len(steps) == 3
+        # What takes long is announced: the scores of the base, training, and the pass over rows if there is one.
+        assert re.fullmatch(r"base  scoring \d+ rows before the first task", lines[0])
+        assert "task 2/2 mood  training 6 steps" in lines
+        assert sum("  measuring " in line for line in lines) == (2 if method == "pm" else 0)
         matrix = json.loads((tmp_path / method / "results.json").read_text())["matrix"]
         (done,) = [line for line in lines if line.startswith("task 2/2 mood  done in ")]
         assert done.endswith(f"  colour {matrix[1][0]:.3f}  mood {matrix[1][1]:.3f}  mean {sum(matrix[1]) / 2:.3f}")

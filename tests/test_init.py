@@ -13,6 +13,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from hf_pm.cli import main
 from hf_pm.config import parse_recipe
 from hf_pm.loading import recipe_stream
+from hf_pm.newrecipe import _Model
 from hf_pm.tasks import proposals
 from hf_pm.tasks.leaks import normalize
 from hf_pm.tasks.proposals import divide, guess_columns, script_of
@@ -62,6 +63,16 @@ def tickets(path, count=40):
 
 def recipe_of(path="recipe.yaml"):
     return yaml.safe_load(open(path))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_size_of_the_model_is_that_of_its_weights(tied, tokenizer, tmp_path):
+    model = build("llama")
+    model.config.tie_word_embeddings = tied
+    model.tie_weights()
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    assert _Model(str(tmp_path), None).parameters == sum(parameter.numel() for parameter in model.parameters())
 
 
 def test_a_table_without_test_rows_becomes_a_recipe_that_plan_accepts(init, here, capsys):
@@ -313,6 +324,7 @@ MISTAKES = [
     (("tickets.csv", "--method", "pmm"), "Unknown `method` 'pmm'"),
     (("tickets.csv", "--max_length", "4"), "`max_length` is 4"),
     (("tickets.csv", "--model_name_or_path", "nowhere"), "The model 'nowhere' cannot be read"),
+    (("tickets.csv", "--model_name_or_path", "."), "The folder '.' has no config.json, so it holds no model."),
 ]  # fmt: skip
 
 

@@ -12,7 +12,7 @@ import torch
 import yaml
 from accelerate import init_empty_weights
 from conftest import COLOUR, MOOD, build, rows
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, LlamaConfig
@@ -23,7 +23,7 @@ from hf_pm.config import Recipe
 from hf_pm.errors import UserError
 from hf_pm.loading import build_trainer
 from hf_pm.plan import format_plan, plan_recipe
-from hf_pm.probe import line_through, padded, unknown_because
+from hf_pm.probe import Seconds, line_through, padded, unknown_because
 from hf_pm.store.ledger import write_json
 from hf_pm.weights import adapters
 from hf_pm.weights.bases import BaseCheckpoint
@@ -105,6 +105,22 @@ def test_the_default_keeps_a_number_a_weight_while_that_is_little(recipe, monkey
     assert [path.read_bytes() for path in files[0]] == [path.read_bytes() for path in files[1]]
 
 
+def test_tied_weights_count_once(recipe, tmp_path):
+    untied = plan_recipe(recipe())
+    model = build("llama")
+    model.config.tie_word_embeddings = True
+    model.tie_weights()
+    model.save_pretrained(tmp_path / "model")
+    tied = plan_recipe(recipe())
+    assert untied.sizes.plain - tied.sizes.plain == 64 * 16
+
+
+def test_memory_is_that_of_the_device_that_the_recipe_names(recipe):
+    for plan in (plan_recipe(recipe()), plan_recipe(recipe())._replace(use_cpu=False)):
+        assert ("GPU" in format_plan(plan)) is not plan.use_cpu
+    assert "It fits a GPU" in format_plan(plan_recipe(recipe()), 10**10)  # whoever asks about a GPU plans for one
+
+
 def test_a_full_disk_is_announced(recipe):
     text = format_plan(plan_recipe(recipe())._replace(free=10))
     assert "The disk is too small" in text and "curvature_history: last" in text
@@ -117,6 +133,10 @@ def test_command_line(recipe, tmp_path, capsys, monkeypatch):
     assert main(["plan", str(tmp_path / "recipe.yaml"), "--lora_r", "2"]) == 0
     assert "2 training runs" in capsys.readouterr().out
     assert not (tmp_path / "other").exists()
+    monkeypatch.setattr("hf_pm.plan.probe_recipe", lambda recipe: Seconds(60.0, 5.0, 5.0))
+    assert main(["plan", str(tmp_path / "recipe.yaml"), "--probe"]) == 0
+    said = capsys.readouterr()
+    assert "about 1m10s" in said.out and "timing" in said.err  # whoever waits is told for what
     disk = shutil.disk_usage(tmp_path)
     monkeypatch.setattr("shutil.disk_usage", lambda path: disk._replace(free=1000))
     assert main(["plan", str(tmp_path / "recipe.yaml")]) == 2
@@ -128,6 +148,7 @@ def test_command_line(recipe, tmp_path, capsys, monkeypatch):
 # ---- Time -----------------------------------------------------------------------------------------------------------
 
 
+@settings(deadline=None)  # with one, the first draw, which reads every module for its constants, may take a second
 @given(
     fixed=st.floats(0, 10), each=st.floats(0, 1), few=st.integers(1, 1000), more=st.integers(1, 1000),
     steps=st.integers(0, 100), tokens=st.integers(0, 10**6),

@@ -11,11 +11,17 @@ from types import ModuleType
 import numpy as np
 import pytest
 from PIL import Image
-from test_trainer import trained
+from test_trainer import again, trained
 from transformers import TrainerCallback
+
+from hf_pm import PMTrainer
 
 
 SETTINGS = {"method": "sequential", "release": "none", "num_train_epochs": 1, "logging_steps": 2}
+
+
+def stop(*_):
+    raise KeyboardInterrupt
 
 
 def test_tensorboard_shows_the_matrix_after_every_task(
@@ -41,7 +47,32 @@ def test_tensorboard_shows_the_matrix_after_every_task(
         assert first.shape != last.shape or (first != last).any()
     scores = [event.value for event in events.Scalars("train/stream/average_accuracy")]
     assert scores[-1] == pytest.approx(results["metrics"]["average_accuracy"])
-    assert len(events.Scalars("train/task/colour/score")) == 3  # of the base and after each task
+    # One line a number over the whole stream: no task begins at step 0 again.
+    steps = [record["train_steps"] for record in results["per_task"]]
+    assert [event.step for event in events.Scalars("train/task/colour/score")] == [0, steps[0], sum(steps)]
+    assert [event.step for event in events.Scalars("train/stream/average_accuracy")] == [steps[0], sum(steps)]
+    logged = [event.step for event in events.Scalars("train/loss")]
+    assert logged == sorted(set(logged)) and logged[-1] > steps[0] > 0
+    assert trainer.state.log_history[0]["step"] <= 2  # the task's own steps are where they were
+
+
+def test_steps_go_on_where_a_stopped_stream_goes_on(
+    model, stream, tokenizer, lora, config, tmp_path, monkeypatch, pictures
+):
+    """A task that was committed but not scored is scored at its last step, and the next one begins there."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    args = config(report_to=["tensorboard"], **SETTINGS)
+    with monkeypatch.context() as patch:
+        patch.setattr(PMTrainer, "_evaluate_stage", stop)
+        with pytest.raises(KeyboardInterrupt):
+            trained(model, stream, tokenizer, lora, args)
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "later"))
+    _, results = trained(again(model), stream, tokenizer, lora, args)
+    events = EventAccumulator(str(tmp_path / "later"), size_guidance={"scalars": 0}).Reload()
+    steps = [record["train_steps"] for record in results["per_task"]]
+    assert [event.step for event in events.Scalars("train/stream/average_accuracy")] == [steps[0], sum(steps)]
+    assert events.Scalars("train/loss")[0].step > steps[0]
 
 
 @pytest.mark.parametrize("name, module", [("TrackioCallback", "trackio"), ("WandbCallback", "wandb")])

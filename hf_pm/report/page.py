@@ -61,7 +61,7 @@ PARITY = ("relative_difference", "max_difference", "mean_difference", "kl", "arg
 TERMS = ("q", "p", "l", "curvature_trace", "uniform")  # those that the table of coefficients has columns for
 INTERVALS = {True: "recorded with the score", False: "Wilson's, from the number of rows"}
 # What `per_task` holds and a section of the page shows; anything else is listed as it is.
-SHOWN = {"name", "parity", "released", "coefficient_search", *TIMES, *MEMORIES}
+SHOWN = {"name", "train_steps", "parity", "released", "coefficient_search", *TIMES, *MEMORIES}
 
 
 def _clip(value: float) -> float:
