@@ -282,6 +282,21 @@ def test_results_report_and_releases(model, stream, tokenizer, lora, config):
     assert run_file["base"]["sha256"].keys() == {"model.safetensors"}
 
 
+def test_a_wider_live_model_has_the_weights_of_its_release(stream, tokenizer, lora, config, tmp_path):
+    """Computing in float32 on a checkpoint in bfloat16: what is scored is what is released, not its unrounded twin."""
+    build("llama").to(torch.bfloat16).save_pretrained(tmp_path / "narrow")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "narrow", dtype=torch.float32)
+    trainer, results = trained(model, stream, tokenizer, lora, config(num_train_epochs=2))
+    for task in results["per_task"]:
+        assert task["parity"]["policy"] == "float32 sum, rounded once to bfloat16"
+        assert task["parity"]["reloaded"]["max_difference"] < 1e-6 < task["parity"]["folded"]["max_difference"]
+    release = load_file(Path(trainer.args.output_dir) / "releases" / "task-02-mood" / "model.safetensors")
+    for name, layer in lora_layers(trainer.model).items():
+        weight = layer.get_base_layer().weight
+        assert weight.dtype == torch.float32 and release[f"{name}.weight"].dtype == torch.bfloat16
+        assert torch.equal(weight, release[f"{name}.weight"].float()), name
+
+
 def test_a_wrong_fold_is_reported(model, stream, tokenizer, lora, config, caplog):
     class Wrong(PMTrainer):
         def rebuild(self, number, trained=False):

@@ -235,8 +235,8 @@ class Parity:
             expected,
             self._folded,
             dtype=trainer.model.get_base_model().dtype,
-            policy=trainer.run.folder.policy(trainer.model),
-            exact=trainer.exact,
+            policy=(policy := trainer.run.folder.policy(trainer.model)),
+            exact=trainer.exact and "rounded" not in policy,
             task_name=trainer.stages[number - 1].name,
         )
 

@@ -279,7 +279,8 @@ class Folder:
     ) -> None:
         """Write the merged weights into the live model and silence its adapter.
 
-        Only the adapted matrices are read from the base, and of sharded ones the rows that are here. A 4-bit or 8-bit
+        They are those of the release: where the live model is wider than the base's files, the sum is rounded to the
+        dtype of the files, and computed with in the wider one. Only the adapted matrices are read from the base, and of sharded ones the rows that are here. A 4-bit or 8-bit
         layer is quantized afresh from the values of the release, never from quantized weights: loading the release in
         quantized form gives the same bits.
 
@@ -315,6 +316,9 @@ class Folder:
             else:
                 buffer = _staging(self._shape(name), weight.dtype, weight.device)
                 weight.copy_(self._fill(buffer, name, adapters), non_blocking=True)
+            if quantized_to(layer) is None and self._is_wider(name, weight.dtype):
+                own = weight.to_local() if isinstance(weight, DTensor) else weight
+                own.copy_(own.to(self._dtype(name)))
 
         with single_threaded_workers(workers) as pool:
             for job in [pool.submit(fold, name, layer) for name, layer in lora_layers(model).items()]:
@@ -326,13 +330,17 @@ class Folder:
         piece = self._pieces[name][0]
         return self.base.where(piece.stored)[1].dtype
 
+    def _is_wider(self, name: str, live: torch.dtype) -> bool:
+        return live.itemsize > self._dtype(name).itemsize
+
     def policy(self, model: PeftModel) -> str:
         """How the live weights come from the sum, for the record."""
         said = set()
         for name, layer in lora_layers(model).items():
             weight, kind = base_weight(layer), quantized_to(layer)
             if kind is None:
-                rounded = "" if weight.dtype == torch.float32 else f", rounded once to {_short(weight.dtype)}"
+                dtype = self._dtype(name) if self._is_wider(name, weight.dtype) else weight.dtype
+                rounded = "" if dtype == torch.float32 else f", rounded once to {_short(dtype)}"
                 said.add(f"float32 sum{rounded}")
             else:
                 dtype = self._dtype(name)
