@@ -280,9 +280,9 @@ class Folder:
         """Write the merged weights into the live model and silence its adapter.
 
         They are those of the release: where the live model is wider than the base's files, the sum is rounded to the
-        dtype of the files, and computed with in the wider one. Only the adapted matrices are read from the base, and of sharded ones the rows that are here. A 4-bit or 8-bit
-        layer is quantized afresh from the values of the release, never from quantized weights: loading the release in
-        quantized form gives the same bits.
+        dtype of the files, and computed with in the wider one. Only the adapted matrices are read from the base, and
+        of sharded ones the rows that are here. A 4-bit or 8-bit layer is quantized afresh from the values of the
+        release, never from quantized weights: loading the release in quantized form gives the same bits.
 
         Args:
             model (`PeftModel`): With the adapter that `names` was made for.
