@@ -193,7 +193,7 @@ def _settings(base: _Model, proposals: list[Proposal], path: Path) -> dict[str, 
         "method": METHOD,
         "learning_rate": next(rate for most, rate in LEARNING_RATES if base.parameters <= most),
         "lr_scheduler_type": "linear",
-        "warmup_steps": 10,
+        "warmup_steps": 0.05,  # a share of the steps, so that a short try warms up too
         "num_train_epochs": 1 if rows >= MANY_ROWS else 3,
         "per_device_train_batch_size": 8,
         "per_device_eval_batch_size": 16,
