@@ -244,7 +244,8 @@ def by_singular_values(X, M, threshold):
     left = X - X @ M @ M.T
     _, singular, V = torch.linalg.svd(left, full_matrices=False)
     total, count = float((X**2).sum()), 0
-    while float(((X @ M) ** 2).sum() + (singular[:count] ** 2).sum()) < threshold * total:
+    there = int((singular > 1e-9 * total**0.5).sum())  # rounding may leave the sum below the whole
+    while count < there and float(((X @ M) ** 2).sum() + (singular[:count] ** 2).sum()) < threshold * total:
         count += 1
     return torch.cat([M, V[:count].T], dim=1), V
 
