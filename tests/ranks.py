@@ -106,7 +106,7 @@ def run(words: list[str], rank: int, fails: str | None = None, untrained: bool =
             if ".lora_B." in name:
                 parameter.data = torch.randn(parameter.shape, generator=generator) / 8
         trainer.live = None
-        trainer._seconds = {"train_seconds": 0.0, "curvature_seconds": 0.0}
+        trainer._costs = {"train_steps": 0, "train_seconds": 0.0, "curvature_seconds": 0.0}
 
     PMTrainerMixin.train_stream, Parts.solve, Parity.expect = stream, solve, expect
     if untrained:
