@@ -329,7 +329,7 @@ def _demo_model(name: str) -> tuple[str, str]:
     """Folder or Hub id of the demo's model, and what to say before it starts."""
     if name != "smollm2":
         return name, f"Three tasks on {name}, learned with two methods."
-    note = "SmolLM2-135M-Instruct learns three tasks with two methods: some minutes on one core."
+    note = "SmolLM2-135M-Instruct learns three tasks with two methods: about eight minutes on one core."
     for folder in (os.environ.get("HF_PM_SMOLLM2_DIR"), "models/smollm2-135m-instruct"):
         if folder and Path(folder, "config.json").is_file():
             return folder, note
