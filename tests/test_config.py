@@ -9,6 +9,9 @@ from transformers import TrainingArguments
 from hf_pm import PMConfig, UserError
 from hf_pm.config import Recipe, parse_recipe, settings
 from hf_pm.methods.table import METHODS
+from hf_pm.recipefiles import HEADS
+from hf_pm.store.environment import cpu_has_bf16
+from hf_pm.weights import adapters
 
 
 BASE = ["--model_name_or_path", "x", "--tasks", "[{name: a}]", "--use_cpu", "true"]
@@ -42,6 +45,10 @@ def test_few_knobs():
         item.name for item in dataclasses.fields(TrainingArguments)
     }
     assert len(new) <= 40  # the knobs of single parts are in `method_kwargs`, whatever their number
+
+
+def test_the_heads_that_are_not_quantized_are_those_that_are_trained():
+    assert HEADS == adapters.HEADS
 
 
 def test_numbers_in_a_mapping_are_numbers_however_yaml_reads_them():
@@ -93,9 +100,16 @@ def test_a_launcher_with_its_own_precision_keeps_it(monkeypatch):
 
 @pytest.mark.parametrize("there", [True, False])
 def test_bf16_on_a_cpu_without_instructions_for_it_is_told(monkeypatch, caplog, there):
-    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {"avx512_bf16": there, "avx2": True})
+    known = {"architecture": "x86_64", "avx512_bf16": there, "avx2": True}
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: known, raising=False)
     parse_recipe(None, [*BASE, "--bf16", "true"])
     assert ("This CPU has no instructions for bfloat16" in caplog.text) is not there
+
+
+def test_a_cpu_that_torch_knows_nothing_of_is_not_said_to_lack_bf16(monkeypatch):
+    for known in ({}, {"architecture": "aarch64"}):
+        monkeypatch.setattr("torch.cpu.get_capabilities", lambda known=known: known, raising=False)
+        assert cpu_has_bf16()
 
 
 def test_paths_are_looked_up_beside_the_recipe(tmp_path, monkeypatch):

@@ -231,12 +231,13 @@ class Parity:
             expected = self._spared(number, lambda: self._logits_at(number, *alphas))
         trainer.rebuild(number)
         self._folded = self._spared(number, lambda: self._logits(number))
+        folder = trainer.run.folder
         return certificate(
             expected,
             self._folded,
             dtype=trainer.model.get_base_model().dtype,
-            policy=(policy := trainer.run.folder.policy(trainer.model)),
-            exact=trainer.exact and "rounded" not in policy,
+            policy=folder.policy(trainer.model),
+            exact=trainer.exact and not folder.narrows(trainer.model),
             task_name=trainer.stages[number - 1].name,
         )
 

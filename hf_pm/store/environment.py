@@ -33,9 +33,12 @@ def memory_is_used_up(error: BaseException) -> bool:
 
 
 def cpu_has_bf16() -> bool:
-    """Whether this CPU has instructions for products of bfloat16 numbers; torch emulates them where it has none."""
-    known = getattr(torch.cpu, "get_capabilities", dict)()  # of newer versions of torch
-    return any(there for name, there in known.items() if "bf16" in name)
+    """Whether this CPU has instructions for products of bfloat16 numbers; torch emulates them where it has none.
+
+    Only an x86 CPU that a newer torch knows is said to have none.
+    """
+    known = getattr(torch.cpu, "get_capabilities", dict)()
+    return known.get("architecture") != "x86_64" or any(there for name, there in known.items() if "bf16" in name)
 
 
 def gpu_has_bf16() -> bool:

@@ -333,6 +333,10 @@ class Folder:
     def _is_wider(self, name: str, live: torch.dtype) -> bool:
         return live.itemsize > self._dtype(name).itemsize
 
+    def narrows(self, model: PeftModel) -> bool:
+        """Whether a live weight is wider than the base's files, to whose dtype the merged weights are rounded."""
+        return any(self._is_wider(name, base_weight(layer).dtype) for name, layer in lora_layers(model).items())
+
     def policy(self, model: PeftModel) -> str:
         """How the live weights come from the sum, for the record."""
         said = set()
