@@ -6,22 +6,32 @@
 `--methods all` takes every row of the table of methods, `--streams local/order1 local/order2` each order in a folder
 of its own. Each run is a process of its own with one torch thread. Runs that are complete are not repeated, and
 interrupted ones go on. What follows `--` is passed to every run.
+
+`--record FILE.jsonl` keeps what a comparison reads of each finished run, a line each, without weights and without
+paths of this machine. Runs that it holds are not repeated, so that a long comparison can go on elsewhere.
 """
 
 import argparse
+import json
 import os
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
+from typing import Any
 
 from hf_pm.methods.table import METHODS
 from hf_pm.report.comparison import compare, write_comparison
+from hf_pm.store.results import read_run
 
 
-def run(recipe: str, method: str, seed: int, output_dir: Path, extra: list[str]) -> Path:
+# What no comparison reads, or what can be computed from the rest.
+LEFT_OUT = {"results.json": {"cells", "formulas", "coefficient_terms", "overlap", "base_model"}, "run.json": {"tasks"}}
+PATHS = ("output_dir", "model_name_or_path", "data_dir")
+
+
+def run(recipe: str, method: str, seed: int, folder: Path, extra: list[str]) -> Path:
     """One run; its output goes to `<folder>.log`."""
-    folder = output_dir / f"{method}-seed{seed}"
     folder.parent.mkdir(parents=True, exist_ok=True)
     words = ["--method", method, "--seed", str(seed), "--output_dir", str(folder), "--disable_tqdm", "true", *extra]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "1")}
@@ -32,6 +42,49 @@ def run(recipe: str, method: str, seed: int, output_dir: Path, extra: list[str])
     return folder
 
 
+def is_finished(folder: Path) -> bool:
+    """Whether the run of a folder has a score for every task."""
+    if not (folder / "results.json").is_file():
+        return False
+    results, _ = read_run(folder)
+    return len(results["matrix"]) == len(results["tasks"])
+
+
+def line_of(folder: Path, name: str) -> dict[str, Any]:
+    """What a comparison reads of a finished run, under `name`."""
+    results, settings = read_run(folder)
+    line: dict[str, Any] = {"run": name}
+    for file, held in (("results.json", results), ("run.json", settings or {})):
+        line[file] = {key: value for key, value in held.items() if key not in LEFT_OUT[file]}
+    kept = ("name", "train_seconds", "curvature_seconds", "merge_seconds", "evaluate_seconds", "state_bytes")
+    kept = (*kept, "peak_memory_bytes", "train_steps")
+    line["results.json"]["per_task"] = [
+        {key: task[key] for key in kept if key in task} for task in results.get("per_task", [])
+    ]
+    settings = line["run.json"]
+    if "recipe" in settings:
+        settings["recipe"] = {key: value for key, value in settings["recipe"].items() if key not in PATHS}
+    if "base" in settings:
+        settings["base"] = {"sha256": settings["base"].get("sha256")}
+    if "adapter" in settings:
+        settings["adapter"] = {key: value for key, value in settings["adapter"].items() if key != "targets"}
+    return line
+
+
+def restore(record: Path, output_dir: Path) -> set[Path]:
+    """The folders of the recorded runs below `output_dir`, made where they are missing."""
+    folders = set()
+    for text in record.read_text(encoding="utf-8").splitlines() if record.exists() else []:
+        line = json.loads(text)
+        folder = output_dir / line["run"]
+        folders.add(folder)
+        if not is_finished(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            for file in LEFT_OUT:
+                (folder / file).write_text(json.dumps(line[file]), encoding="utf-8")
+    return folders
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe")
@@ -39,6 +92,7 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--streams", nargs="+", default=[], help="in the place of the recipe's own")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/bench"))
+    parser.add_argument("--record", type=Path, help="a .jsonl file that keeps the scores of finished runs")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     words = sys.argv[1:]
     end = words.index("--") if "--" in words else len(words)
@@ -47,19 +101,27 @@ def main() -> None:
     # Each order with its folder and its words.
     orders = [(options.output_dir / name.replace("/", "-"), ["--stream", name]) for name in options.streams]
     orders = orders or [(options.output_dir, [])]
+    recorded = restore(options.record, options.output_dir) if options.record else set()
+    # Seed by seed: what is there when time is up is a whole table.
+    runs = {
+        folder / f"{method}-seed{seed}": (method, seed, words)
+        for seed in options.seeds
+        for folder, words in orders
+        for method in methods
+    }
     with ThreadPoolExecutor(options.jobs) as pool:
-        # Seed by seed: what is there when time is up is a whole table.
-        jobs = {
-            (folder, seed, method): pool.submit(run, options.recipe, method, seed, folder, [*extra, *words])
-            for seed in options.seeds
-            for folder, words in orders
-            for method in methods
-        }
-        for job in jobs.values():
-            job.result()
+        jobs = [
+            pool.submit(run, options.recipe, method, seed, folder, [*extra, *words])
+            for folder, (method, seed, words) in runs.items()
+            if folder not in recorded
+        ]
+        for job in as_completed(jobs):
+            folder = job.result()
+            if options.record and is_finished(folder):
+                with open(options.record, "a", encoding="utf-8") as file:
+                    file.write(json.dumps(line_of(folder, folder.relative_to(options.output_dir).as_posix())) + "\n")
     for folder, _ in orders:
-        runs = [job.result() for (place, _, _), job in jobs.items() if place == folder]
-        finished = [run for run in runs if (run / "results.json").is_file()]
+        finished = [run for run in runs if run.parent == folder and (run / "results.json").is_file()]
         if finished:
             print(compare(finished).markdown)
             print(write_comparison(finished, folder / "compare.html"))

@@ -2,6 +2,7 @@
 
 import base64
 import gc
+import importlib.util
 import os
 
 
@@ -10,6 +11,7 @@ os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -45,6 +47,15 @@ WORDS = (
     "What is the colour mood of this thing ? Choose one from the option . Option : red blue green happy sad calm , "
     "Answer apple sky grass fire sea leaf party funeral lake wedding storm nap a b c d e f"
 ).split()
+
+
+def load_script(name: str) -> ModuleType:
+    """A file of scripts/ as a module."""
+    path = Path(__file__).parent.parent / "scripts" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def pytest_collection_finish(session):

@@ -2,10 +2,12 @@ import copy
 import csv
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import load_script
 from pages import (
     HOSTILE,
     Page,
@@ -541,3 +543,83 @@ def test_write_comparison(runs, tmp_path):
     assert contents == {".html": made.html, ".md": made.markdown, ".tex": made.latex, ".csv": made.csv}
     with pytest.raises(ValueError, match=r"`output` is 'table.md', but the page must end in .html"):
         write_comparison(runs, "table.md")
+
+
+# A record of runs
+
+
+@pytest.fixture
+def benchmark(monkeypatch):
+    """scripts/benchmark_methods.py, called as from a shell; its runs are processes of `command` in the place of one
+    that trains."""
+    module = load_script("benchmark_methods")
+
+    def call(*words: Any, command: str = "raise SystemExit('no run was to be started')") -> None:
+        start = module.subprocess.run
+        monkeypatch.setattr(
+            module.subprocess, "run", lambda words, **given: start([sys.executable, "-c", command, *words], **given)
+        )
+        monkeypatch.setattr(sys, "argv", ["benchmark_methods.py", *map(str, words)])
+        module.main()
+        monkeypatch.setattr(module.subprocess, "run", start)
+
+    call.module = module
+    return call
+
+
+TRAINED = """
+import json, sys
+from pathlib import Path
+words = dict(zip(sys.argv, sys.argv[1:]))
+folder = Path(words["--output_dir"])
+folder.mkdir(exist_ok=True)
+score = {"pm": 0.8, "sequential": 0.4}[words["--method"]] + int(words["--seed"]) / 100
+results = json.loads(Path(words["TEMPLATE"]).read_text())
+results |= {"method": words["--method"], "seed": int(words["--seed"])}
+results["matrix"][-1][0] = score
+results["metrics"]["average_accuracy"] = score
+if words["--seed"] == "2":
+    results["matrix"].pop()
+(folder / "results.json").write_text(json.dumps(results))
+recipe = {"output_dir": str(folder), "data_dir": "/private/data", "model_name_or_path": "/private/model", "lora_r": 4}
+base = {"model": "/private/model", "sha256": {"model.safetensors": "0" * 64}}
+run = {"schema": 1, "seed": results["seed"], "recipe": recipe, "base": base, "global_batch_size": 8}
+(folder / "run.json").write_text(json.dumps(run))
+"""
+
+
+def test_a_record_replaces_the_runs_in_a_comparison(benchmark, tmp_path, capsys):
+    template, record = tmp_path / "template.json", tmp_path / "record.jsonl"
+    template.write_text(json.dumps(full_results() | {"base_model": "/private/model"}))
+    words = ["recipe.yaml", "--methods", "pm", "sequential", "--seeds", 0, 1, 2, "--record", record, "--jobs", 2]
+    extra = ["--", "TEMPLATE", template]
+    benchmark(*words, "--output_dir", tmp_path / "here", *extra, command=TRAINED)
+    kept = [json.loads(line) for line in record.read_text().splitlines()]
+    # The runs with seed 2 have not seen their last task.
+    assert sorted(line["run"] for line in kept) == ["pm-seed0", "pm-seed1", "sequential-seed0", "sequential-seed1"]
+    assert "private" not in record.read_text() and str(tmp_path) not in record.read_text()
+    folders = [tmp_path / "here" / f"{method}-seed{seed}" for method in ("pm", "sequential") for seed in (0, 1)]
+    first = compare(folders)
+    assert values(first, "pm")["average_accuracy"]["mean"] == pytest.approx(0.805)
+
+    # Elsewhere no run is started, and the tables are the same.
+    capsys.readouterr()
+    words[words.index(2)] = 1  # seeds 0 and 1
+    benchmark(*words, "--output_dir", tmp_path / "there", *extra)
+    assert "failed" not in capsys.readouterr().out
+    again = compare([tmp_path / "there" / folder.name for folder in folders])
+    assert again.rows == first.rows and again.markdown == first.markdown
+    assert len(record.read_text().splitlines()) == 4
+    # A run that the record does not hold is started.
+    benchmark(*words, "--seeds", 3, "--output_dir", tmp_path / "there", *extra)
+    assert "pm-seed3: failed with 1" in capsys.readouterr().out
+
+
+def test_a_record_does_not_write_over_a_finished_run(benchmark, tmp_path):
+    folder = write_run(tmp_path / "runs" / "pm-seed0", aa(0.75, seed=0))
+    record = tmp_path / "record.jsonl"
+    line = benchmark.module.line_of(folder, "pm-seed0")
+    line["results.json"]["matrix"][-1][0] = 0.1
+    record.write_text(json.dumps(line) + "\n")
+    assert benchmark.module.restore(record, tmp_path / "runs") == {folder}
+    assert json.loads((folder / "results.json").read_text())["matrix"][-1][0] == 0.75

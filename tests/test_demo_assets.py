@@ -2,29 +2,23 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import yaml
+from conftest import load_script
 
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO = ROOT / "hf_pm" / "demo"
-SCRIPT = ROOT / "scripts" / "make_demo.py"
 
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
     """The generator script as a module."""
-    if not SCRIPT.exists():
-        pytest.skip("scripts/make_demo.py is not part of this installation")
-    spec = importlib.util.spec_from_file_location("make_demo", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("make_demo")
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 they quote from the code is there."""
 
 import ast
-import importlib.util
 import os
 import re
 import shlex
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from conftest import load_script
 
 from hf_pm import _HOMES
 from hf_pm.cli import main
@@ -25,13 +25,6 @@ GUIDES = [DOCS / "quickstart.md", *sorted((DOCS / "guides").glob("*.md"))]
 SLOW = {"quickstart", "answers", "choose-a-method", "protect", "resume", "four-bit", "add-a-method"}
 BLOCK = re.compile(r'(?:<!-- (.*?) -->\n)?^```(\w+)(?: title="(.+?)")?\n(.*?)^```$', re.DOTALL | re.MULTILINE)
 CODE = {"python", "bash", "yaml", "csv", "jsonl"}
-
-
-def load_script(name):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture

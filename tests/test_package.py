@@ -1,6 +1,5 @@
 """What a release is made of: one version, requirements with two ends, a wheel that brings its data."""
 
-import importlib.util
 import re
 import subprocess
 import sys
@@ -9,19 +8,13 @@ from pathlib import Path
 
 import pytest
 import yaml
+from conftest import load_script
 
 import hf_pm
 
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-
-
-def script(name):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_the_version_is_the_same_everywhere():
@@ -36,7 +29,7 @@ def test_classifiers_name_the_versions_of_python_that_are_promised():
 
 
 def test_every_requirement_has_two_ends_and_its_pin_lies_between():
-    lower_pins = script("lower_pins").lower_pins
+    lower_pins = load_script("lower_pins").lower_pins
     extras = tuple(PROJECT["optional-dependencies"])
     lowest = dict(pin.split("==") for pin in lower_pins(PROJECT, extras))
     assert len(lowest) > 20 and lowest["torch"] == "2.10"

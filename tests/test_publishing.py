@@ -1,6 +1,5 @@
 """Model cards, and pushes with the real Hub client against the stand-in of `hub_server.py`."""
 
-import importlib.util
 import json
 import re
 import subprocess
@@ -11,6 +10,7 @@ from pathlib import Path
 import httpx2
 import pytest
 import yaml
+from conftest import load_script
 from hub_server import Blob, HubServer, Repo, connect
 from huggingface_hub import HfApi, ModelCard, hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
@@ -763,10 +763,7 @@ def test_a_license_that_cannot_be_had_is_one_line_in_the_log(server, caplog):
 
 
 def test_the_cards_of_the_models_of_this_project_are_up_to_date():
-    script = Path(__file__).parents[1] / "scripts" / "write_model_cards.py"
-    spec = importlib.util.spec_from_file_location("write_model_cards", script)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_script("write_model_cards")
     written = module.cards()
     assert {path.name for path in written} == {path.name for path in module.CARDS.glob("*.md")} >= {"demo-lm.md"}
     for path, text in written.items():

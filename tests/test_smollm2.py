@@ -1,6 +1,5 @@
 """SmolLM2-135M-Instruct: its fetching without a network, and a stream on it where `HF_PM_SMOLLM2_DIR` names it."""
 
-import importlib.util
 import json
 import os
 import sys
@@ -8,6 +7,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from conftest import load_script
 
 from hf_pm.cli import main
 
@@ -18,9 +18,7 @@ RECIPE = ROOT / "recipes" / "smollm2-135m-instruct" / "formats" / "kronecker.yam
 
 @pytest.fixture
 def fetch(monkeypatch):
-    spec = importlib.util.spec_from_file_location("fetch_smollm2", ROOT / "scripts" / "fetch_smollm2.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_script("fetch_smollm2")
 
     def run(*words):
         monkeypatch.setattr(sys, "argv", ["fetch_smollm2.py", *map(str, words)])
