@@ -194,6 +194,10 @@ class PMConfig(TrainingArguments):
             Rows of one optimizer step, whatever the number of processes: `gradient_accumulation_steps` follows from it
             and `per_device_train_batch_size`. By default a step takes that many rows of each process, and more
             processes mean larger steps.
+        padding_free (`bool`, *optional*, defaults to `False`):
+            Train on batches without padding: the examples of a batch follow one another as one row, kept apart by
+            their positions. Saves the time and memory of the padding where attention works on each example alone
+            (flash attention). Curvature and scores keep a row an example. Causal language models in a stream.
         max_length (`int`, *optional*, defaults to `512`):
             Tokens per row, prompt and answer together; a longer text is cut, never the instruction, the options or
             the answer.
@@ -268,6 +272,7 @@ class PMConfig(TrainingArguments):
     lm_eval_tasks: list[str] | None = _knob(None, "Tasks of the `lm-eval` harness.")
     lm_eval_limit: int | None = _knob(None, "Rows of each of them.")
     global_batch_size: int | None = _knob(None, "Rows of one optimizer step of all processes.")
+    padding_free: bool = _knob(False, "Training batches without padding, as one row.")
     max_length: int = _knob(512, "Tokens per row.")
     max_train_samples: int | None = _knob(None, "Training rows per task.")
     max_eval_samples: int | None = _knob(None, "Evaluation rows per task.")
@@ -595,7 +600,7 @@ RUN_INVARIANT_FIELDS = frozenset(
 # What may change for the tasks to come, and is then noted in run.json; `num_train_epochs` of single tasks likewise.
 LATER_TASKS_FIELDS = frozenset(
     "num_train_epochs max_steps learning_rate lr_scheduler_type warmup_steps weight_decay max_grad_norm "
-    "global_batch_size activation_checkpointing gradient_checkpointing".split()
+    "global_batch_size activation_checkpointing gradient_checkpointing padding_free".split()
 )
 # What may change while no task is committed: nothing on the disk depends on it yet.
 BEFORE_COMMIT_FIELDS = frozenset({"curvature_estimator", "curvature_dtype", "curvature_num_samples"})

@@ -34,7 +34,7 @@ from transformers.trainer_utils import IntervalStrategy
 from .config import PMConfig
 from .errors import UserError
 from .evaluation import panel
-from .evaluation.answers import Filler
+from .evaluation.answers import Filler, aligned, evaluating
 from .evaluation.changes import Changes
 from .evaluation.scoring import Cell, Scorer, metric_of
 from .hub.outbox import Outbox
@@ -60,7 +60,7 @@ from .runs import recovery
 from .runs.folder import RunFolder
 from .store.lock import only_process
 from .store.results import TIMES, stream_logs
-from .tasks.encoding import AnswerCollator, Encoder, by_length
+from .tasks.encoding import IGNORE_INDEX, AnswerCollator, Encoder, FlatCollator, by_length
 from .tasks.rows import Stage, StreamRows
 from .tasks.stream import TaskStream, subset
 from .training import TaskTraining
@@ -140,6 +140,8 @@ class PMTrainerMixin(TaskTraining):
                 raise UserError("`stream` needs `processing_class`, the model's tokenizer.")
             self.encoder = Encoder(processing_class, self.task_type, args.max_length, args.prompt)
             self.stream_collator = self._collator(model, args, kwargs)
+            if args.padding_free:
+                self.train_collator = self._flat_collator(model, args, data_collator)
             data_collator = data_collator or self.stream_collator
             self.rows = StreamRows(stream, self.encoder, self.parts.method.stream, args)
             self.stages = self.rows.stages
@@ -164,6 +166,8 @@ class PMTrainerMixin(TaskTraining):
             self._selects = args.eval_strategy != IntervalStrategy.NO and kwargs.get("eval_dataset") is None
             if self._selects:
                 kwargs["eval_dataset"] = self.rows.selection(self.stages[0])
+        elif args.padding_free and not hasattr(args, "packing"):
+            raise UserError("`padding_free: true` is for the rows of a stream. Pass `stream`, or switch it off.")
         args.settle_estimator(sum(math.prod(update.shape()) for update in adapters.updates(model).values()))
         self.parts.attach(model)
         self._forget_steps()
@@ -226,6 +230,8 @@ class PMTrainerMixin(TaskTraining):
             self._checkpoint_activations()
             inputs = not self.parts.measures().isdisjoint({"kronecker", "inputs"})
             check_layers(self.model, self._first_rows(self.rows.test[0], 2), inputs)
+        if self.train_collator is not None and len(self.run.ledger) < len(self.stages):
+            self._check_apart()
         base, names = self.run.resolve_base(self.model, self.task_type)
         folder = Folder(base, self.run.ledger, names)
         adapter = self.model.peft_config[adapters.ADAPTER]
@@ -521,6 +527,51 @@ class PMTrainerMixin(TaskTraining):
             or args.n_gpu > 1
         )
         return DataCollatorForSeq2Seq(tokenizer) if whole else AnswerCollator(tokenizer)
+
+    def _flat_collator(self, model: PeftModel, args: PMConfig, own: Callable[..., Any] | None) -> FlatCollator:
+        """For training with `padding_free`."""
+        inner = model.get_base_model()
+        problem = next(
+            (
+                text
+                for applies, text in (
+                    (own is not None, "`data_collator` makes batches of its own"),
+                    (args.n_gpu > 1, "DataParallel deals out rows"),
+                    (
+                        "position_ids" not in inspect.signature(inner.forward).parameters,
+                        f"{type(inner).__name__} takes no `position_ids` to tell them apart",
+                    ),
+                )
+                if applies
+            ),
+            None,
+        )
+        if problem:
+            raise UserError(f"`padding_free: true` makes one row of a batch, but {problem}. Switch it off.")
+        cached = "use_cache" in inspect.signature(inner.forward).parameters
+        return FlatCollator(isinstance(self.stream_collator, AnswerCollator), cached)
+
+    def _check_apart(self) -> None:
+        """Refuse `padding_free` where the model reads on from one example into the next, or counts its positions
+        otherwise: what it says to two rows must be what it says to the same rows with padding."""
+        rows = self.rows.encoded_train(self.stages[0])
+        rows = rows.select(range(min(2, len(rows)))).to_list()
+        batches = [self._prepare_input(dict(make(rows))) for make in (self.stream_collator, self.train_collator)]
+        with torch.no_grad(), evaluating(self.model), self.accelerator.autocast():
+            padded, flat = (self._answer_logits(batch) for batch in batches)
+        away = float((flat.float() - padded.float()).abs().max() / padded.float().abs().max())
+        if not away <= (2e-5 if padded.dtype == torch.float32 else 0.05):
+            raise UserError(
+                f"`padding_free: true` needs a model that tells the examples of a row apart by their positions, but "
+                f"{type(self.model.get_base_model()).__name__} with attention "
+                f"{self.model.config._attn_implementation!r} answers two rows differently when one follows the other "
+                f"(by {away:.2g} of its largest logit). Switch it off."
+            )
+
+    def _answer_logits(self, batch: dict[str, Any]) -> torch.Tensor:
+        """As training asks for them: what `predict` adds for scores would hide what it does not."""
+        logits, targets = aligned(self.model(**batch).logits, batch, False)
+        return logits[targets != IGNORE_INDEX]
 
     def batches(self, rows: Dataset, batch_size: int, label: str) -> Iterator[Any]:
         """This rank's share of `rows`, collated and on the device: rank r of W has rows r, r + W, ...

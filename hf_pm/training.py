@@ -1,11 +1,13 @@
 """Training one task: the overrides of HF's `Trainer` for perturbation, penalties, optimizer and checkpoints."""
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
+from torch.utils.data import DataLoader
 from transformers.trainer_utils import rotate_checkpoints
 
 from .errors import UserError
@@ -33,6 +35,16 @@ class TaskTraining:
     _micro_step = 0
     _last_step = -1
     _loss: torch.Tensor | None = None
+    train_collator: Callable[..., Any] | None = None  # of training batches, where they have one of their own
+
+    def get_train_dataloader(self) -> DataLoader:
+        """HF's, with `train_collator`."""
+        others = self.data_collator
+        self.data_collator = self.train_collator or others
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.data_collator = others
 
     def _forget_steps(self) -> None:
         """Begin a task: nothing of the steps before it counts."""

@@ -20,6 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArgumen
 
 from hf_pm import PMConfig, PMTrainer
 from hf_pm.evaluation.answers import exact_matches
+from hf_pm.tasks.encoding import FlatCollator
 
 
 VOCABULARY = 8192
@@ -127,6 +128,28 @@ def main() -> None:
 
     name = "step with the answers' logits / with all logits"
     results.append(paired(name, answer_logits_step, all_logits_step, options.rounds))
+
+    lengths = torch.linspace(options.tokens // 4, options.tokens, 8).long().tolist()
+    uneven = [
+        {"input_ids": ids[:length], "labels": [-100] * (length - 4) + ids[length - 4 : length]}
+        for ids, length in zip(batch["input_ids"].tolist(), lengths, strict=True)
+    ]
+    width = max(lengths)
+    short = {
+        "input_ids": [row["input_ids"] + [0] * (width - len(row["input_ids"])) for row in uneven],
+        "attention_mask": [[1] * length + [0] * (width - length) for length in lengths],
+        "labels": [row["labels"] + [-100] * (width - len(row["labels"])) for row in uneven],
+    }
+    padded = {name: torch.tensor(values) for name, values in short.items()}
+    flat = FlatCollator(answers_only=False)(uneven)
+
+    def uneven_step(given: dict[str, torch.Tensor]) -> None:
+        model.train()
+        model(**given).loss.backward()
+        model.zero_grad()
+
+    name = f"step padding-free / padded, rows of {min(lengths)} to {width} tokens"
+    results.append(paired(name, lambda: uneven_step(flat), lambda: uneven_step(padded), options.rounds))
     if options.output:
         options.output.write_text(
             json.dumps({"options": vars(options) | {"output": None}, "results": results}, indent=2)

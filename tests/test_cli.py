@@ -246,7 +246,10 @@ def test_a_recipe_says_how_the_base_is_quantized(recipe, name):
         label = f"| {number}. {results['tasks'][number - 1]} | "
         for table, scores in ((first, released["scores"]), (second, row)):
             assert label + " | ".join(f"{score:.4f}" for score in scores) in table
-    assert results["matrix"] != [record["released"]["scores"] for record in results["per_task"]]
+    # Two models, also where these few rows do not show it in the scores.
+    ids = torch.tensor([trainer.rows.test[0]["input_ids"][0]])
+    with torch.no_grad():
+        assert not torch.allclose(plain(input_ids=ids).logits, loaded(input_ids=ids).logits, atol=1e-3)
     layers = {layer_name: layer.get_base_layer() for layer_name, layer in lora_layers(trainer.model).items()}
     for layer_name, layer in layers.items():
         if name.startswith("nf4"):

@@ -230,8 +230,8 @@ def test_a_chat_task_and_one_of_long_answers_are_learned(config):
         args=config(
             method="sequential",
             prompt="chat",
-            num_train_epochs=6,
-            learning_rate=1e-2,
+            num_train_epochs=8,
+            learning_rate=5e-3,
             lr_scheduler_type="constant",
             per_device_train_batch_size=4,
             max_length=128,

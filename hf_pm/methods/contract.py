@@ -316,12 +316,14 @@ class Penalty(Part):
     """What is added to the loss?
 
     `anchored`: whether it looks at the update since the merged weights of the tasks before. `reads_outputs`: whether
-    it needs `Step.outputs`, for which some trainers (TRL's) make another forward pass.
+    it needs `Step.outputs`, for which some trainers (TRL's) make another forward pass. `reads_rows`: whether it takes
+    a row of the batch for an example, which `padding_free` does not give.
     """
 
     name: ClassVar[str]
     anchored: ClassVar[bool] = True
     reads_outputs: ClassVar[bool] = False
+    reads_rows: ClassVar[bool] = False
 
     def loss(self, step: Step) -> torch.Tensor | None:
         """The term of one micro-batch, a scalar on the scale of a mean loss; `None` for nothing."""

@@ -41,8 +41,9 @@ def only_process(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        path.unlink(missing_ok=True)  # before the lock goes: who opened it meanwhile finds it gone, and tries again
-        handle.close()
+        with handle:  # closed even if the file cannot be taken away
+            # Before the lock goes: who opened it meanwhile finds it gone, and tries again.
+            path.unlink(missing_ok=True)
         if created:
             with suppress(OSError):  # something is in it
                 folder.rmdir()

@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 import torch
 from datasets import Dataset, Features, List, Value
 from jinja2.exceptions import TemplateError
-from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase
+from transformers import DataCollatorForSeq2Seq, DataCollatorWithFlattening, PreTrainedTokenizerBase
 
 from ..errors import UserError, choose
 from . import cache
@@ -371,12 +371,37 @@ class AnswerCollator:
         self.pad = DataCollatorForSeq2Seq(tokenizer, pad_to_multiple_of=SHAPE_STEP)
 
     def __call__(self, features: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        batch = dict(self.pad(features))
-        predicted = torch.nn.functional.pad(batch["labels"], (0, 1), value=IGNORE_INDEX)[:, 1:]
-        wanted = (predicted != IGNORE_INDEX).any(0)
-        others = (~wanted).nonzero()[: -int(wanted.sum()) % SHAPE_STEP, 0]
-        keep = torch.cat([wanted.nonzero()[:, 0], others]).sort().values
-        return {**batch, "logits_to_keep": keep, "shift_labels": predicted[:, keep].contiguous()}
+        return _answers_only(dict(self.pad(features)))
+
+
+class FlatCollator:
+    """Makes one row of a batch, without padding: its examples one after another, each with positions from 0.
+
+    transformers tells the examples apart by their `position_ids`, in the masks of `sdpa`, `eager` and `flex_attention`
+    as in the kernels of flash attention. The loss is the same; what differs is the rounding of sums.
+
+    Args:
+        answers_only (`bool`): Ask for the logits of the answers only, as [`AnswerCollator`].
+        use_cache (`bool`): Tell the model to keep no keys and values, if it takes `use_cache`. A model that keeps them
+            (the default of most, in training too) takes the positions for those of one text (transformers 5.23).
+    """
+
+    def __init__(self, answers_only: bool, use_cache: bool = True) -> None:
+        self.answers_only = answers_only
+        self.cache = {"use_cache": False} if use_cache else {}
+        self.flatten = DataCollatorWithFlattening(separator_id=IGNORE_INDEX)
+
+    def __call__(self, features: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        batch = {**self.flatten(features), **self.cache}
+        return _answers_only(batch) if self.answers_only else batch
+
+
+def _answers_only(batch: dict[str, Any]) -> dict[str, Any]:
+    predicted = torch.nn.functional.pad(batch["labels"], (0, 1), value=IGNORE_INDEX)[:, 1:]
+    wanted = (predicted != IGNORE_INDEX).any(0)
+    others = (~wanted).nonzero()[: -int(wanted.sum()) % SHAPE_STEP, 0]
+    keep = torch.cat([wanted.nonzero()[:, 0], others]).sort().values
+    return {**batch, "logits_to_keep": keep, "shift_labels": predicted[:, keep].contiguous()}
 
 
 def by_length(rows: Dataset) -> Dataset:

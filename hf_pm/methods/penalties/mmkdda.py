@@ -40,6 +40,7 @@ class Mmkdda(RowsState, Penalty):
     """
 
     name = "mmkdda"
+    reads_rows = True
     uses_rows_for = "mixes rows of earlier tasks with new ones"
     settings = {
         "mmkdda_replay": Setting(1.0, "must be at least 0", lambda value: value >= 0),

@@ -30,6 +30,7 @@ class Sril(RowsState, Penalty):
 
     name = "sril"
     reads_outputs = True
+    reads_rows = True
     uses_rows_for = "distills features on rows of earlier tasks"
     settings = {
         "sril_strength": Setting(1.0, "must be at least 0", lambda value: value >= 0),
