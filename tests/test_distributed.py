@@ -11,11 +11,12 @@ from pathlib import Path
 
 import pytest
 import yaml
+from conftest import build
 from safetensors.torch import load_file
-from test_cli import ROOT, environment, greedy_score, recipe  # noqa: F401 - recipe is a fixture
+from test_cli import ROOT, environment, greedy_score, recipe, release_scores  # noqa: F401 - recipe is a fixture
 from test_launchers import launched_by
 from test_sharding import run_jobs, said, state_of
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BitsAndBytesConfig
 
 from hf_pm.config import parse_recipe
 from hf_pm.loading import build_trainer
@@ -146,7 +147,29 @@ def test_two_ranks_score_the_release_of_a_quantized_base(recipe, tmp_path):  # n
         (release,) = (tmp_path / "four" / "releases").glob(f"task-{number:02d}-*")
         model = AutoModelForCausalLM.from_pretrained(release)
         assert record["released"]["scores"] == [greedy_score(model, split) for split in rows[:number]]
-    assert results["matrix"] != [record["released"]["scores"] for record in results["per_task"]]
+
+
+def test_two_ranks_score_the_release_of_a_quantized_classifier(recipe, seq2seq_tokenizer, tmp_path):  # noqa: F811
+    """Each task with its own head, which is not quantized."""
+    pytest.importorskip("bitsandbytes", reason="needs the quantization extra")
+    path, values = recipe
+    build("bert").bert.save_pretrained(tmp_path / "bert")
+    seq2seq_tokenizer.save_pretrained(tmp_path / "bert")
+    values |= {"model_name_or_path": "bert", "task_type": "SEQ_CLS", "load_in_8bit": True, "num_train_epochs": 12}
+    path.write_text(yaml.safe_dump(values | {"quantization_kwargs": {"llm_int8_threshold": 0.0}}))
+    words = ["--per_device_train_batch_size", "4"]
+    job = {"name": "eight", "world": 2, "words": ["run", str(path), "--output_dir", str(tmp_path / "eight"), *words]}
+    assert run_jobs(tmp_path, [job]) == {"eight": [0, 0]}, said(tmp_path, "eight")[-4000:]
+    results = json.loads((tmp_path / "eight" / "results.json").read_text())
+    rows = build_trainer(parse_recipe(path, words)).rows.test
+    settings = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=["classifier", "score"])
+    settings.llm_int8_threshold = 0.0
+    for number, (row, record) in enumerate(zip(results["matrix"], results["per_task"], strict=True), start=1):
+        (release,) = (tmp_path / "eight" / "releases").glob(f"task-{number:02d}-*")
+        given = AutoModelForSequenceClassification, release, results["tasks"][:number], rows
+        assert record["released"]["scores"] == release_scores(*given)
+        assert row == release_scores(*given, quantization_config=settings)
+    assert max(map(max, results["matrix"])) > max(results["base_row"])
 
 
 def run_stream(path, tmp_path, folder, processes, *words):

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import yaml
 from conftest import COLOUR, MOOD, rows
 from safetensors.torch import load_file
 from test_cli import environment, recipe  # noqa: F401 - recipe is a fixture
+from transformers import AutoModelForCausalLM
 
 from hf_pm.store.ledger import sha256_file
 
@@ -113,6 +115,32 @@ def test_sharded_runs_have_the_bits_of_whole_ones(written, tmp_path):
             first, second = load_file(tmp_path / "kwhole" / file), load_file(tmp_path / name / file)
             for key, value in first.items():
                 torch.testing.assert_close(second[key], value, rtol=1e-5, atol=1e-6)
+
+
+def test_shards_that_are_wider_than_the_checkpoint_hold_what_is_released(written, tmp_path):
+    """A checkpoint in bfloat16, computed with in float32: live weights are rounded as the release is."""
+    values = yaml.safe_load(written.read_text())
+    wide, narrow = written.parent / values["model_name_or_path"], tmp_path / "narrow"
+    AutoModelForCausalLM.from_pretrained(wide, dtype=torch.bfloat16).save_pretrained(narrow)
+    for file in wide.glob("*token*"):
+        shutil.copy(file, narrow)
+    values |= {"model_name_or_path": str(narrow), "dtype": "float32", "save_strategy": "no"}
+    written.write_text(yaml.safe_dump(values))
+    jobs = [
+        {"name": name, "world": 2, "env": env, "words": ["run", str(written), "--output_dir", str(tmp_path / name)]}
+        for name, env in (("whole", {}), ("shards", FSDP2))
+    ]
+    codes = run_jobs(tmp_path, jobs)
+    assert codes == {"whole": [0, 0], "shards": [0, 0]}, said(tmp_path, "shards")[-4000:]
+    results = {name: json.loads((tmp_path / name / "results.json").read_text()) for name in codes}
+    assert results["shards"]["matrix"] == results["whole"]["matrix"]
+    for record in results["shards"]["per_task"]:
+        assert record["parity"]["reloaded"]["max_difference"] < 1e-6
+    for task in ("01-colour", "02-mood"):
+        release = f"releases/task-{task}/model.safetensors"
+        assert {tensor.dtype for tensor in load_file(tmp_path / "shards" / release).values()} == {torch.bfloat16}
+        for file in (release, f"tasks/{task}/adapter/adapter_model.safetensors"):
+            assert sha256_file(tmp_path / "shards" / file) == sha256_file(tmp_path / "whole" / file), file
 
 
 MERGES = {
