@@ -623,3 +623,48 @@ def test_a_record_does_not_write_over_a_finished_run(benchmark, tmp_path):
     record.write_text(json.dumps(line) + "\n")
     assert benchmark.module.restore(record, tmp_path / "runs") == {folder}
     assert json.loads((folder / "results.json").read_text())["matrix"][-1][0] == 0.75
+
+
+def recorded(order: str, method: str, seed: int, matrix: list[list[float]], **results: Any) -> dict[str, Any]:
+    metrics = {"average_accuracy": sum(matrix[-1]) / len(matrix), "forgetting": matrix[0][0] - matrix[-1][0]}
+    made = make_results(["a", "b"], matrix, method=method, seed=seed, metrics=metrics, **results)
+    return {"run": f"{order}/{method}-seed{seed}", "results.json": made, "run.json": {}}
+
+
+def test_the_tables_of_a_record():
+    script = load_script("write_comparison")
+    costs = [{"name": name, "state_bytes": size} for name, size in (("a", 2_000_000), ("b", 3_500_000))]
+    lines = [
+        recorded("one", "low", 0, [[0.5], [0.25, 0.75]]),
+        recorded("one", "high", 0, [[0.5], [0.5, 0.7]], per_task=costs),
+        recorded("one", "high", 1, [[0.6], [0.5, 0.8]], per_task=costs),
+        recorded("one", "joint", 0, [[0.9], [0.9, 0.9]]),
+        recorded("two", "low", 0, [[0.5], [0.0, 0.5]]),
+    ]
+    scores, one, two, state = script.tables_of(lines)
+    assert scores.header == [
+        "Method", "AA",
+        "AA, one", "just learned, one", "FGT, one", "AA, two", "just learned, two", "FGT, two", "General text", "Runs",
+    ]  # fmt: skip
+    # The mean of what there is of both orders decides the place.
+    assert scores.rows == [
+        ["joint", "0.900", "0.900", "–", "–", "–", "–", "–", "–", "1 + 0"],
+        ["high", "0.625", "0.625 ± 0.035", "0.650 ± 0.071", "+0.050 ± 0.071", "–", "–", "–", "–", "2 + 0"],
+        ["low", "0.375", "0.500", "0.625", "+0.250", "0.250", "0.500", "+0.500", "–", "1 + 1"],
+    ]
+    # An upper bound is no contender, and who is alone is no best.
+    assert scores.best == {(1, 1), (1, 2), (1, 3), (1, 4)}
+    assert one.title == "Score per task at the end, one" and one.header == ["Method", "1: a", "2: b"]
+    assert [row[1:] for row in one.rows] == [
+        ["0.900", "0.900"],
+        ["0.500 ± 0.000", "0.750 ± 0.071"],
+        ["0.250", "0.750"],
+    ]
+    assert [row[0] for row in two.rows] == ["low"]
+    assert state.rows == [["high", "2.0", "3.5"]]
+
+    page = script.page_with([state], "# Head\n<!-- tables -->\nold\n<!-- end of tables -->\nfoot\n")
+    assert page.startswith("# Head\n<!-- tables -->\n**State after each task, MB, one**\n\n| Method | after 1 |")
+    assert page.endswith("| high | 2.0 | 3.5 |\n<!-- end of tables -->\nfoot\n") and "old" not in page
+    with pytest.raises(SystemExit, match="The page needs"):
+        script.page_with([state], "# Head\n")
