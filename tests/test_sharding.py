@@ -50,8 +50,8 @@ def written(recipe):  # noqa: F811
 
 
 def test_sharded_runs_have_the_bits_of_whole_ones(written, tmp_path):
-    """Also a run that is killed in its second task, and the state of a method with Kronecker factors, whose layers are
-    checkpointed in one run."""
+    """Also a run that is killed in its second task, and the state of a method with Kronecker factors, which scores
+    held-out rows while it trains and whose layers are checkpointed in one run."""
 
     def job(name: str, *words: str, env: dict | None = None, **more) -> dict:
         words = ["run", str(written), "--output_dir", str(tmp_path / name.partition("-")[0]), *words]
@@ -60,6 +60,7 @@ def test_sharded_runs_have_the_bits_of_whole_ones(written, tmp_path):
     killed = str(tmp_path / "killed" / "tasks" / "02-mood" / "checkpoints" / "checkpoint-3" / "checkpoint.json")
     kronecker = ["--method", "kronecker", "--curvature_labels", "sampled"]
     kronecker += ["--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "2"]
+    kronecker += ["--eval_strategy", "epoch", "--validation_samples", "2"]
     jobs = [
         job("whole"),
         job("shards", env=FSDP2),
@@ -118,7 +119,8 @@ def test_sharded_runs_have_the_bits_of_whole_ones(written, tmp_path):
 
 
 def test_shards_that_are_wider_than_the_checkpoint_hold_what_is_released(written, tmp_path):
-    """A checkpoint in bfloat16, computed with in float32: live weights are rounded as the release is."""
+    """A checkpoint in bfloat16, computed with in float32 and in mixed precision: live weights are rounded as the
+    release is."""
     values = yaml.safe_load(written.read_text())
     wide, narrow = written.parent / values["model_name_or_path"], tmp_path / "narrow"
     AutoModelForCausalLM.from_pretrained(wide, dtype=torch.bfloat16).save_pretrained(narrow)
@@ -126,21 +128,33 @@ def test_shards_that_are_wider_than_the_checkpoint_hold_what_is_released(written
         shutil.copy(file, narrow)
     values |= {"model_name_or_path": str(narrow), "dtype": "float32", "save_strategy": "no"}
     written.write_text(yaml.safe_dump(values))
+    kinds = {"wide": [], "mixed": ["--bf16", "true"]}
     jobs = [
-        {"name": name, "world": 2, "env": env, "words": ["run", str(written), "--output_dir", str(tmp_path / name)]}
-        for name, env in (("whole", {}), ("shards", FSDP2))
+        {
+            "name": f"{kind}{place}",
+            "world": 2,
+            "env": env,
+            "words": ["run", str(written), "--output_dir", str(tmp_path / f"{kind}{place}"), *words],
+        }
+        for kind, words in kinds.items()
+        for place, env in (("", {}), ("-shards", FSDP2))
     ]
     codes = run_jobs(tmp_path, jobs)
-    assert codes == {"whole": [0, 0], "shards": [0, 0]}, said(tmp_path, "shards")[-4000:]
-    results = {name: json.loads((tmp_path / name / "results.json").read_text()) for name in codes}
-    assert results["shards"]["matrix"] == results["whole"]["matrix"]
-    for record in results["shards"]["per_task"]:
-        assert record["parity"]["reloaded"]["max_difference"] < 1e-6
-    for task in ("01-colour", "02-mood"):
-        release = f"releases/task-{task}/model.safetensors"
-        assert {tensor.dtype for tensor in load_file(tmp_path / "shards" / release).values()} == {torch.bfloat16}
-        for file in (release, f"tasks/{task}/adapter/adapter_model.safetensors"):
-            assert sha256_file(tmp_path / "shards" / file) == sha256_file(tmp_path / "whole" / file), file
+    assert codes == dict.fromkeys(codes, [0, 0]), {name: said(tmp_path, name)[-2000:] for name in codes}
+    for kind in kinds:
+        whole, shards = tmp_path / kind, tmp_path / f"{kind}-shards"
+        results = [json.loads((folder / "results.json").read_text()) for folder in (whole, shards)]
+        assert results[0]["matrix"] == results[1]["matrix"]
+        for record in results[1]["per_task"]:
+            assert record["parity"]["reloaded"]["max_difference"] < 1e-6
+        for task in ("01-colour", "02-mood"):
+            release = f"releases/task-{task}/model.safetensors"
+            assert {tensor.dtype for tensor in load_file(shards / release).values()} == {torch.bfloat16}
+            for file in (release, f"tasks/{task}/adapter/adapter_model.safetensors"):
+                assert sha256_file(shards / file) == sha256_file(whole / file), (kind, file)
+    # The second is another computation.
+    file = "tasks/01-colour/adapter/adapter_model.safetensors"
+    assert sha256_file(tmp_path / "wide" / file) != sha256_file(tmp_path / "mixed" / file)
 
 
 MERGES = {
