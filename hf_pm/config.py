@@ -59,7 +59,7 @@ AT_LEAST = {
     "curvature_num_samples curvature_batch_size max_length max_train_samples max_eval_samples validation_samples "
     "lm_eval_limit",
 }
-POSITIVE = ("num_train_epochs", "save_steps")
+POSITIVE = ("num_train_epochs", "save_steps", "curvature_temperature")
 TASK_TYPES = ("CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 # Adapted weights up to which `curvature_estimator: auto` keeps a number for each: S and R then take 5 GB.
@@ -147,6 +147,11 @@ class PMConfig(TrainingArguments):
             Rows per forward pass; changes memory and speed, not the result. Halved where memory does not suffice.
         curvature_labels (`str`, *optional*, defaults to `"empirical"`):
             `empirical` uses the labels of the data (the paper), `sampled` draws them from the model (true Fisher).
+        curvature_temperature (`float`, *optional*):
+            What the logits are divided by before the curvature is measured; more than 0. The gradients of an answer
+            that the model is sure of vanish, and with them the curvature that tells it from the answers of other
+            tasks; those of a softened answer do not. By default 2 for parts with Kronecker factors, and 1 (the paper)
+            without one.
         curvature_normalization (`str`, *optional*, defaults to `"sequence"`):
             What is squared for a row with n answer tokens: the gradient of their mean loss (`sequence`, the paper), or
             of their summed loss divided by n after squaring (`token`, comparable between short and long answers).
@@ -261,6 +266,7 @@ class PMConfig(TrainingArguments):
     curvature_num_samples: int = _knob(256, "Training rows in the curvature estimate.")
     curvature_batch_size: int = _knob(8, "Rows per forward pass of the curvature.")
     curvature_labels: str = _knob("empirical", "`empirical` or `sampled`.")
+    curvature_temperature: float | None = _knob(None, "What logits are divided by first.")
     curvature_normalization: str = _knob("sequence", "`sequence`, `token` or `trace`.")
     curvature_dtype: str = _knob("float32", "Of the stored S and R: `float32` or `bfloat16`.")
     curvature_history: str = _knob("all", "`all` or `last`.")
@@ -355,7 +361,7 @@ class PMConfig(TrainingArguments):
                 _require(value is None or value >= least, name, value, rule, remedy)
         for name in POSITIVE:
             value = getattr(self, name)
-            _require(value > 0, name, value, "must be more than 0", "Leave it out for the default.")
+            _require(value is None or value > 0, name, value, "must be more than 0", "Leave it out for the default.")
         problem = place_problem(self.output_dir or ".")
         rule = f"must be a folder to write to ({problem})"
         _require(problem is None, "output_dir", self.output_dir, rule, "Name another one.")

@@ -277,7 +277,7 @@ class PMTrainerMixin(TaskTraining):
             made = text.generate(self.model, self.args.per_device_eval_batch_size, self.accelerator.autocast)
             for _ in tqdm(made, total=text.windows, desc="generating", unit="text", leave=False, disable=hidden):
                 pass
-        settings = {"labels": "sampled", "normalization": "token"}
+        settings = {"labels": "sampled", "normalization": "token", "temperature": 1.0}
         wanted = self.parts.measures() & {"kronecker", "inputs"}
         measured = measure(self, text.rows, wanted, None, self._task_seed(0), **settings)
         self.run.results["protect"] |= {"windows": len(text.rows), "tokens": text.tokens}

@@ -115,6 +115,10 @@ def test_first_order_correction_uses_the_mean_gradient(train, plain):
     # One task: nothing but the gradient moves alpha from 1, here beyond it (training stopped early), where it is cut.
     assert after["unclipped"] == pytest.approx(1 - after["g"] / after["q"], rel=1e-6)
     assert before["unclipped"] == 1.0
+    # The gradient is that of the training loss, also beside the curvature of softened answers.
+    soft = {"curvature_temperature": 2.0, "output_dir": trainer.args.output_dir + "-soft"}
+    softened = train(coefficient_first_order=True, **soft)[1]["coefficient_terms"][0]
+    assert softened["g"] == pytest.approx(after["g"], rel=1e-4) and softened["q"] != pytest.approx(after["q"], rel=0.1)
 
 
 def test_bf16_state_is_the_rounded_float32_state(train, plain):

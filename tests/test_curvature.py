@@ -526,6 +526,25 @@ def test_sampled_curvature_is_seeded_and_differs_from_the_labels():
     assert not torch.equal(runs[0][name], runs[2][name])
 
 
+@pytest.mark.parametrize("seed", [None, 3])
+@pytest.mark.parametrize("kind", ["llama", "bert"])
+def test_a_temperature_softens_the_answers(kind, seed):
+    """The same curvature as of a model whose output layer is that many times smaller."""
+    task_type = {"llama": "CAUSAL_LM", "bert": "SEQ_CLS"}[kind]
+    model, cooled = (adapted(kind, task_type) for _ in range(2))
+    head = cooled.get_base_model().lm_head if kind == "llama" else cooled.get_base_model().classifier
+    with torch.no_grad():
+        for parameter in head.parameters():
+            parameter /= 2.5
+    found = measure_curvature(model, batches(kind, 2), label_seed=seed, temperature=2.5)
+    expected = measure_curvature(cooled, batches(kind, 2), label_seed=seed)
+    plain = measure_curvature(model, batches(kind, 2), label_seed=seed)
+    assert found.slope == pytest.approx(expected.slope, rel=1e-5)
+    for name, fisher in expected.curvature.items():
+        torch.testing.assert_close(found.curvature[name], fisher, rtol=1e-4, atol=1e-8)
+        assert not torch.allclose(plain.curvature[name], fisher, rtol=1e-2)
+
+
 def test_model_is_left_as_it_was():
     model = adapted("llama", "CAUSAL_LM").train()
     before = {name: value.clone() for name, value in model.state_dict().items()}

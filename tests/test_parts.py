@@ -24,8 +24,9 @@ from hf_pm import PMTrainer, UserError
 from hf_pm.cli import main
 from hf_pm.evaluation.answers import predict
 from hf_pm.hub.releases import Releases
-from hf_pm.methods import curvature
+from hf_pm.methods import curvature, measuring
 from hf_pm.methods.contract import Ended, Step, Task
+from hf_pm.methods.curvature import measure_curvature
 from hf_pm.methods.merges.ties import disjoint_mean, kth_largest, trim
 from hf_pm.methods.parts import PARTS, Parts, resolve
 from hf_pm.methods.penalties.ewc import Ewc
@@ -447,6 +448,32 @@ def test_one_pass_measures_what_all_parts_want(model, stream, tokenizer, lora, c
     trained(model, stream, tokenizer, lora, args, cls=Watches)
     for gradient, (sums, count) in found.values():
         assert gradient and all(torch.equal(gradient[name], sums[name] / count) for name in gradient)
+
+
+def test_kronecker_factors_are_those_of_softened_answers(model, stream, tokenizer, lora, config, monkeypatch):
+    """Unless the recipe says otherwise; those of a protected text are not, and neither is the curvature of P&M."""
+    seen = []
+
+    def watched(*args, temperature, task_name, **kwargs):
+        seen.append((task_name, temperature))
+        return measure_curvature(*args, temperature=temperature, task_name=task_name, **kwargs)
+
+    monkeypatch.setattr(measuring, "measure_curvature", watched)
+    base = {"num_train_epochs": 1, "release": "none", "max_eval_samples": 2}
+    for number, (settings, expected) in enumerate(
+        (
+            ({"method": "kronecker", "protect": "self"}, [(None, 1.0), ("colour", 2.0), ("mood", 2.0)]),
+            ({"method": "subspace", "curvature_temperature": 1.0}, [("colour", 1.0), ("mood", 1.0)]),
+            ({"method": "pm"}, [("colour", 1.0), ("mood", 1.0)]),
+            ({"method": "pm", "penalty": "kronecker"}, [("colour", 2.0), ("mood", 2.0)]),
+        )
+    ):
+        seen.clear()
+        args = config(**base, **settings, output_dir=str(Path(config().output_dir) / str(number)))
+        trained(model, stream, tokenizer, lora, args)
+        assert seen == expected
+    with pytest.raises(UserError, match="`curvature_temperature` must be more than 0, but got 0"):
+        config(curvature_temperature=0)
 
 
 REFUSED = [

@@ -230,7 +230,8 @@ class Part:
     that it keeps, if any. `keeps_rows`: whether rows of earlier tasks are trained on again. `writes_rows`: whether
     rows are that the model wrote itself. `sums_updates`: whether it needs what is kept of every update as an adapter
     (`Merged.kept`). `protects`: whether it takes the curvature of the text of `protect` as that of a task before the
-    first, by `protect_matrix`; it then measures `kronecker`.
+    first, by `protect_matrix`; it then measures `kronecker`. `temperature`: `curvature_temperature` where the recipe
+    has none; the largest of a method's parts counts, since there is one pass for all.
     """
 
     settings: ClassVar[dict[str, Setting]] = {}
@@ -241,6 +242,7 @@ class Part:
     writes_rows: ClassVar[bool] = False
     sums_updates: ClassVar[bool] = False
     protects: ClassVar[bool] = False
+    temperature: ClassVar[float] = 1.0
 
     def __init__(self, args: Any) -> None:
         """

@@ -65,7 +65,7 @@ class Measurement(NamedTuple):
 
 
 def row_losses(
-    logits: torch.Tensor, targets: torch.Tensor, seeds: Sequence[int] | None = None
+    logits: torch.Tensor, targets: torch.Tensor, seeds: Sequence[int] | None = None, temperature: float = 1.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Summed cross-entropy of each row's targets and the number of targets.
 
@@ -74,6 +74,7 @@ def row_losses(
         targets (`torch.Tensor`): What each position predicts, (rows, positions) with -100 for nothing, or (rows,).
         seeds (`Sequence[int]`, *optional*): One a row. If given, targets are drawn from the model wherever there is
             one, instead of taken from the data; the context stays the data's.
+        temperature (`float`, *optional*, defaults to `1.0`): What the logits are divided by first.
 
     Returns:
         `tuple`: losses (rows,) in float32 (float64 if the logits are) and counts (rows,).
@@ -82,7 +83,7 @@ def row_losses(
         logits, targets = logits[:, None], targets[:, None]
     mask = targets != IGNORE_INDEX
     chosen, wanted = logits[mask], targets[mask]
-    chosen = chosen if chosen.dtype == torch.float64 else chosen.float()
+    chosen = (chosen if chosen.dtype == torch.float64 else chosen.float()) / temperature
     counts = mask.sum(1)
     if seeds is not None:
         # Where logits are not finite, neither is the loss, which names the row; any label will do.
@@ -114,6 +115,7 @@ def measure_curvature(
     estimator: str = "diagonal",
     normalization: str = "token",
     label_seed: int | None = None,
+    temperature: float = 1.0,
     first: int = 0,
     step: int = 1,
     gradient: bool = False,
@@ -132,6 +134,8 @@ def measure_curvature(
         normalization (`str`): `sequence`, or `token` (also what `trace` starts from).
         label_seed (`int`, *optional*): If given, labels are drawn from the model (true Fisher) instead of taken from
             the data: those of a row by this seed and the row's number.
+        temperature (`float`, *optional*, defaults to `1.0`): What the logits are divided by before anything is made
+            of them, so that labels, loss and curvature are those of the softened answers.
         first, step (`int`, *optional*, default to 0 and 1): Number of the first row among those of all processes, and
             from one of its rows to the next.
         gradient (`bool`, *optional*, defaults to `False`): Sum up the gradient of the training loss in the same pass,
@@ -165,9 +169,8 @@ def measure_curvature(
             squares_of_factors |= {f"{name}.A": torch.zeros_like(update.A), f"{name}.B": torch.zeros_like(update.B)}
         collectors.append((partial(_add_factor_squares, live), squares_of_factors, power))
     numbers = range(first, sys.maxsize, step)
-    passes = _row_gradients(
-        model, batches, collectors, autocast, task_name, power, moments, label_seed=label_seed, numbers=numbers
-    )
+    drawn = {"label_seed": label_seed, "numbers": numbers, "temperature": temperature}
+    passes = _row_gradients(model, batches, collectors, autocast, task_name, power, moments, **drawn)
     for gradients in passes:
         # One copy a batch, whatever the number of layers; widened to float64 on the host.
         weights, *values = _on_host([gradients.weights, *gradients.slopes.values()])
@@ -321,6 +324,7 @@ def _row_gradients(
     *,
     label_seed: int | None = None,
     numbers: range = range(sys.maxsize),
+    temperature: float = 1.0,
 ) -> Iterator[_Batch]:
     """One forward and backward pass a batch. A collector is a function, its totals, and the power of a row's number of
     targets that the row is divided by: `collect(totals, name, x, d, weights, transposed)` sees x (rows, tokens, in)
@@ -462,7 +466,7 @@ def _row_gradients(
             forward = False
             these = numbers[seen : seen + rows]
             seeds = None if label_seed is None else [row_seed(label_seed, number) for number in these]
-            losses, counts = row_losses(logits, targets, seeds)
+            losses, counts = row_losses(logits, targets, seeds, temperature)
             if counts_for_nothing:
                 if losses.requires_grad:
                     losses.sum().backward()

@@ -20,7 +20,9 @@ DAMPING = Setting(1e-3, "must lie in (0, 1]", lambda value: 0 < value <= 1)
 class KroneckerState(Part):
     """Keeps the second moments of the old tasks' gradients: G_old and A_old, the sums over tasks of G_i / c_i and
     A_i / c_i as `Moments` has them. Their curvature is G_old (x) A_old / tr(A_old): the sums are what they would be if
-    the rows of all tasks had been measured together.
+    the rows of all tasks had been measured together. Answers are softened by `curvature_temperature`, 2 by default:
+    the curvature of the divergence of softened distributions, which distillation minimizes (Hinton, Vinyals and Dean
+    2015, arXiv 1503.02531).
 
     c_i is the mean over tasks j = 1 ... i of 1/2 <D_j, F_j D_j>, summed over all matrices: the price, in nats, of
     undoing a task as its own quadratic sees it. So the quadratic of an average task is 1 at its own update, whatever
@@ -42,6 +44,9 @@ class KroneckerState(Part):
         "protect_tolerance": Setting(1.0, "must be more than 0", lambda value: value > 0),
     }
     measures = frozenset({"kronecker"})
+    # The gradients of an answer that the model is sure of vanish, and with them what would tell the answers of another
+    # task from it. Measured: docs/results.md.
+    temperature = 2.0
     # Of the two sums, and of the prices of the tasks so far, beside them. Parts with the same factors share all three.
     keys = ("G", "A")
     prices_key = "kronecker_prices"

@@ -82,6 +82,7 @@ def measure(
     *,
     labels: str | None = None,
     normalization: str | None = None,
+    temperature: float | None = None,
 ) -> Measured:
     """Measure the task just trained, at the unperturbed adapter model.
 
@@ -94,6 +95,7 @@ def measure(
             row's number among `rows`, not on batches and processes.
         labels (`str`, *optional*): In the place of `curvature_labels`.
         normalization (`str`, *optional*): In the place of `curvature_normalization`.
+        temperature (`float`, *optional*): In the place of `curvature_temperature`.
     """
     if set(wanted) == {"inputs"}:
         inputs = measure_inputs(trainer, rows, task_name)
@@ -101,6 +103,8 @@ def measure(
     args, accelerator = trainer.args, trainer.accelerator
     sampled = (labels or args.curvature_labels) == "sampled"
     normalization = normalization or args.curvature_normalization
+    temperature = temperature or args.curvature_temperature or trainer.parts.temperature
+    own_loss = not sampled and temperature == 1  # the curvature's labels and loss are those of the training
     sums = not {"kronecker", "inputs"}.isdisjoint(wanted)
     estimator = args.curvature_estimator
     if "curvature" not in wanted:
@@ -121,9 +125,10 @@ def measure(
             estimator=estimator,
             normalization=normalization,
             label_seed=seed if sampled else None,
+            temperature=temperature,
             first=args.process_index,  # as `batches` shares the rows out
             step=args.world_size,
-            gradient="gradient" in wanted and not sampled,
+            gradient="gradient" in wanted and own_loss,
             moments=moments,
             factors="factors" in wanted,
             **settings,
@@ -132,7 +137,7 @@ def measure(
 
     found, moments = within_memory(trainer, task_name, one_pass)
     gradients = found.gradient
-    if "gradient" in wanted and sampled:  # of other labels than the curvature's: a pass of its own
+    if "gradient" in wanted and not own_loss:  # a pass of its own
 
         def gradient_pass(batch_size: int) -> dict[str, torch.Tensor]:
             return mean_gradient(trainer.model, trainer.batches(rows, batch_size, "gradient"), **settings)[0]

@@ -233,6 +233,11 @@ class Parts:
         return max(part.cut_rank for part in self)
 
     @property
+    def temperature(self) -> float:
+        """What the logits are divided by before the curvature is measured, unless the recipe says otherwise."""
+        return max(part.temperature for part in self)
+
+    @property
     def keeps_rows(self) -> bool:
         return any(part.keeps_rows for part in self)
 
