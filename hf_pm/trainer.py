@@ -531,25 +531,16 @@ class PMTrainerMixin(TaskTraining):
     def _flat_collator(self, model: PeftModel, args: PMConfig, own: Callable[..., Any] | None) -> FlatCollator:
         """For training with `padding_free`."""
         inner = model.get_base_model()
-        problem = next(
-            (
-                text
-                for applies, text in (
-                    (own is not None, "`data_collator` makes batches of its own"),
-                    (args.n_gpu > 1, "DataParallel deals out rows"),
-                    (
-                        "position_ids" not in inspect.signature(inner.forward).parameters,
-                        f"{type(inner).__name__} takes no `position_ids` to tell them apart",
-                    ),
-                )
-                if applies
-            ),
-            None,
-        )
+        problem = None
+        if own is not None:
+            problem = "`data_collator` makes batches of its own"
+        elif args.n_gpu > 1:
+            problem = "DataParallel deals out rows"
+        elif "position_ids" not in inspect.signature(inner.forward).parameters:
+            problem = f"{type(inner).__name__} takes no `position_ids` to tell them apart"
         if problem:
             raise UserError(f"`padding_free: true` makes one row of a batch, but {problem}. Switch it off.")
-        cached = "use_cache" in inspect.signature(inner.forward).parameters
-        return FlatCollator(isinstance(self.stream_collator, AnswerCollator), cached)
+        return FlatCollator(isinstance(self.stream_collator, AnswerCollator))
 
     def _check_apart(self) -> None:
         """Refuse `padding_free` where the model reads on from one example into the next, or counts its positions

@@ -22,12 +22,12 @@ from typing import Any
 
 from hf_pm.methods.table import METHODS
 from hf_pm.report.comparison import compare, write_comparison
+from hf_pm.report.groups import PER_RUN_SETTINGS
 from hf_pm.store.results import read_run
 
 
 # What no comparison reads, or what can be computed from the rest.
 LEFT_OUT = {"results.json": {"cells", "formulas", "coefficient_terms", "overlap", "base_model"}, "run.json": {"tasks"}}
-PATHS = ("output_dir", "model_name_or_path", "data_dir")
 
 
 def run(recipe: str, method: str, seed: int, folder: Path, extra: list[str]) -> Path:
@@ -56,14 +56,16 @@ def line_of(folder: Path, name: str) -> dict[str, Any]:
     line: dict[str, Any] = {"run": name}
     for file, held in (("results.json", results), ("run.json", settings or {})):
         line[file] = {key: value for key, value in held.items() if key not in LEFT_OUT[file]}
-    kept = ("name", "train_seconds", "curvature_seconds", "merge_seconds", "evaluate_seconds", "state_bytes")
-    kept = (*kept, "peak_memory_bytes", "train_steps")
     line["results.json"]["per_task"] = [
-        {key: task[key] for key in kept if key in task} for task in results.get("per_task", [])
+        {key: value for key, value in task.items() if key != "parity"} for task in results.get("per_task", [])
     ]
     settings = line["run.json"]
     if "recipe" in settings:
-        settings["recipe"] = {key: value for key, value in settings["recipe"].items() if key not in PATHS}
+        settings["recipe"] = {
+            key: Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
+            for key, value in settings["recipe"].items()
+            if key not in PER_RUN_SETTINGS
+        }
     if "base" in settings:
         settings["base"] = {"sha256": settings["base"].get("sha256")}
     if "adapter" in settings:

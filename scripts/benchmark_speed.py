@@ -142,6 +142,7 @@ def main() -> None:
     }
     padded = {name: torch.tensor(values) for name, values in short.items()}
     flat = FlatCollator(answers_only=False)(uneven)
+    model.config.use_cache = False  # as `Trainer` does
 
     def uneven_step(given: dict[str, torch.Tensor]) -> None:
         model.train()

@@ -582,6 +582,7 @@ if words["--seed"] == "2":
     results["matrix"].pop()
 (folder / "results.json").write_text(json.dumps(results))
 recipe = {"output_dir": str(folder), "data_dir": "/private/data", "model_name_or_path": "/private/model", "lora_r": 4}
+recipe |= {"protect": "/private/text.txt", "tasks": [{"name": "agnews", "train": "/private/train.jsonl"}]}
 base = {"model": "/private/model", "sha256": {"model.safetensors": "0" * 64}}
 run = {"schema": 1, "seed": results["seed"], "recipe": recipe, "base": base, "global_batch_size": 8}
 (folder / "run.json").write_text(json.dumps(run))
@@ -590,7 +591,9 @@ run = {"schema": 1, "seed": results["seed"], "recipe": recipe, "base": base, "gl
 
 def test_a_record_replaces_the_runs_in_a_comparison(benchmark, tmp_path, capsys):
     template, record = tmp_path / "template.json", tmp_path / "record.jsonl"
-    template.write_text(json.dumps(full_results() | {"base_model": "/private/model"}))
+    given = full_results() | {"base_model": "/private/model", "quantized": "nf4"}
+    given["per_task"][-1]["released"] = {"dtype": "float32", "scores": [0.7, 0.85, 0.55]}
+    template.write_text(json.dumps(given))
     words = ["recipe.yaml", "--methods", "pm", "sequential", "--seeds", 0, 1, 2, "--record", record, "--jobs", 2]
     extra = ["--", "TEMPLATE", template]
     benchmark(*words, "--output_dir", tmp_path / "here", *extra, command=TRAINED)
@@ -609,6 +612,7 @@ def test_a_record_replaces_the_runs_in_a_comparison(benchmark, tmp_path, capsys)
     assert "failed" not in capsys.readouterr().out
     again = compare([tmp_path / "there" / folder.name for folder in folders])
     assert again.rows == first.rows and again.markdown == first.markdown
+    assert first.rows[0]["released_scores"]  # those of a quantized base are there, too
     assert len(record.read_text().splitlines()) == 4
     # A run that the record does not hold is started.
     benchmark(*words, "--seeds", 3, "--output_dir", tmp_path / "there", *extra)
@@ -623,48 +627,3 @@ def test_a_record_does_not_write_over_a_finished_run(benchmark, tmp_path):
     record.write_text(json.dumps(line) + "\n")
     assert benchmark.module.restore(record, tmp_path / "runs") == {folder}
     assert json.loads((folder / "results.json").read_text())["matrix"][-1][0] == 0.75
-
-
-def recorded(order: str, method: str, seed: int, matrix: list[list[float]], **results: Any) -> dict[str, Any]:
-    metrics = {"average_accuracy": sum(matrix[-1]) / len(matrix), "forgetting": matrix[0][0] - matrix[-1][0]}
-    made = make_results(["a", "b"], matrix, method=method, seed=seed, metrics=metrics, **results)
-    return {"run": f"{order}/{method}-seed{seed}", "results.json": made, "run.json": {}}
-
-
-def test_the_tables_of_a_record():
-    script = load_script("write_comparison")
-    costs = [{"name": name, "state_bytes": size} for name, size in (("a", 2_000_000), ("b", 3_500_000))]
-    lines = [
-        recorded("one", "low", 0, [[0.5], [0.25, 0.75]]),
-        recorded("one", "high", 0, [[0.5], [0.5, 0.7]], per_task=costs),
-        recorded("one", "high", 1, [[0.6], [0.5, 0.8]], per_task=costs),
-        recorded("one", "joint", 0, [[0.9], [0.9, 0.9]]),
-        recorded("two", "low", 0, [[0.5], [0.0, 0.5]]),
-    ]
-    scores, one, two, state = script.tables_of(lines)
-    assert scores.header == [
-        "Method", "AA",
-        "AA, one", "just learned, one", "FGT, one", "AA, two", "just learned, two", "FGT, two", "General text", "Runs",
-    ]  # fmt: skip
-    # The mean of what there is of both orders decides the place.
-    assert scores.rows == [
-        ["joint", "0.900", "0.900", "–", "–", "–", "–", "–", "–", "1 + 0"],
-        ["high", "0.625", "0.625 ± 0.035", "0.650 ± 0.071", "+0.050 ± 0.071", "–", "–", "–", "–", "2 + 0"],
-        ["low", "0.375", "0.500", "0.625", "+0.250", "0.250", "0.500", "+0.500", "–", "1 + 1"],
-    ]
-    # An upper bound is no contender, and who is alone is no best.
-    assert scores.best == {(1, 1), (1, 2), (1, 3), (1, 4)}
-    assert one.title == "Score per task at the end, one" and one.header == ["Method", "1: a", "2: b"]
-    assert [row[1:] for row in one.rows] == [
-        ["0.900", "0.900"],
-        ["0.500 ± 0.000", "0.750 ± 0.071"],
-        ["0.250", "0.750"],
-    ]
-    assert [row[0] for row in two.rows] == ["low"]
-    assert state.rows == [["high", "2.0", "3.5"]]
-
-    page = script.page_with([state], "# Head\n<!-- tables -->\nold\n<!-- end of tables -->\nfoot\n")
-    assert page.startswith("# Head\n<!-- tables -->\n**State after each task, MB, one**\n\n| Method | after 1 |")
-    assert page.endswith("| high | 2.0 | 3.5 |\n<!-- end of tables -->\nfoot\n") and "old" not in page
-    with pytest.raises(SystemExit, match="The page needs"):
-        script.page_with([state], "# Head\n")

@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from conftest import build
 from safetensors.torch import load_file
@@ -143,10 +144,17 @@ def test_two_ranks_score_the_release_of_a_quantized_base(recipe, tmp_path):  # n
     assert run_jobs(tmp_path, [job]) == {"four": [0, 0]}, said(tmp_path, "four")[-4000:]
     results = json.loads((tmp_path / "four" / "results.json").read_text())
     rows = build_trainer(parse_recipe(path, words)).rows.test
+    settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
     for number, record in enumerate(results["per_task"], start=1):
         (release,) = (tmp_path / "four" / "releases").glob(f"task-{number:02d}-*")
-        model = AutoModelForCausalLM.from_pretrained(release)
-        assert record["released"]["scores"] == [greedy_score(model, split) for split in rows[:number]]
+        plain = AutoModelForCausalLM.from_pretrained(release)
+        loaded = AutoModelForCausalLM.from_pretrained(release, quantization_config=settings)
+        assert record["released"]["scores"] == [greedy_score(plain, split) for split in rows[:number]]
+        assert results["matrix"][number - 1] == [greedy_score(loaded, split) for split in rows[:number]]
+        # Two models, also where these few rows do not show it in the scores.
+        ids = torch.tensor([rows[0]["input_ids"][0]])
+        with torch.no_grad():
+            assert not torch.allclose(plain(input_ids=ids).logits, loaded(input_ids=ids).logits, atol=1e-3)
 
 
 def test_two_ranks_score_the_release_of_a_quantized_classifier(recipe, seq2seq_tokenizer, tmp_path):  # noqa: F811

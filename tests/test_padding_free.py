@@ -36,6 +36,7 @@ def examples(lengths=(9, 5, 12)):
 def test_loss_and_gradients_are_those_of_each_example_alone(kind, attention, tokenizer):
     model = get_peft_model(build(kind), LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
     model.get_base_model().set_attn_implementation(attention)
+    model.config.use_cache = False  # as `Trainer` does
     model.eval()
     rows = examples()
 
@@ -83,7 +84,7 @@ def learned(model, stream, tokenizer, lora, args, cls=PMTrainer):
     return results, widths, [load_file(path) for path in adapters]
 
 
-@pytest.mark.parametrize("method", ["pm", "kronecker", "der"])
+@pytest.mark.parametrize("method", ["pm", "kronecker", "der", "lwf"])
 def test_a_stream_learns_what_it_learns_with_padding(method, stream, tokenizer, config, tmp_path):
     found = {}
     for flat in (False, True):
@@ -157,6 +158,10 @@ def test_what_cannot_work_is_refused_first(stream, tokenizer, seq2seq_tokenizer,
         refused(f"`penalty: {method}` reads them one by one. Switch it off", build("llama"), method=method)
     refused("this is a SEQ_2_SEQ_LM. Switch it off", build("t5"), seq2seq_tokenizer)
     refused("this is a SEQ_CLS. Switch it off", build("bert"))
+    with pytest.raises(UserError, match="answers two rows differently when one follows the other"):
+        trainer = trainer_for(build("llama"), stream, tokenizer, config(padding_free=True))
+        trainer.model.config.use_cache = True
+        trainer._check_apart()
     refused("`data_collator` makes batches of its own", build("llama"), data_collator=AnswerCollator(tokenizer))
     lora = LoraConfig(r=2, target_modules="all-linear")
     with pytest.raises(UserError, match="`padding_free: true` is for the rows of a stream. Pass `stream`"):

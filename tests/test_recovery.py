@@ -148,6 +148,16 @@ def test_what_a_stale_lock_says_does_not_matter(tmp_path, content):
     assert tmp_path.is_dir() and not list(tmp_path.iterdir())
 
 
+def test_the_lock_goes_also_where_its_file_cannot(tmp_path, monkeypatch):
+    """The process may live on, and the traceback with it: it must not lock itself out."""
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", lambda *args, **kwargs: (_ for _ in ()).throw(PermissionError("no")))
+        with pytest.raises(PermissionError) as kept, only_process(tmp_path):
+            pass
+    with only_process(tmp_path):
+        assert kept.value.args == ("no",)
+
+
 # ---- checkpoints ----------------------------------------------------------------------------------------------------
 
 

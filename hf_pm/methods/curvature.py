@@ -83,7 +83,9 @@ def row_losses(
         logits, targets = logits[:, None], targets[:, None]
     mask = targets != IGNORE_INDEX
     chosen, wanted = logits[mask], targets[mask]
-    chosen = (chosen if chosen.dtype == torch.float64 else chosen.float()) / temperature
+    chosen = chosen if chosen.dtype == torch.float64 else chosen.float()
+    if temperature != 1:
+        chosen = chosen / temperature
     counts = mask.sum(1)
     if seeds is not None:
         # Where logits are not finite, neither is the loss, which names the row; any label will do.
@@ -169,8 +171,18 @@ def measure_curvature(
             squares_of_factors |= {f"{name}.A": torch.zeros_like(update.A), f"{name}.B": torch.zeros_like(update.B)}
         collectors.append((partial(_add_factor_squares, live), squares_of_factors, power))
     numbers = range(first, sys.maxsize, step)
-    drawn = {"label_seed": label_seed, "numbers": numbers, "temperature": temperature}
-    passes = _row_gradients(model, batches, collectors, autocast, task_name, power, moments, **drawn)
+    passes = _row_gradients(
+        model,
+        batches,
+        collectors,
+        autocast,
+        task_name,
+        power,
+        moments,
+        label_seed=label_seed,
+        numbers=numbers,
+        temperature=temperature,
+    )
     for gradients in passes:
         # One copy a batch, whatever the number of layers; widened to float64 on the host.
         weights, *values = _on_host([gradients.weights, *gradients.slopes.values()])
@@ -728,7 +740,7 @@ def _refuse_packed(batch: Mapping[str, Any], task_name: str | None) -> None:
     if restarts or any(batch.get(key) is not None for key in PACKED_KEYS):
         raise UserError(
             f"A row in the curvature pass of {source_of(task_name)} holds several examples (packing), whose gradients "
-            "cannot be told apart. Switch `packing` and `padding_free` off."
+            "cannot be told apart. Give each example a row of its own."
         )
 
 

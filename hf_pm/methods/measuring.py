@@ -137,7 +137,7 @@ def measure(
 
     found, moments = within_memory(trainer, task_name, one_pass)
     gradients = found.gradient
-    if "gradient" in wanted and not own_loss:  # a pass of its own
+    if "gradient" in wanted and not own_loss:  # of another loss than the curvature's: a pass of its own
 
         def gradient_pass(batch_size: int) -> dict[str, torch.Tensor]:
             return mean_gradient(trainer.model, trainer.batches(rows, batch_size, "gradient"), **settings)[0]

@@ -378,21 +378,19 @@ class FlatCollator:
     """Makes one row of a batch, without padding: its examples one after another, each with positions from 0.
 
     transformers tells the examples apart by their `position_ids`, in the masks of `sdpa`, `eager` and `flex_attention`
-    as in the kernels of flash attention. The loss is the same; what differs is the rounding of sums.
+    as in the kernels of flash attention. The loss is the same; what differs is the rounding of sums. Not so a model
+    with `use_cache`, which `Trainer` switches off: it takes the positions for those of one text (transformers 5.23).
 
     Args:
         answers_only (`bool`): Ask for the logits of the answers only, as [`AnswerCollator`].
-        use_cache (`bool`): Tell the model to keep no keys and values, if it takes `use_cache`. A model that keeps them
-            (the default of most, in training too) takes the positions for those of one text (transformers 5.23).
     """
 
-    def __init__(self, answers_only: bool, use_cache: bool = True) -> None:
+    def __init__(self, answers_only: bool) -> None:
         self.answers_only = answers_only
-        self.cache = {"use_cache": False} if use_cache else {}
         self.flatten = DataCollatorWithFlattening(separator_id=IGNORE_INDEX)
 
     def __call__(self, features: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        batch = {**self.flatten(features), **self.cache}
+        batch = dict(self.flatten(features))
         return _answers_only(batch) if self.answers_only else batch
 
 
