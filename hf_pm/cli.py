@@ -6,10 +6,12 @@ import logging
 import math
 import os
 import shutil
+import subprocess
 import sys
 import tempfile
 import textwrap
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -308,21 +310,53 @@ def demo_command(options: argparse.Namespace, overrides: list[str]) -> None:
     if note:
         print(note, flush=True)
     output_dir = Path(options.output_dir or ("runs/demo" if toy else "runs/demo-smollm2"))
-    runs = []
+    methods = ("sequential", "pm" if toy else "kronecker")
+    outputs = [output_dir / method for method in methods]
     with as_file(files("hf_pm") / "demo") as demo:
-        for method in ("sequential", "pm" if toy else "kronecker"):
-            print(f"\n== {method} ==", flush=True)
-            output = output_dir / method
+        commands = []
+        for method, output in zip(methods, outputs, strict=True):
             words = ["--method", method, "--output_dir", str(output)]
             if not toy:
                 words += ["--model_name_or_path", str(Path(model).resolve()) if Path(model).is_dir() else model]
                 words += [] if cpu_has_bf16() else ["--dtype", "float32", "--bf16", "false"]
-            recipe = demo / ("recipe.yaml" if toy else "smollm2.yaml")
-            runs.append((method, output, run_recipe(parse_recipe(recipe, [*words, *overrides]))))
-    page = write_comparison([output for _, output, _ in runs], output_dir / "compare.html")
-    for method, _, results in runs:
+            commands.append([str(demo / ("recipe.yaml" if toy else "smollm2.yaml")), *words, *overrides])
+        recipes = [parse_recipe(command[0], command[1:]) for command in commands]
+        if toy and (os.cpu_count() or 1) > 1:
+            print(f"\n== {methods[1]} ==\n{methods[0]} runs beside it: {outputs[0]}.log", flush=True)
+            with _run_beside(commands[0], Path(f"{outputs[0]}.log")):
+                run_recipe(recipes[1])
+        else:
+            for method, recipe in zip(methods, recipes, strict=True):
+                print(f"\n== {method} ==", flush=True)
+                run_recipe(recipe)
+    page = write_comparison(outputs, output_dir / "compare.html")
+    for method, output in zip(methods, outputs, strict=True):
+        results = json.loads((output / "results.json").read_text(encoding="utf-8"))
         print(f"\n{method}\n{format_table(results, shutil.get_terminal_size().columns)}")
     print(f"\nSide by side: {page}")
+
+
+@contextmanager
+def _run_beside(command: list[str], log: Path) -> Iterator[None]:
+    """Run `hf-pm run` of a recipe in a second process while the block does its own work; both have ended after it."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with open(log, "w", encoding="utf-8") as stream:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "hf_pm.cli", "run", *command],
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stdout=stream,
+            stderr=subprocess.STDOUT,
+        )
+        try:
+            yield
+            status = process.wait()
+        finally:
+            # A block that fails does not leave its companion behind.
+            process.terminate()
+            process.wait()
+    if status:
+        last = log.read_text(encoding="utf-8").strip().rpartition("\n")[2]
+        raise UserError(f"The second process ended with {status}: {last} (all of it: {log})")
 
 
 def _demo_model(name: str) -> tuple[str, str]:

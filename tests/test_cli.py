@@ -19,7 +19,7 @@ from peft import LoraConfig
 from safetensors.torch import load_file
 
 from hf_pm import UserError, recipefiles
-from hf_pm.cli import _demo_model, _print_json, main
+from hf_pm.cli import _demo_model, _print_json, _run_beside, main
 from hf_pm.config import parse_recipe
 from hf_pm.loading import build_trainer, recipe_stream
 from hf_pm.methods.table import METHODS
@@ -608,6 +608,29 @@ def test_the_demo_finds_its_real_model(tmp_path, monkeypatch):
     }
     assert answers["capitals"] == {"BOOK", "FILM", "HOTEL", "MEAL", "PHONE", "CAR"}
     assert answers["stars"] == set("12345") and all(json.loads(answer)["topic"] for answer in answers["json"])
+
+
+def test_a_second_process_is_waited_for_and_its_failure_is_told(tmp_path):
+    recipe = tmp_path / "none.yaml"
+    with pytest.raises(UserError) as error, _run_beside([str(recipe)], tmp_path / "folder" / "second.log"):
+        pass
+    assert re.match(r"The second process ended with 2: hf-pm: .*none\.yaml", str(error.value))
+    with pytest.raises(ZeroDivisionError), _run_beside([str(recipe)], tmp_path / "second.log"):
+        raise ZeroDivisionError
+    assert (tmp_path / "second.log").read_text() == "", "stopped with the first, before it could say anything"
+
+
+@pytest.mark.slow
+def test_the_demo_runs_in_two_processes(tmp_path, capsys):
+    words = ["--max_train_samples", "16", "--max_eval_samples", "4", "--curvature_num_samples", "4"]
+    assert main(["demo", "--output_dir", str(tmp_path), *words]) == 0
+    assert (tmp_path / "compare.html").is_file()
+    said = capsys.readouterr().out
+    for method in ("sequential", "pm"):
+        results = json.loads((tmp_path / method / "results.json").read_text())
+        assert results["method"] == method and f"\n{method}\n" in said
+    assert "task 5/5 topic" in (tmp_path / "sequential.log").read_text()
+    assert said.count("training 2 steps") == 5, "only the first process's progress is shown"
 
 
 @pytest.mark.slow
