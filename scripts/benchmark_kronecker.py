@@ -45,7 +45,8 @@ def step_ratio(rounds: int, hidden: int, layers: int, method: str) -> dict[str, 
     """A training step with the penalty, over one of `Trainer`: 16 rows of 128 tokens."""
     batch = with_answer_logits(rows(16, 128, 4))
     with tempfile.TemporaryDirectory() as folder:
-        common = {"use_cpu": not torch.cuda.is_available(), "disable_tqdm": True, "report_to": []}
+        gpu = torch.cuda.is_available()
+        common = {"use_cpu": not gpu, "bf16": gpu, "disable_tqdm": True, "report_to": []}
         plain = Trainer(model=build(hidden, layers, rank=16), args=TrainingArguments(folder, **common))
         ours = PMTrainer(model=build(hidden, layers, rank=16), args=PMConfig(folder, method=method, **common))
         (penalty,) = ours.parts.penalties

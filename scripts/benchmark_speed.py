@@ -57,6 +57,8 @@ def paired(name: str, a: Callable[[], object], b: Callable[[], object], rounds: 
         for position, function in enumerate((a, b)):
             started = time.process_time(), time.perf_counter()
             function()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
             cpu[position].append(time.process_time() - started[0])
             wall[position].append(time.perf_counter() - started[1])
     result: dict[str, object] = {"name": name}
