@@ -404,8 +404,9 @@ def test_stopped_in_a_task_and_started_again_gives_the_same_bits(name, model, st
     assert digests(Path(args.output_dir)) == digests(Path(whole.output_dir))
 
 
+# One of each kind of thing that a task leaves: rows, a dense payload, a mixed adapter beside a state, magnitudes.
 @pytest.mark.slow
-@pytest.mark.parametrize("name", NEW)
+@pytest.mark.parametrize("name", ["replay", "ties", "subspace", "sd-lora"])
 def test_killed_in_a_task_and_started_again_gives_the_same_bits(name, recipe, tmp_path):  # noqa: F811
     """SIGKILL to a real process in the middle of the second task."""
     path, values = recipe
