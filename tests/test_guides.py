@@ -156,6 +156,8 @@ def test_the_reference_is_what_the_code_says(reference, name):
 def test_the_reference_has_every_public_name():
     shown = re.findall(r"^::: (\S+)$", (DOCS / "reference" / "python.md").read_text(), re.MULTILINE)
     assert {f"hf_pm.{module}.{name}" for name, module in _HOMES.items()} <= set(shown)
+    assert {"hf_pm.trl.PMSFTTrainer", "hf_pm.trl.PMSFTConfig", "hf_pm.methods.contract"} <= set(shown)
+    assert {"hf_pm.weights.merging", "hf_pm.weights.kronecker", "hf_pm.metrics.continual"} <= set(shown)
     for name in shown:
         path = ROOT / Path(*name.split("."))
         assert path.with_suffix(".py").is_file() or path.parent.with_suffix(".py").is_file(), name
