@@ -7,6 +7,7 @@ import logging
 import math
 import os
 import typing
+from collections.abc import MutableMapping
 from dataclasses import dataclass, field
 from enum import Enum
 from importlib.util import find_spec
@@ -367,7 +368,7 @@ class PMConfig(TrainingArguments):
         _require(problem is None, "output_dir", self.output_dir, rule, "Name another one.")
         check_environment(os.environ)
         check_deepspeed(os.environ, self.deepspeed)
-        self.sharded = take_fsdp(os.environ, self.fsdp, self.fsdp_config)
+        self.sharded = take_fsdp(self._launched(), self.fsdp, self.fsdp_config)
         for name in ("fsdp", "fsdp_config"):  # `TrainingArguments` would ask accelerate for it
             setattr(self, name, None)
         if self.sharded:
@@ -387,8 +388,15 @@ class PMConfig(TrainingArguments):
         rule = "must name trackers that are installed"
         _require(not missing, "report_to", missing, rule, "Install them, or use `report_to: none`.")
 
+    def _launched(self) -> MutableMapping[str, str]:
+        """Variables in which a launcher says how many processes there are, and of what engine."""
+        return os.environ
+
     def settle_estimator(self, weights: int) -> None:
-        """Say what `curvature_estimator: auto` is for a model of `weights` adapted weights."""
+        """Say what `curvature_estimator: auto` is for a model of `weights` adapted weights.
+
+        It is the same under every engine: a run has the same bits under DDP and FSDP2, and may change between them.
+        """
         if self.curvature_estimator == "auto":
             dense = self.coefficient_first_order or weights <= DENSE_WEIGHTS
             self.curvature_estimator: str = "diagonal" if dense else "factored"
@@ -591,6 +599,30 @@ class Recipe(PMConfig):
         _require(right, "llm_int8_skip_modules", skipped, rule, remedy)
 
 
+@dataclass
+class PlannedRecipe(Recipe):
+    """A recipe as each of several processes would read it: for counting in one process, not for training.
+
+    Args:
+        processes (`int`, *optional*, defaults to 1): How many a launcher would start.
+    """
+
+    processes: int = 1
+
+    def __post_init__(self) -> None:
+        rule = "must be at least 1"
+        _require(self.processes >= 1, "processes", self.processes, rule, "Leave it out for one process.")
+        super().__post_init__()
+
+    @property
+    def world_size(self) -> int:
+        """The processes that are planned for."""
+        return self.processes
+
+    def _launched(self) -> MutableMapping[str, str]:
+        return os.environ | {"WORLD_SIZE": str(self.processes)}
+
+
 # How the base is spread over processes: the adapters have the same bits, and nothing of it is recorded.
 ENGINE_FIELDS = frozenset({"fsdp", "fsdp_config"})
 # What may differ between two starts of the same run: it changes neither the weights nor the scores.
@@ -619,12 +651,14 @@ def settings(config: PMConfig) -> dict[str, Any]:
     return dict(config.given)
 
 
-def parse_recipe(path: str | Path | None, overrides: list[str]) -> Recipe:
+def parse_recipe(path: str | Path | None, overrides: list[str], processes: int | None = None) -> Recipe:
     """Read a recipe file strictly and apply `--key value` overrides.
 
     Args:
         path (`str` or `Path`, *optional*): The YAML file; without it everything comes from `overrides`.
         overrides (`list[str]`): Command-line words, `--key value` or `--key=value`; values are parsed as YAML.
+        processes (`int`, *optional*): Plan for so many processes, of which this is none; by default those of the
+            launcher.
 
     Raises:
         UserError: Missing file, not flat YAML, an unknown key (with near matches), or a value of the wrong type.
@@ -655,7 +689,7 @@ def parse_recipe(path: str | Path | None, overrides: list[str]) -> Recipe:
                 if isinstance(task.get(split), str):
                     task[split] = resolve_path(task[split], folder)
     try:
-        return Recipe(**values)
+        return Recipe(**values) if processes is None else PlannedRecipe(**values, processes=processes)
     except UserError:
         raise
     except (ValueError, TypeError, ImportError) as error:
