@@ -308,7 +308,7 @@ class PMConfig(TrainingArguments):
             and getattr(self, item.name) not in (None, _default(item))
             and (item.name != "bf16" or self.bf16)  # what the default came to counts, not how it was written
         }
-        Parts(self.resolved_method(), self)  # checks `method_kwargs`
+        parts = Parts(self.resolved_method(), self)  # checks `method_kwargs`
         for name, known in CHOICES.items():
             choose(f"`{name}`", getattr(self, name), known)
         _require(
@@ -343,6 +343,11 @@ class PMConfig(TrainingArguments):
         rule, remedy = "needs liger-kernel, which is not installed", "Install `liger-kernel`, or leave it out."
         missing_kernels = self.use_liger_kernel and find_spec("liger_kernel") is None
         _require(not missing_kernels, "use_liger_kernel", self.use_liger_kernel, rule, remedy)
+        fused = self.use_liger_kernel and (self.liger_kernel_config or {}).get("fused_linear_cross_entropy", True)
+        for penalty in parts.penalties if fused else ():
+            rule = f"leaves out the logits of a training step, which `penalty: {penalty.name}` reads"
+            remedy = "Set `liger_kernel_config: {fused_linear_cross_entropy: false}`, or leave it out."
+            _require(not penalty.reads_outputs, "use_liger_kernel", self.use_liger_kernel, rule, remedy)
         check_license(self.license)
         check_tags(self.tags or [])
         if self.base_model_id is not None:
@@ -410,6 +415,7 @@ class PMConfig(TrainingArguments):
             "releases.",
             "load_in_4bit": "Quantized weights are no rows of a matrix. Leave one of the two out.",
             "load_in_8bit": "Quantized weights are no rows of a matrix. Leave one of the two out.",
+            "use_liger_kernel": "Its loss reads the head without asking for its shards. Leave one of the two out.",
             "lora_target_parameters": "Adapt `lora_target_modules`, or leave FSDP out.",
         }
         for name, remedy in refused.items():

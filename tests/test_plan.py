@@ -448,15 +448,20 @@ def test_a_plan_for_more_processes_than_this_one(recipe, tmp_path, capsys):
     assert "FSDP would not really shard" in capsys.readouterr().err
 
 
-# Most memory of a rank in MiB, on two of them, as measured by scripts/benchmark_sharding.py (see docs/scale.md):
-# hidden size, layers, vocabulary -> read, trained, curvature, released.
-MEASURED = {(2048, 21, 32000): (2681, 3630, 3629, 3612), (512, 29, 1000): (678, 859, 888, 975)}
+# Most memory of a rank in MiB, on two of them, as measured by scripts/benchmark_sharding.py (see docs/scale.md), with
+# two rows of 23 tokens for each of them in training and curvature:
+# hidden size, layers, vocabulary, estimator -> read, trained, curvature, released.
+MEASURED = {
+    (2048, 21, 32000, "factored"): (2681, 3630, 3629, 3612),
+    (512, 29, 1000, "factored"): (678, 859, 888, 975),
+    (512, 29, 1000, "diagonal"): (699, 855, 1168, 945),
+}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sizes", MEASURED, ids=["large", "small"])
+@pytest.mark.parametrize("sizes", MEASURED, ids=["large", "small", "small and diagonal"])
 def test_the_plan_for_shards_beside_what_was_measured(recipe, tokenizer, tmp_path, sizes):
-    hidden, layers, vocabulary = sizes
+    hidden, layers, vocabulary, estimator = sizes
     config = LlamaConfig(
         vocab_size=vocabulary, hidden_size=hidden, intermediate_size=hidden * 11 // 4, num_hidden_layers=layers,
         num_attention_heads=hidden // 64, num_key_value_heads=hidden // 8 // 64, dtype="float32",
@@ -466,16 +471,18 @@ def test_the_plan_for_shards_beside_what_was_measured(recipe, tokenizer, tmp_pat
     tokenizer.save_pretrained(tmp_path / "base")
     values = recipe().given | {
         "model_name_or_path": str(tmp_path / "base"), "fsdp": "true", "lora_r": 8, "per_device_train_batch_size": 2,
-        "curvature_estimator": "factored", "max_length": 32, "curvature_batch_size": 2,
+        "curvature_estimator": estimator, "max_length": 23, "curvature_batch_size": 2,
     }  # fmt: skip
     plan = plan_recipe(PlannedRecipe(**values, processes=2))
     found, mib = counted.memory(plan.sizes, plan.choice), 2**20
     read, trained, curvature, released = (size * mib for size in MEASURED[sizes])
+    # Beside the small base it shows that a process which has opened a run holds 0.1 GiB more than its imports, and
+    # that matrices this small stay in the heap of the C library when they are freed: those of two models, in the end.
+    large = hidden == 2048
     assert counted.IMPORTS + found.weights == pytest.approx(read, rel=0.1)
-    assert counted.IMPORTS + found.training == pytest.approx(trained, rel=0.1)
-    assert counted.IMPORTS + found.curvature == pytest.approx(curvature, rel=0.1)
-    # The small base is of matrices that the C library keeps in its heap when they are freed: of two models, here.
-    assert counted.IMPORTS + found.certificate == pytest.approx(released, rel=0.05 if hidden == 2048 else 0.3)
+    assert counted.IMPORTS + found.training == pytest.approx(trained, rel=0.1 if large else 0.15)
+    assert counted.IMPORTS + found.curvature == pytest.approx(curvature, rel=0.1 if large else 0.15)
+    assert counted.IMPORTS + found.certificate == pytest.approx(released, rel=0.05 if large else 0.3)
 
 
 LLAMA_8B = LlamaConfig(
