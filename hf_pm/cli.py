@@ -102,9 +102,12 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--model", default="toy", help=text)
     demo.add_argument("--output_dir", help="runs/demo by default, and runs/demo-smollm2 for another model")
     text = "Say what a recipe will take (disk, memory, scores) and check its input, without training."
-    plan = add("plan", plan_command, text, "hf-pm plan RECIPE [--gpu_memory SIZE] [--probe] [--key value ...]")
+    usage = "hf-pm plan RECIPE [--gpu_memory SIZE] [--processes N] [--probe] [--key value ...]"
+    plan = add("plan", plan_command, text, usage)
     plan.add_argument("recipe", help="a YAML file")
     plan.add_argument("--gpu_memory", metavar="SIZE", help="such as 24GB: say what to change where that is too little")
+    text = "plan for so many; with `fsdp: true` in the recipe, for shards of the base"
+    plan.add_argument("--processes", type=int, metavar="N", help=text)
     plan.add_argument("--probe", action="store_true", help="time a few steps here, and estimate the stream's time")
     methods = add("methods", methods_command, "List the methods: paper, parts, what each keeps between tasks.")
     methods.add_argument("--markdown", action="store_true", help="as a table of Markdown, as the documentation has it")
@@ -277,7 +280,7 @@ def plan_command(options: argparse.Namespace, words: list[str]) -> int:
 
     quiet()
     gpu_memory = None if options.gpu_memory is None else parse_bytes(options.gpu_memory)
-    recipe = parse_recipe(options.recipe, words)
+    recipe = parse_recipe(options.recipe, words, options.processes)
     if options.probe:
         print("Loading the model and timing some forty steps: minutes on a CPU ...", file=sys.stderr, flush=True)
     plan = plan_recipe(recipe, options.probe)

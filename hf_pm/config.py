@@ -7,6 +7,7 @@ import logging
 import math
 import os
 import typing
+from collections.abc import MutableMapping
 from dataclasses import dataclass, field
 from enum import Enum
 from importlib.util import find_spec
@@ -307,7 +308,7 @@ class PMConfig(TrainingArguments):
             and getattr(self, item.name) not in (None, _default(item))
             and (item.name != "bf16" or self.bf16)  # what the default came to counts, not how it was written
         }
-        Parts(self.resolved_method(), self)  # checks `method_kwargs`
+        parts = Parts(self.resolved_method(), self)  # checks `method_kwargs`
         for name, known in CHOICES.items():
             choose(f"`{name}`", getattr(self, name), known)
         _require(
@@ -342,6 +343,11 @@ class PMConfig(TrainingArguments):
         rule, remedy = "needs liger-kernel, which is not installed", "Install `liger-kernel`, or leave it out."
         missing_kernels = self.use_liger_kernel and find_spec("liger_kernel") is None
         _require(not missing_kernels, "use_liger_kernel", self.use_liger_kernel, rule, remedy)
+        fused = self.use_liger_kernel and (self.liger_kernel_config or {}).get("fused_linear_cross_entropy", True)
+        for penalty in parts.penalties if fused else ():
+            rule = f"leaves out the logits of a training step, which `penalty: {penalty.name}` reads"
+            remedy = "Set `liger_kernel_config: {fused_linear_cross_entropy: false}`, or leave it out."
+            _require(not penalty.reads_outputs, "use_liger_kernel", self.use_liger_kernel, rule, remedy)
         check_license(self.license)
         check_tags(self.tags or [])
         if self.base_model_id is not None:
@@ -367,7 +373,7 @@ class PMConfig(TrainingArguments):
         _require(problem is None, "output_dir", self.output_dir, rule, "Name another one.")
         check_environment(os.environ)
         check_deepspeed(os.environ, self.deepspeed)
-        self.sharded = take_fsdp(os.environ, self.fsdp, self.fsdp_config)
+        self.sharded = take_fsdp(self._launched(), self.fsdp, self.fsdp_config)
         for name in ("fsdp", "fsdp_config"):  # `TrainingArguments` would ask accelerate for it
             setattr(self, name, None)
         if self.sharded:
@@ -387,8 +393,15 @@ class PMConfig(TrainingArguments):
         rule = "must name trackers that are installed"
         _require(not missing, "report_to", missing, rule, "Install them, or use `report_to: none`.")
 
+    def _launched(self) -> MutableMapping[str, str]:
+        """Variables in which a launcher says how many processes there are, and of what engine."""
+        return os.environ
+
     def settle_estimator(self, weights: int) -> None:
-        """Say what `curvature_estimator: auto` is for a model of `weights` adapted weights."""
+        """Say what `curvature_estimator: auto` is for a model of `weights` adapted weights.
+
+        It is the same under every engine: a run has the same bits under DDP and FSDP2, and may change between them.
+        """
         if self.curvature_estimator == "auto":
             dense = self.coefficient_first_order or weights <= DENSE_WEIGHTS
             self.curvature_estimator: str = "diagonal" if dense else "factored"
@@ -402,6 +415,7 @@ class PMConfig(TrainingArguments):
             "releases.",
             "load_in_4bit": "Quantized weights are no rows of a matrix. Leave one of the two out.",
             "load_in_8bit": "Quantized weights are no rows of a matrix. Leave one of the two out.",
+            "use_liger_kernel": "Its loss reads the head without asking for its shards. Leave one of the two out.",
             "lora_target_parameters": "Adapt `lora_target_modules`, or leave FSDP out.",
         }
         for name, remedy in refused.items():
@@ -591,6 +605,30 @@ class Recipe(PMConfig):
         _require(right, "llm_int8_skip_modules", skipped, rule, remedy)
 
 
+@dataclass
+class PlannedRecipe(Recipe):
+    """A recipe as each of several processes would read it: for counting in one process, not for training.
+
+    Args:
+        processes (`int`, *optional*, defaults to 1): How many a launcher would start.
+    """
+
+    processes: int = 1
+
+    def __post_init__(self) -> None:
+        rule = "must be at least 1"
+        _require(self.processes >= 1, "processes", self.processes, rule, "Leave it out for one process.")
+        super().__post_init__()
+
+    @property
+    def world_size(self) -> int:
+        """The processes that are planned for."""
+        return self.processes
+
+    def _launched(self) -> MutableMapping[str, str]:
+        return os.environ | {"WORLD_SIZE": str(self.processes)}
+
+
 # How the base is spread over processes: the adapters have the same bits, and nothing of it is recorded.
 ENGINE_FIELDS = frozenset({"fsdp", "fsdp_config"})
 # What may differ between two starts of the same run: it changes neither the weights nor the scores.
@@ -619,12 +657,14 @@ def settings(config: PMConfig) -> dict[str, Any]:
     return dict(config.given)
 
 
-def parse_recipe(path: str | Path | None, overrides: list[str]) -> Recipe:
+def parse_recipe(path: str | Path | None, overrides: list[str], processes: int | None = None) -> Recipe:
     """Read a recipe file strictly and apply `--key value` overrides.
 
     Args:
         path (`str` or `Path`, *optional*): The YAML file; without it everything comes from `overrides`.
         overrides (`list[str]`): Command-line words, `--key value` or `--key=value`; values are parsed as YAML.
+        processes (`int`, *optional*): Plan for so many processes, of which this is none; by default those of the
+            launcher.
 
     Raises:
         UserError: Missing file, not flat YAML, an unknown key (with near matches), or a value of the wrong type.
@@ -655,7 +695,7 @@ def parse_recipe(path: str | Path | None, overrides: list[str]) -> Recipe:
                 if isinstance(task.get(split), str):
                     task[split] = resolve_path(task[split], folder)
     try:
-        return Recipe(**values)
+        return Recipe(**values) if processes is None else PlannedRecipe(**values, processes=processes)
     except UserError:
         raise
     except (ValueError, TypeError, ImportError) as error:

@@ -6,17 +6,38 @@ The rules, for a GPU (without one, everything is on the machine):
 |---|---|
 | weights | of every parameter once, in the live dtype; 4-bit: half a byte and the scale of each block; 8-bit: one |
 | adapter | values, gradients and the two averages of Adam (1 byte each for an 8-bit optimizer; none for SGD) |
+| messages | with several processes, the gradients once more |
 | activations | what autograd saves in a forward pass of `max_length` tokens a row, counted without weights |
 | recomputation | with checkpointing, one layer's share of what would be saved without |
 | curvature | what the pass sums up on the GPU, its activations, and three float32 copies around the largest matrix |
 | certificate | the live weights, and beside them the release as a user loads it |
 
 A GPU needs `OVERHEAD` and `SLACK` on top: the context of CUDA, and holes between the blocks of the allocator.
+
+With FSDP2 over N processes:
+
+| what | bytes |
+|---|---|
+| weights | an N-th of the above |
+| gathered | the head, which stays from forward to backward, and twice the two largest of the other groups |
+| certificate | an N-th of the release, whose shards take the place of the live ones |
+| curvature, adapter | the same in each process, whatever N is |
+
+The host of a GPU, for each process:
+
+| what | bytes |
+|---|---|
+| imports | `IMPORTS`, measured without a GPU |
+| loading | the whole base in the live dtype; the largest file of one that is quantized, an N-th of it for shards |
+| staging | pinned, to fold weights in: a matrix for each worker, for each power of two that sizes round up to |
+| measured | what was summed up on the GPU: all processes hold it until the task is merged |
+| merging | on the main process: what is kept of the largest matrix, before and after, and its dense updates |
 """
 
 import inspect
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -31,10 +52,13 @@ from .errors import UserError
 from .methods.curvature import CHUNK
 from .methods.moments import moment_bytes
 from .methods.parts import Parts
+from .weights.folding import MAX_WORKERS
 from .weights.states import state_bytes
 
 
 OVERHEAD, SLACK = 1 << 30, 1.05
+# Of a process that has imported the package and holds no weight: 482 to 484 MiB by scripts/benchmark_sharding.py.
+IMPORTS = 484 << 20
 # Values that share a float32 scale in a 4-bit base, and bytes of the scale with and without double quantization.
 BLOCK_4BIT, SCALE, SCALE_TWICE = 64, 4.0, 1 + 4 / 256
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
@@ -46,8 +70,9 @@ class Sizes(NamedTuple):
 
     `plain` and `quantizable`: numbers of parameters, those of the linear layers that a quantized base quantizes apart.
     `whole` and `checkpointed`: bytes that autograd saves a row, without and with checkpointing; `layer`: those of one
-    layer. `trainable`: numbers of the adapter. `around`: inputs and outputs of the largest matrix, a token. The rest
-    are the bytes of what the curvature pass sums up by estimator, and of what penalties hold.
+    layer. `trainable`: numbers of the adapter. `around`: inputs and outputs of the largest matrix, a token. `sums` and
+    `held` are the bytes of what the curvature pass sums up by estimator, and of what penalties hold. With `sharded`
+    the base is spread over `processes`, and `gathered` are the parameters that a pass holds whole, copies included.
     """
 
     plain: int
@@ -61,6 +86,9 @@ class Sizes(NamedTuple):
     sums: Mapping[str, int]
     held: int
     releases: bool
+    processes: int = 1
+    sharded: bool = False
+    gathered: int = 0
 
 
 class Choice(NamedTuple):
@@ -82,6 +110,7 @@ class Memory(NamedTuple):
     """Bytes in one process: the parts, and the sum of those that a stage has at once."""
 
     weights: int
+    gathered: int
     adapter: int
     activations: int
     training: int
@@ -91,6 +120,59 @@ class Memory(NamedTuple):
     def needed(self) -> int:
         """Memory of a GPU on which the stream finishes: without room for it, the certificate is left out."""
         return int(SLACK * max(self.training, self.curvature)) + OVERHEAD
+
+
+class Host(NamedTuple):
+    """Bytes of host memory in one process beside a GPU, by the rules of this file; `merging` in the main one only."""
+
+    imports: int
+    loading: int
+    staging: int
+    measured: int
+    merging: int
+
+    def needed(self, main: bool) -> int:
+        """The most that a process has at once. Staging memory is kept from the first fold to the end of the run."""
+        at_the_end = self.staging + self.measured + (self.merging if main else 0)
+        return self.imports + max(self.loading, at_the_end)
+
+
+def host_of(
+    recipe: Recipe,
+    sizes: Sizes,
+    shapes: Mapping[str, Sequence[int]],
+    *,
+    largest_file: int,
+    measured: int,
+    merging: int,
+) -> Host:
+    """Host memory of a recipe on GPUs.
+
+    Args:
+        recipe (`Recipe`): The settings.
+        sizes (`Sizes`): Of the model.
+        shapes (`Mapping`): Adapted matrix -> shape.
+        largest_file (`int`): Bytes of the largest weight file.
+        measured (`int`): Bytes that a measuring pass leaves on the host.
+        merging (`int`): Bytes that a merge adds on the main process.
+    """
+    shards = sizes.processes if sizes.sharded else 1
+    loading = (sizes.plain + sizes.quantizable) * sizes.itemsize
+    if recipe.load_in_4bit or recipe.load_in_8bit or sizes.sharded:
+        loading = math.ceil(largest_file / shards)
+    return Host(IMPORTS, loading, staging_bytes(shapes, sizes.itemsize, shards), measured, merging)
+
+
+def staging_bytes(shapes: Mapping[str, Sequence[int]], itemsize: int, shards: int = 1) -> int:
+    """Pinned bytes in which `Folder.into_model` folds matrices of these shapes for a GPU, at most.
+
+    torch rounds a block up to a power of two and keeps it for blocks of the same size.
+    """
+    blocks = Counter(
+        1 << (math.ceil(rows / shards) * math.prod(others) * itemsize - 1).bit_length()
+        for rows, *others in shapes.values()
+    )
+    return sum(size * min(MAX_WORKERS, count) for size, count in blocks.items())
 
 
 def choice_of(recipe: Recipe) -> Choice:
@@ -109,28 +191,32 @@ def memory(sizes: Sizes, choice: Choice) -> Memory:
         each = 0.5 + (SCALE_TWICE if choice.double_quantization else SCALE) / BLOCK_4BIT
     elif choice.load_in_8bit:
         each = 1.0
-    weights = int(sizes.plain * sizes.itemsize + sizes.quantizable * each)
+    shards = sizes.processes if sizes.sharded else 1
+    weights = math.ceil(int(sizes.plain * sizes.itemsize + sizes.quantizable * each) / shards)
+    gathered = sizes.gathered * sizes.itemsize if sizes.sharded else 0
     moving = 0 if "sgd" in choice.optim or "adafactor" in choice.optim else 2 if "8bit" in choice.optim else 8
-    adapter = sizes.trainable * (4 + 4 + moving)
+    adapter = sizes.trainable * (4 + (4 if sizes.processes == 1 else 8) + moving)
 
     def activations(rows: int) -> int:
         if choice.activation_checkpointing:
             return rows * (sizes.checkpointed + sizes.layer)
         return rows * sizes.whole
 
-    together = weights + adapter + sizes.held
+    together = weights + gathered + adapter + sizes.held
     rows = choice.curvature_batch_size
     copies = 3 * 4 * rows * choice.max_length * sizes.around + 4 * CHUNK
     sums = sizes.sums[choice.curvature_estimator] if sizes.sums else 0
     curvature = together + activations(rows) + copies + sums if sizes.sums else 0
-    released = (sizes.plain + sizes.quantizable) * sizes.itemsize if sizes.releases else 0
+    released = math.ceil((sizes.plain + sizes.quantizable) * sizes.itemsize / shards) if sizes.releases else 0
+    models = max(weights, released) if sizes.sharded else weights + released
     return Memory(
         weights=weights,
+        gathered=gathered,
         adapter=adapter,
         activations=activations(choice.per_device_train_batch_size),
         training=together + activations(choice.per_device_train_batch_size),
         curvature=curvature,
-        certificate=weights + adapter + released,
+        certificate=models + gathered + adapter,
     )
 
 
@@ -138,7 +224,8 @@ def fitting(sizes: Sizes, choice: Choice, limit: int) -> Choice | None:
     """The recipe with the fewest changes that needs at most `limit` bytes of a GPU; `None` if none of them is enough.
 
     In order: checkpointing, fewer rows at once in training (a step keeps its rows) and in the curvature pass, factored
-    curvature, 4-bit weights. A change that is of no help to the stage that is too large is not made.
+    curvature, 4-bit weights (not on shards, which cannot be quantized). A change that is of no help to the stage that
+    is too large is not made.
     """
     rows = [
         lambda c: c._replace(activation_checkpointing=True),
@@ -146,7 +233,7 @@ def fitting(sizes: Sizes, choice: Choice, limit: int) -> Choice | None:
         lambda c: c._replace(curvature_batch_size=max(1, c.curvature_batch_size // 2)),
         lambda c: c._replace(curvature_estimator="factored") if c.curvature_estimator == "diagonal" else c,
     ]
-    weights = [lambda c: c if c.load_in_8bit else c._replace(load_in_4bit=True)]
+    weights = [lambda c: c if c.load_in_8bit or sizes.sharded else c._replace(load_in_4bit=True)]
     # 4-bit weights make room for rows, too: they come last, or first where that changes less.
     found = [
         reached for order in ([*rows, *weights], [*weights, *rows]) if (reached := _reach(sizes, choice, limit, order))
@@ -231,7 +318,33 @@ def sizes_of(recipe: Recipe, model: PeftModel, shapes: Mapping[str, Sequence[int
         sums=_sums(parts, shapes, recipe),
         held=_held(parts, shapes, recipe),
         releases=recipe.release != "none",
+        processes=recipe.world_size,
+        sharded=recipe.sharded,
+        gathered=gathered_parameters(inner),
     )
+
+
+def gathered_parameters(model: nn.Module) -> int:
+    """Parameters of the base that a pass over shards holds whole at once, copies included.
+
+    transformers groups modules by `fsdp_plan`. A group that keeps its weights has them until the backward pass ends,
+    or until the next one. Of the others the one that is computed and the next are there, each twice: as it arrives
+    from the other processes, and as weights.
+    """
+    modules, seen, kept, freed = dict(model.named_modules()), set(), 0, [0, 0]
+    # What is tied belongs to the group that keeps it.
+    plan = sorted((model.fsdp_plan or {}).items(), key=lambda item: item[1] != "keep_full_weight")
+    for rule, style in plan:
+        pattern = re.escape(rule).replace(r"\*", r"\d+")
+        for module in (module for name, module in modules.items() if re.fullmatch(pattern, name)):
+            own = {id(p): p.numel() for name, p in module.named_parameters() if "lora_" not in name}
+            count = sum(number for key, number in own.items() if key not in seen)
+            seen |= own.keys()
+            if style == "keep_full_weight":
+                kept += count
+            else:
+                freed.append(count)
+    return kept + 2 * sum(sorted(freed)[-2:])
 
 
 def _live_dtype(recipe: Recipe, model: nn.Module) -> torch.dtype:

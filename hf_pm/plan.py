@@ -10,9 +10,10 @@ import transformers
 from accelerate import init_empty_weights
 
 from .config import PMConfig, Recipe
+from .errors import UserError
 from .hub.releases import STATE_LIMIT
 from .loading import ARCHITECTURES, LOADING_ERRORS, cannot_load, recipe_lora, recipe_stream
-from .memory import Choice, Sizes, choice_of, fitting, memory, sizes_of
+from .memory import IMPORTS, Choice, Host, Sizes, choice_of, fitting, host_of, memory, sizes_of
 from .methods.contract import curvature_form
 from .methods.moments import moment_bytes
 from .methods.parts import Parts
@@ -24,6 +25,7 @@ from .tasks.rows import StreamRows
 from .weights import adapters
 from .weights.bases import BaseCheckpoint
 from .weights.merging import MAX_RANK
+from .weights.sharding import check_architecture
 from .weights.states import state_bytes
 
 
@@ -32,12 +34,13 @@ class Plan(NamedTuple):
 
     `disk` is what the run folder holds at the end; `state` and `dense` are what a method keeps after a task, and what
     it stores as a task's payload beside the adapter; `merge_memory` is what a merge adds to the live model: what was
-    measured of every matrix, and what is kept of the largest one. `protect` says which text is protected, `windows`
+    measured of every matrix, which is the part `measured` and is held by every process, and what is kept of the
+    largest one, by the main process. `protect` says which text is protected, `windows`
     and `protected_tokens` how many of its windows and tokens (at most, where the base generates them) are read forward
     and backward before the first task. `sizes` and `choice` are what the memory of a GPU follows from (`memory.py`);
     `push` is what the first task sends to the Hub, `shard` the largest file of the base. `seconds` is the estimate of
     `probe.py`; `untimed` says why there is none. `released_rows` are scored once more, on the releases of a quantized
-    base. With `use_cpu` the memory is told as that of the machine.
+    base. With `use_cpu` the memory is told as that of the machine. `host` is the memory of a process beside its GPU.
     """
 
     tasks: list[str]
@@ -59,6 +62,7 @@ class Plan(NamedTuple):
     disk: int
     free: int
     merge_memory: int
+    measured: int = 0
     protect: str | None = None
     windows: int = 0
     protected_tokens: int = 0
@@ -67,17 +71,20 @@ class Plan(NamedTuple):
     released_rows: int = 0
     sizes: Sizes | None = None
     choice: Choice | None = None
+    host: Host | None = None
     seconds: Seconds | None = None
     use_cpu: bool = False
     untimed: str = "`--probe` loads the model, times a few steps, and estimates it"
 
 
 class MethodBytes(NamedTuple):
-    """Bytes that a method adds: the state file after a task, a task's dense update, and the memory of a merge."""
+    """Bytes that a method adds: the state file after a task, a task's dense update, the memory of a merge, and the
+    part of it that was measured, which all processes hold."""
 
     state: int
     dense: int
     merge_memory: int
+    measured: int
 
 
 def method_bytes(shapes: Mapping[str, Sequence[int]], config: PMConfig) -> MethodBytes:
@@ -92,6 +99,8 @@ def method_bytes(shapes: Mapping[str, Sequence[int]], config: PMConfig) -> Metho
     measured = 0
     if "curvature" in parts.measures():
         measured = state_bytes({"F": curvature_form(config)}, shapes, dtype="float32", rank=0)
+    if "gradient" in parts.measures():
+        measured += 4 * sum(math.prod(shape) for shape in shapes.values())
     if parts.measures() & {"kronecker", "inputs"}:
         measured += moment_bytes(shapes, parts.cut_rank)
     # For one matrix at a time, old and new values of everything that is kept, and dense updates.
@@ -101,6 +110,7 @@ def method_bytes(shapes: Mapping[str, Sequence[int]], config: PMConfig) -> Metho
         state=state_bytes(keeps, shapes, dtype=config.curvature_dtype, rank=MAX_RANK, cut=parts.cut_rank),
         dense=4 * sum(math.prod(shape) for shape in shapes.values()) if dense else 0,
         merge_memory=measured + 4 * at_once * max(math.prod(shape) for shape in shapes.values()),
+        measured=measured,
     )
 
 
@@ -124,6 +134,12 @@ def plan_recipe(recipe: Recipe, probe: bool = False) -> Plan:
         with init_empty_weights():
             model = ARCHITECTURES[recipe.task_type].from_config(config, trust_remote_code=trusted)
         model.tie_weights()  # without weights, what is tied was made twice
+        if recipe.sharded:
+            check_architecture(
+                ARCHITECTURES[recipe.task_type], config, recipe.model_name_or_path, trust_remote_code=trusted
+            )
+    except UserError:
+        raise
     except LOADING_ERRORS as error:
         raise cannot_load(recipe, error) from error
     model = adapters.attach(model, peft_config, recipe.task_type)
@@ -135,6 +151,10 @@ def plan_recipe(recipe: Recipe, probe: bool = False) -> Plan:
     shard = max((base.folder / file).stat().st_size for file in base.files)
     sizes = sizes_of(recipe, model, shapes, _predictions(recipe, rows))
     plan = plan._replace(shard=shard, sizes=sizes, choice=choice_of(recipe), use_cpu=recipe.use_cpu)
+    if sizes is not None:
+        merging = plan.merge_memory - plan.measured
+        host = host_of(recipe, sizes, shapes, largest_file=shard, measured=plan.measured, merging=merging)
+        plan = plan._replace(host=host)
     if (recipe.load_in_4bit or recipe.load_in_8bit) and recipe.release != "none":
         plan = plan._replace(released_rows=plan.scored_rows - sum(plan.test_rows))
     if probe:
@@ -192,7 +212,7 @@ def estimate(
         steps = config.max_steps * len(stages)
     else:
         steps = sum(math.ceil(math.ceil(n / batch) * e) for n, e in zip(train_rows, epochs, strict=True))
-    state, dense, merge_memory = method_bytes(shapes, config)
+    state, dense, merge_memory, measured = method_bytes(shapes, config)
     state_files = len(stages) if config.curvature_history == "all" else 1
     # An adapter release holds all adapters so far, stacked, and the release of a mixture all of them as experts.
     merged = base_bytes if config.release in ("merged", "both") else 0
@@ -223,6 +243,7 @@ def estimate(
         disk=len(stages) * (adapter_bytes + dense) + state_files * state + releases,
         free=shutil.disk_usage(path).free,
         merge_memory=merge_memory,
+        measured=measured,
     )
 
 
@@ -237,23 +258,40 @@ def _memory_lines(plan: Plan, on_cpu: bool) -> list[tuple[str, str]]:
     if plan.sizes is None:
         return [("memory", "unknown: this architecture cannot be run without weights")]
     found = memory(plan.sizes, plan.choice)
-    parts = {"weights": found.weights, "adapter, gradients, optimizer": found.adapter}
-    parts["activations of a training step"] = found.activations
+    parts = {"weights": found.weights}
+    if plan.sizes.sharded:
+        parts = {f"weights (one of {plan.sizes.processes} shards)": found.weights, "gathered": found.gathered}
+    parts |= {"adapter, gradients, optimizer": found.adapter, "activations of a training step": found.activations}
     stages = {"training": found.training, "curvature": found.curvature, "certificate": found.certificate}
     told = ", ".join(f"{name} {_bytes(size)}" for name, size in stages.items() if size)
     listed = ", ".join(f"{name} {_bytes(size)}" for name, size in parts.items())
+    merging = _bytes(plan.merge_memory - plan.measured)
     if on_cpu:
         return [
             ("memory", f"of each process: {listed}"),
-            ("stages", f"{told}, one after another; {_bytes(plan.merge_memory)} while merging"),
-        ]
+            ("stages", f"{told}, one after another; {_bytes(plan.measured)} of what was measured until the task is "
+             f"merged, and {merging} on the main process while merging; {_bytes(IMPORTS)} of imports on top"),
+            *_unspread(plan),
+        ]  # fmt: skip
+    host = plan.host
     return [
         ("memory", f"of each process's GPU: {listed}"),
-        ("stages", f"{told}; a GPU of {_bytes(found.needed())} is enough (without room for it, the certificate is "
-         "left out)"),
-        ("host", f"{_bytes(plan.shard)} while loading, {_bytes(plan.merge_memory)} while merging, each process; "
-         "without a GPU, the stages come on top"),
+        ("stages", f"{told}; a GPU of {_bytes(found.needed())} is enough" + (
+         "" if plan.sizes.sharded else " (without room for it, the certificate is left out)")),
+        ("host", f"of each process: {_bytes(host.imports)} of imports, {_bytes(host.loading)} while loading, "
+         f"{_bytes(host.staging)} pinned to fold weights in, {_bytes(host.measured)} of what was measured until the "
+         f"task is merged; on the main process {merging} while merging; without a GPU, the stages come on top"),
+        *_unspread(plan),
     ]  # fmt: skip
+
+
+def _unspread(plan: Plan) -> list[tuple[str, str]]:
+    """What dense curvature takes in each process, where the base itself is spread over them."""
+    sums = plan.sizes.sums
+    if not plan.sizes.sharded or plan.choice.curvature_estimator != "diagonal" or sums["diagonal"] == sums["factored"]:
+        return []
+    text = f"`diagonal` sums up {_bytes(sums['diagonal'])} in each process, however many there are"
+    return [("curvature", f"{text}; `curvature_estimator: factored` {_bytes(sums['factored'])}")]
 
 
 def _verdict(plan: Plan, gpu_memory: int) -> str:
@@ -266,6 +304,8 @@ def _verdict(plan: Plan, gpu_memory: int) -> str:
     text = f"It does not fit a GPU of {_bytes(gpu_memory)}: {_bytes(needed)} are needed."
     other = fitting(plan.sizes, plan.choice, gpu_memory)
     if other is None:
+        if plan.sizes.sharded:
+            return f"{text} No change of batch sizes, checkpointing and estimator is enough: take more processes."
         return f"{text} No change of batch sizes, checkpointing, estimator and quantization is enough."
     changes = _changes(plan.choice, other)
     told = ", ".join(f"`{key}: {str(value).lower()}`" for key, value in changes.items())
@@ -277,12 +317,15 @@ def _changes(choice: Choice, other: Choice) -> dict[str, Any]:
 
 
 def plan_record(plan: Plan, gpu_memory: int | None = None) -> dict[str, Any]:
-    """The plan for scripts. `memory`: bytes of each stage, and of the GPU they need (`None` if unknown).
+    """The plan for scripts. `memory`: bytes of each stage, and of the GPU they need; `host`: bytes of a process beside
+    its GPU (`None` if unknown).
 
     With `gpu_memory`, `fits` as [`fits`] says, and `changes`: the keys that make the recipe fit the GPU, empty if none
     has to change, `None` if no change is enough or the memory is unknown.
     """
     record = {key: value for key, value in plan._asdict().items() if key not in ("sizes", "choice")}
+    record["host"] = None if plan.host is None else plan.host._asdict()
+    record["processes"] = None if plan.sizes is None else plan.sizes.processes
     record["seconds"] = None if plan.seconds is None else plan.seconds._asdict()
     if plan.seconds is not None:
         del record["untimed"]

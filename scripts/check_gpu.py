@@ -6,7 +6,8 @@ Llama-3.1-8B.
 
 It needs no network and 20 GB of disk, and takes about a quarter of an hour. Every section runs in a process and within
 a limit of its own; one that fails says why and does not stop the others. `--only step curvature` picks sections.
-Ratios are medians of pairs timed in turn, A B A B ..., the device synchronized after each.
+Ratios are medians of pairs timed in turn, A B A B ..., the device synchronized after each. On a GPU `targets` in the
+report says which of them, and which sizes and bits, are as they should be, and the exit code is 1 if one is not.
 """
 
 import argparse
@@ -397,6 +398,42 @@ SECTIONS = {
 }  # fmt: skip
 
 
+# What should hold on a GPU: name -> section, keys of the value in its result, and the limit.
+TARGETS: dict[str, tuple[str, tuple[str, ...], float | bool]] = {
+    "P&M's step over Trainer's": ("step", ("pm_over_trainer", "ratio"), 1.02),
+    "diagonal curvature over forward and backward": ("curvature", ("diagonal", "ratio"), 2.5),
+    "kronecker curvature over forward and backward": ("curvature", ("kronecker", "ratio"), 1.3),
+    "directional curvature over forward and backward": ("curvature", ("directional", "ratio"), 1.3),
+    "bits of the live weights equal those of the release": ("release", ("bits_equal",), True),
+    "GiB of an 8B stream on 24 GB": ("eight_24gb", ("peak_gib",), memory.parse_bytes("24GB") / 2**30),
+    "GiB of an 8B stream on 80 GB": ("eight_80gb", ("peak_gib",), memory.parse_bytes("80GB") / 2**30),
+}
+
+
+def targets(report: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Whether the sections of a report of a GPU reach their targets.
+
+    Args:
+        report (`dict`): Section -> its result, with `ok`; sections may be missing.
+
+    Returns:
+        `dict`: Name of the target -> `value`, `limit` and `holds`. The value of a section that failed is `None`, and
+        its target does not hold. Targets of sections that did not run are left out.
+    """
+    found = {}
+    for name, (section, keys, limit) in TARGETS.items():
+        if section not in report:
+            continue
+        value = None
+        if report[section]["ok"]:
+            value = report[section]
+            for key in keys:
+                value = value[key]
+        holds = value is not None and (value is limit if isinstance(limit, bool) else value <= limit)
+        found[name] = {"value": value, "limit": limit, "holds": holds}
+    return found
+
+
 def run_section(name: str, folder: Path, tiny: bool) -> None:
     """In a process of its own; the result is in FOLDER/NAME.json."""
     quiet()
@@ -442,10 +479,15 @@ def main() -> int:
             told = Path(folder) / f"{name}.json"
             report[name] = json.loads(told.read_text()) if told.is_file() else {"ok": False, "error": done}
             print(f"{name}: {'ok' if report[name]['ok'] else report[name]['error']}", file=sys.stderr, flush=True)
+            report["targets"] = None if options.tiny else targets(report)
             if options.output:
                 options.output.write_text(json.dumps(report, indent=2) + "\n")
     print(json.dumps(report))
-    return int(not all(report[name]["ok"] for name in options.only))
+    reached = report["targets"] or {}
+    for name, target in reached.items():
+        told = f"{target['value']}, limit {target['limit']}"
+        print(f"{'holds' if target['holds'] else 'DOES NOT HOLD'}: {name}: {told}", file=sys.stderr, flush=True)
+    return int(not all([report[name]["ok"] for name in options.only] + [one["holds"] for one in reached.values()]))
 
 
 if __name__ == "__main__":

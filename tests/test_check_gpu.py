@@ -1,6 +1,9 @@
 """scripts/check_gpu.py: what runs on a GPU runs here with tiny models, so that it does not rot between two GPUs."""
 
+import json
 import math
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -38,13 +41,17 @@ def test_streams_are_compared(check):
     assert check.same()["adapters_gpu_to_gpu"]["01-mood"] > 0.01
 
 
-def test_ratios_and_bits(check):
+def test_ratios_and_bits(check, module):
     step, curvature, free = check.step(), check.curvature(), check.padding_free()
     ratios = [*step.values(), *curvature.values(), free["over_padded"]]
     assert len(ratios) == 11 and all(0 < one["ratio"] < math.inf for one in ratios)
     assert curvature["diagonal, TF32"]["relative_difference"] == 0, "a CPU has no TF32"
     assert free["losses"][0] == pytest.approx(free["losses"][1], rel=1e-5)
-    assert check.release()["bits_equal"] is True
+    release = check.release()
+    assert release["bits_equal"] is True
+    results = {"step": step, "curvature": curvature, "release": release}
+    found = module.targets({name: {"ok": True} | result for name, result in results.items()})
+    assert len(found) == 5 and all(one["value"] is not None for one in found.values())
 
 
 @pytest.mark.parametrize("name", ["eight_24gb", "eight_80gb"])
@@ -53,6 +60,54 @@ def test_recipes_of_8b_run(check, name):
         pytest.importorskip("bitsandbytes", reason="quantized bases need the extra `quantization`")
     found = getattr(check, name)()
     assert len(found["coefficients"]) == 2 and found["planned_gib"] > 0
+
+
+def test_quantized_streams_score_what_is_released(check):
+    pytest.importorskip("bitsandbytes", reason="quantized bases need the extra `quantization`")
+    found = check.quantized()
+    assert found["bitsandbytes"]
+    for bits in ("load_in_4bit", "load_in_8bit"):
+        assert len(found[bits]["coefficients"]) == 2
+        # The release is in the dtype of its files, and has scores of its own.
+        rows = [task["released"]["scores"] for task in found[bits]["tasks"]]
+        assert [len(row) for row in rows] == [1, 2] and all(0 <= score <= 1 for row in rows for score in row)
+        assert all(task["released"]["dtype"] == "float32" for task in found[bits]["tasks"])
+
+
+def test_the_script_writes_one_report(tmp_path):
+    script = Path(__file__).parent.parent / "scripts" / "check_gpu.py"
+    command = [sys.executable, str(script), "--tiny", "--only", "release", "--output", str(tmp_path / "tiny.json")]
+    environment = os.environ | {"PYTHONPATH": str(script.parent.parent)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "tiny.json").read_text())
+    assert report == json.loads(done.stdout.splitlines()[-1])
+    assert report["device"] == "cpu" and torch.__version__.startswith(report["versions"]["torch"].partition("+")[0])
+    assert report["release"]["ok"] and report["release"]["bits_equal"] and report["release"]["seconds"] > 0
+    assert report["targets"] is None  # of a GPU; here a ratio says nothing about them
+    assert "release: ok" in done.stderr
+
+
+def test_targets_hold_or_not(module):
+    report = {
+        "device": "some GPU",
+        "step": {"ok": True, "pm_over_trainer": {"ratio": 1.02}},
+        "curvature": {
+            "ok": True,
+            "diagonal": {"ratio": 2.6}, "kronecker": {"ratio": 1.1}, "directional": {"ratio": 0.9},
+        },
+        "release": {"ok": True, "bits_equal": False},
+        "eight_24gb": {"ok": True, "peak_gib": 22.0},
+        "eight_80gb": {"ok": False, "error": "OutOfMemoryError"},
+    }  # fmt: skip
+    found = module.targets(report)
+    assert list(found) == list(module.TARGETS)
+    assert [one["holds"] for one in found.values()] == [True, False, True, True, False, True, False]
+    assert found["diagonal curvature over forward and backward"] == {"value": 2.6, "limit": 2.5, "holds": False}
+    assert found["GiB of an 8B stream on 80 GB"]["value"] is None
+    assert module.targets({"release": {"ok": True, "bits_equal": True}}) == {
+        "bits of the live weights equal those of the release": {"value": True, "limit": True, "holds": True}
+    }
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="here is a GPU, and the script would use it")

@@ -177,3 +177,18 @@ def test_kernels_that_are_not_installed_are_named_before_anything_is_loaded(monk
     monkeypatch.setitem(sys.modules, "liger_kernel", None)
     with pytest.raises(UserError, match="`use_liger_kernel` needs liger-kernel, which is not installed, but got True"):
         PMConfig(output_dir="x", use_cpu=True, use_liger_kernel=True)
+
+
+@pytest.mark.parametrize("method", ["lwf", "sril"])
+def test_kernels_that_make_no_logits_are_refused_where_a_penalty_reads_them(monkeypatch, method):
+    monkeypatch.setattr("hf_pm.config.find_spec", lambda name: True)
+
+    def config(method, **values):
+        return PMConfig(output_dir="x", use_cpu=True, use_liger_kernel=True, method=method, **values)
+
+    with pytest.raises(
+        UserError, match="`use_liger_kernel` leaves out the logits .* `penalty: .*` reads, but got True"
+    ):
+        config(method)
+    assert config(method, liger_kernel_config={"fused_linear_cross_entropy": False}).use_liger_kernel
+    assert config("ewc").use_liger_kernel and config("pm").use_liger_kernel

@@ -162,9 +162,11 @@ def test_the_number_of_processes():
     [
         ({"lm_eval_tasks": ["arc_easy"]}, "`lm_eval_tasks` cannot be used with FSDP"),
         ({"method": "smile"}, "`merge` cannot be used with FSDP"),
+        ({"use_liger_kernel": True}, "`use_liger_kernel` cannot be used with FSDP"),
     ],
 )
 def test_what_nobody_has_seen_on_a_sharded_base_is_refused(given, said, monkeypatch, tmp_path):
+    monkeypatch.setattr("hf_pm.config.find_spec", lambda name: True)  # as if all kernels were installed
     for name, value in (LAUNCHED | {"RANK": "0", SHARDED: "false"}).items():  # set, so that it is put back
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=said):

@@ -161,7 +161,8 @@ def take_fsdp(environment: MutableMapping[str, str], fsdp: Any, config: Any) -> 
     if processes(environment) == 1:
         raise UserError(
             "FSDP is on, but there is one process, so that nothing would be sharded. Start several "
-            "(`accelerate launch --num_processes 2`), or switch it off."
+            "(`accelerate launch --num_processes 2`), plan for several (`hf-pm plan RECIPE --processes 2`), or switch "
+            "it off."
         )
     environment["ACCELERATE_USE_FSDP"] = "false"
     environment[SHARDED] = "true"
