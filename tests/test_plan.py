@@ -5,7 +5,6 @@ import json
 import os
 import shutil
 import struct
-import time
 from pathlib import Path
 
 import pytest
@@ -526,9 +525,7 @@ def test_llama_8b_fits_by_its_own_numbers(recipe, tokenizer, tmp_path, name, gpu
     path = Path(__file__).parent.parent / "recipes" / "llama-3.1-8b" / "olora-order1" / f"{name}.yaml"
     values = yaml.safe_load(path.read_text()) | {"model_name_or_path": str(tmp_path / "8b"), "use_cpu": True}
     del values["stream"]
-    started = time.process_time()
     plan = plan_recipe(Recipe(**values | {"tasks": recipe().tasks, "output_dir": str(tmp_path / "run")}), True)
-    assert time.process_time() - started < 30  # CPU seconds; docs/scale.md has what it takes
     assert plan.seconds is None and plan.untimed.endswith("hold no weights")
     assert plan.base == pytest.approx(16.06e9, rel=0.001)  # what Llama-3.1-8B takes on the Hub
     found = counted.memory(plan.sizes, plan.choice)
