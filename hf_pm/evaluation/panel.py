@@ -68,7 +68,7 @@ def cross_entropy(
             with autocast():
                 logits, targets = predict(model, batch)
             losses = nn.functional.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none")
-            nats += float(losses.double().sum())
+            nats += float(losses.cpu().double().sum())  # widened on the host: not every device has float64
             tokens += int((targets != IGNORE_INDEX).sum())
     size = sum(sizes)
     return {

@@ -12,6 +12,7 @@ from accelerate.utils.memory import clear_device_cache
 from datasets import Dataset
 
 from ..errors import UserError
+from ..evaluation.scoring import gathered
 from ..store.environment import memory_is_used_up
 from ..weights import adapters, kronecker
 from ..weights.merging import Curvature, Factored, mean_entry, quadratic, scaled
@@ -186,10 +187,10 @@ def measure(
 
 
 def _sums(numbers: torch.Tensor, accelerator: Accelerator) -> torch.Tensor:
-    """Sums over all ranks of a few numbers on the host."""
+    """Sums over all ranks of a few float64 numbers (n,) on the host."""
     if accelerator.num_processes == 1:
         return numbers
-    return accelerator.reduce(numbers.to(accelerator.device)).cpu()
+    return gathered(numbers, accelerator).sum(0)
 
 
 def measure_inputs(trainer: Any, rows: Dataset, task_name: str | None) -> dict[str, kronecker.Symmetric]:
