@@ -134,7 +134,7 @@ def test_logit_parity_in_pieces_is_that_of_the_whole(numbers, monkeypatch):
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "t5", "bert"])
 @pytest.mark.parametrize("most", [3, 7, 256])
 def test_probed_logits_are_those_of_the_answers_of_one_pass(kind, most, tokenizer, monkeypatch):
-    """In pieces of rows, the first `most` answer tokens; also with a collator that asks for the logits of no others."""
+    """In pieces of rows, the first `most` answer tokens; also with a collator that asks for all logits."""
     monkeypatch.setattr(answers, "PIECE", 2)
     model = build(kind).double().train()
     if kind == "bert":
