@@ -440,7 +440,8 @@ ranks.main()
 def test_two_ranks_agree_on_what_fits_and_go_on_without_a_certificate(recipe, tmp_path):  # noqa: F811
     path, values = recipe
     values |= {"per_device_train_batch_size": 4, "save_strategy": "steps", "save_steps": 1, "num_train_epochs": 1}
-    path.write_text(yaml.safe_dump(values | {"release": "none", "report_examples": 0}))
+    values |= {"release": "none", "report_examples": 0, "max_train_samples": 16, "max_eval_samples": 4}
+    path.write_text(yaml.safe_dump(values))
 
     def job(name, *words, **env):
         words = ["run", str(path), "--output_dir", str(tmp_path / name.partition("-")[0]), *words]
@@ -452,7 +453,8 @@ def test_two_ranks_agree_on_what_fits_and_go_on_without_a_certificate(recipe, tm
         job("shards", FULL="certificate", **FSDP2),
         job("shards-early", FULL="certificate", PROBED="1", **FSDP2),
         job("shards-again", "--parity_certificate", "false", FULL="certificate", PROBED="1", **FSDP2),
-        job("whole"),
+        job("whole", "--release", "merged"),
+        job("spread", "--release", "merged", PROBED="1", **FSDP2),
     ]
     (tmp_path / "jobs.json").write_text(json.dumps(jobs))
     script = tmp_path / "full.py"
@@ -463,7 +465,7 @@ def test_two_ranks_agree_on_what_fits_and_go_on_without_a_certificate(recipe, tm
     codes = {job["name"]: json.loads((tmp_path / f"{job['name']}.json").read_text()) for job in jobs}
     told = {name: said(tmp_path, name) for name in codes}
     expected = {"agreed": [0, 0], "refused": [2, 2], "shards": [1, 1], "shards-early": [1, 1], "shards-again": [0, 0]}
-    assert codes == expected | {"whole": [0, 0]}, told["shards-again"][-3000:]
+    assert codes == expected | {"whole": [0, 0], "spread": [0, 0]}, told["shards-again"][-3000:]
     # One rank has memory for 8 rows, the other for 2.
     sizes = sorted(line for line in told["agreed"].splitlines() if line.startswith("SIZE"))
     assert sizes == ["SIZE 0 2"] * 2 + ["SIZE 1 2"] * 2
@@ -473,7 +475,11 @@ def test_two_ranks_agree_on_what_fits_and_go_on_without_a_certificate(recipe, tm
     assert "SIZE" in told["shards"] and "SIZE" not in told["shards-early"]
     for name in ("shards", "shards-early"):
         assert "parity certificate of task 'colour'" in told[name] and "set `parity_certificate: false`" in told[name]
-    results = [json.loads((tmp_path / name / "results.json").read_text()) for name in ("shards", "whole")]
-    assert comparable(results[0]) == comparable(results[1])
-    assert [task["parity"]["folded"] for task in results[0]["per_task"]] == [None, None]
-    assert results[1]["per_task"][1]["parity"]["folded"]["argmax_agreement"] == 1
+    found = {
+        name: json.loads((tmp_path / name / "results.json").read_text()) for name in ("shards", "whole", "spread")
+    }
+    assert comparable(found["shards"]) == comparable(found["whole"]) == comparable(found["spread"])
+    certificates = {name: [task["parity"] for task in found[name]["per_task"]] for name in found}
+    assert [part["folded"] for part in certificates["shards"]] == [None, None]
+    assert certificates["spread"] == certificates["whole"]
+    assert all(part["reloaded"]["argmax_agreement"] == 1 for part in certificates["whole"])
