@@ -189,6 +189,10 @@ class PMConfig(TrainingArguments):
             of a fixed general text that is always measured. Needs the extra `lm-eval`.
         lm_eval_limit (`int`, *optional*):
             Rows of each of those tasks; all by default.
+        parity_certificate (`bool`, *optional*, defaults to `True`):
+            Compare the merged model with the adapter model after every task, and the release with the merged model,
+            on the logits of a few test rows. Without memory for it there is none, and with FSDP the run ends and goes
+            on with `false`.
 
     > Parameters that control the data and the output
 
@@ -278,6 +282,7 @@ class PMConfig(TrainingArguments):
     coefficient_search_tasks: list[str] | None = _knob(None, "Earlier tasks whose rows may be kept.")
     lm_eval_tasks: list[str] | None = _knob(None, "Tasks of the `lm-eval` harness.")
     lm_eval_limit: int | None = _knob(None, "Rows of each of them.")
+    parity_certificate: bool = _knob(True, "Compare merged model, adapter model and release by their logits.")
     global_batch_size: int | None = _knob(None, "Rows of one optimizer step of all processes.")
     padding_free: bool = _knob(False, "Training batches without padding, as one row.")
     max_length: int = _knob(512, "Tokens per row.")
@@ -639,7 +644,7 @@ RUN_INVARIANT_FIELDS = frozenset(
     "save_only_model dataloader_num_workers dataloader_pin_memory dataloader_prefetch_factor release "
     "base_model_id license tags hub_curvature local_rank ddp_timeout "
     "torch_empty_cache_steps skip_memory_metrics data_dir curvature_batch_size per_device_eval_batch_size "
-    "report_examples".split()
+    "report_examples parity_certificate".split()
 )
 # What may change for the tasks to come, and is then noted in run.json; `num_train_epochs` of single tasks likewise.
 LATER_TASKS_FIELDS = frozenset(

@@ -40,6 +40,7 @@ from .evaluation.scoring import Cell, Scorer, metric_of
 from .hub.outbox import Outbox
 from .methods.contract import Ended, Measured, Merged, Task
 from .methods.curvature import check_layers
+from .methods.dry_pass import dry_pass
 from .methods.line_search import check_search, held_out_rows, search
 from .methods.measuring import measure, measure_inputs
 from .methods.parity import Parity
@@ -205,9 +206,12 @@ class PMTrainerMixin(TaskTraining):
         with self.interruption.installed(self.accelerator), self._alone(), recovery.advising(self.args):
             self._open_run()
             self._score_base()
+            done = len(self.run.ledger)
             for number, stage in enumerate(self.stages, start=1):
-                if number > len(self.run.ledger):
+                if number > done:
                     self._begin(number)
+                    if number == done + 1:
+                        dry_pass(self, number)
                     self._train(number, stage)
                     self._merge(number, self._measure(stage))
                 self._evaluate_stage(number, stage)
@@ -225,9 +229,10 @@ class PMTrainerMixin(TaskTraining):
         """Check or create the run folder; resolve the base; find out what is done already."""
         args = self.args
         self.run = RunFolder(args, [stage.name for stage in self.stages], self.is_world_process_zero())
+        if len(self.run.ledger) < len(self.stages):
+            self._checkpoint_activations()
         if self.parts.measures() and len(self.run.ledger) < len(self.stages):
             # What cannot be measured must not be found after the training.
-            self._checkpoint_activations()
             inputs = not self.parts.measures().isdisjoint({"kronecker", "inputs"})
             check_layers(self.model, self._first_rows(self.rows.test[0], 2), inputs)
         if self.train_collator is not None and len(self.run.ledger) < len(self.stages):
@@ -253,7 +258,7 @@ class PMTrainerMixin(TaskTraining):
         self.add_callback(self._progress)
 
     def _checkpoint_activations(self) -> None:
-        """As `train` does later: what is measured before the first task needs it too."""
+        """As `train` does later: what is measured or tried before the first task needs it too."""
         if self.args.activation_checkpointing:
             settings = dict(self.args.activation_checkpointing_kwargs or {})
             layers = {key: settings.pop(key) for key in ("every_n_layers", "offload") if key in settings}

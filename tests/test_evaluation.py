@@ -5,19 +5,23 @@ import pytest
 import torch
 from conftest import build
 from datasets import Dataset
-from transformers import DataCollatorForSeq2Seq
+from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding
 
 from hf_pm import Task
+from hf_pm.evaluation import answers
 from hf_pm.evaluation.answers import (
     answer_text,
     correct_classes,
+    evaluating,
     exact_matches,
     generate_answers,
     option_log_likelihoods,
+    predict,
     probe_logits,
     stop_tokens,
 )
-from hf_pm.methods.parity import CHUNK, logit_parity
+from hf_pm.methods import parity as certificates
+from hf_pm.methods.parity import logit_parity
 from hf_pm.tasks.encoding import AnswerCollator, Encoder
 from hf_pm.weights import adapters
 
@@ -103,9 +107,11 @@ def test_logit_parity_by_hand():
     assert logit_parity(expected, expected)["kl"] == 0
 
 
-def test_logit_parity_in_pieces_is_that_of_the_whole():
+@pytest.mark.parametrize("numbers", [1, 80, 1 << 15])  # a word at a time, three (the last slice is shorter), all
+def test_logit_parity_in_pieces_is_that_of_the_whole(numbers, monkeypatch):
+    monkeypatch.setattr(certificates, "SLICE", numbers)
     generator = torch.Generator().manual_seed(0)
-    expected = torch.randn(3 * CHUNK + 1, 7, generator=generator)
+    expected = torch.randn(25, 7, generator=generator, dtype=torch.float64)
     actual = expected + 0.1 * torch.randn(expected.shape, generator=generator)
     parity = logit_parity(expected, actual)
     p, q = (logits.double().log_softmax(-1) for logits in (expected, actual))
@@ -116,18 +122,37 @@ def test_logit_parity_in_pieces_is_that_of_the_whole():
     assert parity["kl"] == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-9)
     agreement = (expected.argmax(-1) == actual.argmax(-1)).double().mean()
     assert parity["argmax_agreement"] == pytest.approx(float(agreement))
+    # Of several parts, with different numbers of positions.
+    together = certificates.Difference()
+    for a, b in zip(expected.split([4, 20, 1]), actual.split([4, 20, 1]), strict=True):
+        together.add(a, b)
+    assert together.record() == pytest.approx(parity, rel=1e-12)
     actual[-1, 3] = torch.nan
     assert all(math.isnan(logit_parity(expected, actual)[key]) for key in ("max_difference", "kl"))
 
 
-def test_a_certificate_keeps_a_bounded_number_of_answer_tokens(tokenizer):
-    model = build("llama").to(torch.bfloat16)
-    row = {"input_ids": [4, 5, 6, 7], "attention_mask": [1] * 4, "labels": [-100, 5, 6, 7]}
-    batch = {key: torch.tensor([value] * 3) for key, value in row.items()}
-    logits = probe_logits(model, batch, most=4)
-    # 2 bytes a word and token for each model that is compared: half a megabyte for 128,000 words and both.
-    assert logits.shape == (4, model.config.vocab_size) and logits.dtype == torch.bfloat16
-    assert torch.equal(logits, probe_logits(model, batch)[:4])
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "t5", "bert"])
+@pytest.mark.parametrize("most", [3, 7, 256])
+def test_probed_logits_are_those_of_the_answers_of_one_pass(kind, most, tokenizer, monkeypatch):
+    """In pieces of rows, the first `most` answer tokens; also with a collator that asks for all logits."""
+    monkeypatch.setattr(answers, "PIECE", 2)
+    model = build(kind).double().train()
+    if kind == "bert":
+        rows = [{"input_ids": [4 + i] * (2 + i), "attention_mask": [1] * (2 + i), "labels": i % 3} for i in range(4)]
+        batch = dict(DataCollatorWithPadding(tokenizer)(rows))
+        expected = model.eval()(**batch).logits
+        model.train()
+        assert torch.allclose(torch.cat(list(probe_logits(model, batch, most=most))), expected[:most], atol=1e-12)
+        return
+    rows = prompt_rows(4, kind != "t5", (5, 6, 7, 2)[: 3 if kind == "gpt2" else 4])
+    for batch in [*in_batches(rows, tokenizer, 4, kind == "llama"), DataCollatorForSeq2Seq(tokenizer)(rows)]:
+        found = list(probe_logits(model, batch, most=most))
+        with torch.no_grad(), evaluating(model):
+            logits, targets = predict(model, batch)
+        assert torch.allclose(torch.cat(found), logits[targets != -100][:most], atol=1e-12)
+        if "shift_labels" in batch:
+            assert {len(part) for part in found} <= {1, 2}
+    assert model.training
 
 
 def test_mode_is_left_alone(tokenizer):
@@ -263,12 +288,12 @@ def test_answers_in_batches_equal_one_row_at_a_time_by_argmax(kind, tokenizer):
     model.generation_config.update(do_sample=True, temperature=3.0, repetition_penalty=4.0, max_length=5)
     own = model.generation_config
     batches = in_batches(rows, tokenizer, 6, causal)
-    answers = generate_answers(model.train(), batches, tokenizer, 7, stops=stops)
+    found = generate_answers(model.train(), batches, tokenizer, 7, stops=stops)
     assert model.training and model.generation_config is own
-    assert answers == [answer_text(tokenizer, ids, stops) for ids in free]
-    assert len(set(answers)) > 5 and 1 < sum(not stops.isdisjoint(ids) for ids in free) < 40
+    assert found == [answer_text(tokenizer, ids, stops) for ids in free]
+    assert len(set(found)) > 5 and 1 < sum(not stops.isdisjoint(ids) for ids in free) < 40
     ended = [answer_text(tokenizer, ids, {2}) for ids in free]
-    assert generate_answers(model, batches, tokenizer, 7) == ended != answers
+    assert generate_answers(model, batches, tokenizer, 7) == ended != found
 
 
 def test_answers_end_where_the_positions_do(tokenizer):

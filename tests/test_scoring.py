@@ -318,9 +318,10 @@ def test_shares_are_put_back_into_the_rows_order(world, total):
         num_processes, device = world, "cpu"
 
         def gather(self, tensor):
-            """What every rank's collective would put together."""
-            assert tensor[: len(self.share)].tolist() == self.share
-            return torch.cat([torch.tensor(s + [0.0] * (longest - len(s)), dtype=torch.float64) for s in shares])
+            """What every rank's collective would put together: the bits of float64 numbers."""
+            assert tensor.dtype == torch.int32 and tensor.view(torch.float64)[: len(self.share)].tolist() == self.share
+            padded = [torch.tensor(s + [0.0] * (longest - len(s)), dtype=torch.float64) for s in shares]
+            return torch.cat(padded).view(torch.int32)
 
     scorer = Scorer.__new__(Scorer)
     scorer.trainer = type("Trainer", (), {"accelerator": Accelerator()})()

@@ -1,6 +1,7 @@
 """Answers of the live model to a batch: exact match without generation, options by likelihood, generated text."""
 
 import inspect
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from itertools import takewhile
@@ -8,11 +9,15 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, pad
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
 from transformers.modeling_outputs import BaseModelOutput
 
 from ..tasks.encoding import IGNORE_INDEX
+
+
+# Answer tokens of a row whose logits are asked for at a time, where nobody needs them together.
+PIECE = 64
 
 
 class Filler(dict):
@@ -72,15 +77,68 @@ def aligned(
     return logits[:, :-1], labels[:, 1:]
 
 
-@torch.no_grad()
+def one_by_one(batches: Iterable[Mapping[str, Any]], encoder_decoder: bool) -> Iterator[dict[str, Any]]:
+    """Batches of one row without its padding, which a router would send to experts; `logits_to_keep` holds positions,
+    not rows."""
+    for batch in batches:
+        for row in range(len(batch["labels"])):
+            one = {
+                key: value[row : row + 1] if torch.is_tensor(value) and key != "logits_to_keep" else value
+                for key, value in batch.items()
+            }
+            if one.get("attention_mask") is not None:
+                real = one["attention_mask"][0].bool()
+                for key in ("input_ids", "attention_mask", "token_type_ids", "position_ids", "labels"):
+                    if one.get(key) is not None and one[key].ndim == 2 and not (key == "labels" and encoder_decoder):
+                        one[key] = one[key][:, real]
+                if torch.is_tensor(kept := one.get("logits_to_keep")):
+                    one["logits_to_keep"] = (real.cumsum(0) - 1)[kept][real[kept]]
+                    one["shift_labels"] = one["shift_labels"][:, real[kept]]
+            if encoder_decoder:
+                one["labels"] = one["labels"][:, one["labels"][0] != IGNORE_INDEX]
+            yield Filler(one) if isinstance(batch, Filler) else one
+
+
 def probe_logits(
     model: nn.Module, batch: Mapping[str, Any], autocast: Callable[[], Any] = nullcontext, most: int = 256
-) -> torch.Tensor:
-    """Logits of the first `most` answer tokens in `batch`, (answer tokens, vocabulary) on the CPU in the dtype that
-    the model gives, in evaluation mode."""
-    with evaluating(model), autocast():
-        logits, targets = predict(model, batch)
-    return (logits[targets != IGNORE_INDEX][:most] if logits.ndim == 3 else logits).cpu()
+) -> Iterator[torch.Tensor]:
+    """Logits of the first `most` answer tokens in `batch`, in evaluation mode, by a forward pass for each row and
+    `PIECE` of its tokens: whoever looks at them piece by piece never has all of them, and the device has one piece.
+
+    Args:
+        model (`nn.Module`): Left in the mode it was in.
+        batch (`Mapping`): Model inputs with `labels`, on the model's device.
+        autocast (`Callable`, *optional*): Context manager factory for the forward passes.
+        most (`int`, *optional*, defaults to 256): Later answer tokens are left out.
+
+    Yields:
+        `torch.Tensor`: (answer tokens, vocabulary) on the CPU in the dtype that the model gives; (1, classes) for a
+        classification head.
+    """
+    for row in one_by_one([batch], model.config.is_encoder_decoder):
+        for piece in _answer_pieces(row, most):
+            with torch.no_grad(), evaluating(model), autocast():
+                logits, targets = predict(model, piece)
+            if logits.ndim == 3:
+                answered = (targets[0] != IGNORE_INDEX).nonzero()[:most, 0]
+                logits = logits[0] if len(answered) == logits.shape[1] else logits[0, answered]
+            found = [logits.cpu()]
+            most -= len(logits)
+            del logits, targets  # or they would be here while the next ones are computed
+            yield found.pop()
+        if most <= 0:
+            return
+
+
+def _answer_pieces(row: dict[str, Any], most: int) -> Iterator[dict[str, Any]]:
+    """The batch `row` of one row, asking for the logits of its first `most` answer tokens, `PIECE` at a time; as it
+    is, where it does not say which logits to keep."""
+    if "shift_labels" not in row or not torch.is_tensor(kept := row.get("logits_to_keep")):
+        yield row
+        return
+    answered = (row["shift_labels"][0] != IGNORE_INDEX).nonzero()[:most, 0]
+    for part in answered.split(PIECE) if len(answered) else ():
+        yield row | {"logits_to_keep": kept[part], "shift_labels": row["shift_labels"][:, part]}
 
 
 @torch.no_grad()
@@ -224,17 +282,37 @@ def generate_answers(
 
 
 class _Drawn(LogitsProcessor):
-    """Makes greedy decoding take the token at which the cumulative probability passes a number drawn before."""
+    """Makes greedy decoding take the token at which the cumulative probability passes a number drawn before.
+
+    A float32 sum over the vocabulary would lose rare tokens, and not every device has float64: the sums are made on
+    the host, of blocks of tokens first and then of the tokens of one block, so that few numbers travel.
+    """
 
     def __init__(self, draws: torch.Tensor) -> None:
         self.draws = iter(draws.T)  # (rows, tokens), in [0, 1)
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        cumulative = scores.double().softmax(-1).cumsum(-1)
-        # Of the sum, which rounding keeps from 1; the first entry above it has a probability of more than 0.
-        drawn = next(self.draws).to(cumulative)[:, None] * cumulative[:, -1:]
-        chosen = torch.searchsorted(cumulative, drawn, right=True).clamp(max=scores.shape[-1] - 1)
-        return torch.full_like(scores, -torch.inf).scatter(1, chosen, 0.0)
+        width = math.isqrt(scores.shape[-1] - 1) + 1
+        probabilities = scores.float().softmax(-1)
+        blocks = pad(probabilities, (0, -scores.shape[-1] % width)).unflatten(-1, (-1, width))
+        block, rest = _passed(blocks.sum(-1), next(self.draws))
+        rows = torch.arange(len(blocks), device=blocks.device)
+        inside, _ = _passed(blocks[rows, block.to(blocks.device)], rest)
+        chosen = (block * width + inside).to(scores.device)
+        return torch.full_like(scores, -torch.inf).scatter(1, chosen[:, None], 0.0)
+
+
+def _passed(weights: torch.Tensor, drawn: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where the running sum of `weights` (rows, n) passes the share `drawn` (rows,) of the whole, and the share of the
+    weight there that is below it; (rows,) each, on the host, the latter in float64."""
+    weights = weights.cpu().double()
+    cumulative = weights.cumsum(-1)
+    # Of the sum, which rounding keeps from 1; the first entry above it has a weight of more than 0.
+    wanted = drawn.cpu().double()[:, None] * cumulative[:, -1:]
+    chosen = torch.searchsorted(cumulative, wanted, right=True).clamp(max=weights.shape[-1] - 1)
+    own = weights.gather(1, chosen)
+    share = (wanted - (cumulative.gather(1, chosen) - own)) / own
+    return chosen[:, 0], share.clamp(0, 1 - 2**-53)[:, 0]
 
 
 @torch.no_grad()

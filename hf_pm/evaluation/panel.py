@@ -68,7 +68,7 @@ def cross_entropy(
             with autocast():
                 logits, targets = predict(model, batch)
             losses = nn.functional.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none")
-            nats += float(losses.double().sum())
+            nats += float(losses.cpu().double().sum())  # widened on the host: not every device has float64
             tokens += int((targets != IGNORE_INDEX).sum())
     size = sum(sizes)
     return {
@@ -121,11 +121,14 @@ def _task_manager() -> Any:
 
 
 @contextmanager
-def _generators_kept() -> Iterator[None]:
+def generators_kept() -> Iterator[None]:
     """The global random generators as they were, afterwards: dropout of the next task draws from them."""
     states = random.getstate(), np.random.get_state()
+    accelerator = torch.accelerator.current_accelerator()
+    kind = "cuda" if accelerator is None or accelerator.type == "mps" else accelerator.type
     try:
-        with torch.random.fork_rng():
+        # Of all its devices: torch does the same, but warns where there are several.
+        with torch.random.fork_rng(range(getattr(torch, kind).device_count()), device_type=kind):
             yield
     finally:
         random.setstate(states[0])
@@ -179,7 +182,7 @@ def lm_eval(
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
-    with evaluating(model), _generators_kept():
+    with evaluating(model), generators_kept():
         found = simple_evaluate(
             model=HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size),
             tasks=list(tasks),

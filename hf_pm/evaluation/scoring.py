@@ -86,6 +86,15 @@ def metric_of(task: Task, task_type: str) -> str:
     return "accuracy"
 
 
+def gathered(numbers: torch.Tensor, accelerator: Any) -> torch.Tensor:
+    """What every rank has in the place of `numbers` (n,), float64 on the host; (ranks, n), float64 on the host.
+
+    They travel as bits: scores are the same on any number of ranks, and no device needs float64.
+    """
+    bits = numbers.view(torch.int32).to(accelerator.device)
+    return accelerator.gather(bits).cpu().view(torch.float64).view(-1, len(numbers))
+
+
 class Scorer:
     """Scores tasks on whatever weights are live, and remembers what was scored.
 
@@ -184,9 +193,9 @@ class Scorer:
         if world == 1:
             return share
         longest = -(-total // world)
-        padded = torch.zeros(longest, dtype=torch.float64, device=accelerator.device)
+        padded = torch.zeros(longest, dtype=torch.float64)
         padded[: len(share)] = torch.tensor(share, dtype=torch.float64)
-        return accelerator.gather(padded).view(world, longest).T.flatten()[:total].tolist()
+        return gathered(padded, accelerator).T.flatten()[:total].tolist()
 
     def share(self, task_index: int) -> list[float]:
         """Scores of this rank's rows; asks no other rank for anything."""

@@ -33,7 +33,7 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..errors import UserError
-from ..evaluation.answers import Filler, evaluating, predict
+from ..evaluation.answers import Filler, evaluating, one_by_one, predict
 from ..tasks.encoding import IGNORE_INDEX
 from ..weights.adapters import ADAPTER, base_weight, is_experts, live_delta, live_update, lora_layers
 from ..weights.merging import Curvature, Factored
@@ -465,7 +465,7 @@ def _row_gradients(
         hooks.callback(model.zero_grad, set_to_none=True)
         hooks.enter_context(evaluating(model))
         hooks.enter_context(_checkpointing(model))
-        for batch in _one_by_one(batches, model.config.is_encoder_decoder) if experts else batches:
+        for batch in one_by_one(batches, model.config.is_encoder_decoder) if experts else batches:
             _refuse_packed(batch, task_name)
             rows = len(batch["labels"])
             lengths = _lengths(batch)
@@ -543,7 +543,7 @@ def see_inputs(
             if not is_experts(layer):
                 hooks.callback(layer.register_forward_hook(partial(on_output, name)).remove)
         hooks.enter_context(evaluating(model))
-        for batch in _one_by_one(batches, model.config.is_encoder_decoder) if experts else batches:
+        for batch in one_by_one(batches, model.config.is_encoder_decoder) if experts else batches:
             _refuse_packed(batch, task_name)
             rows, lengths = len(batch["labels"]), _lengths(batch)
             counts_for_nothing = isinstance(batch, Filler)
@@ -742,28 +742,6 @@ def _refuse_packed(batch: Mapping[str, Any], task_name: str | None) -> None:
             f"A row in the curvature pass of {source_of(task_name)} holds several examples (packing), whose gradients "
             "cannot be told apart. Give each example a row of its own."
         )
-
-
-def _one_by_one(batches: Iterable[Mapping[str, Any]], encoder_decoder: bool) -> Iterator[dict[str, Any]]:
-    """Batches of one row without its padding, which a router would send to experts; `logits_to_keep` holds positions,
-    not rows."""
-    for batch in batches:
-        for row in range(len(batch["labels"])):
-            one = {
-                key: value[row : row + 1] if torch.is_tensor(value) and key != "logits_to_keep" else value
-                for key, value in batch.items()
-            }
-            if one.get("attention_mask") is not None:
-                real = one["attention_mask"][0].bool()
-                for key in ("input_ids", "attention_mask", "token_type_ids", "position_ids", "labels"):
-                    if one.get(key) is not None and one[key].ndim == 2 and not (key == "labels" and encoder_decoder):
-                        one[key] = one[key][:, real]
-                if torch.is_tensor(kept := one.get("logits_to_keep")):
-                    one["logits_to_keep"] = (real.cumsum(0) - 1)[kept][real[kept]]
-                    one["shift_labels"] = one["shift_labels"][:, real[kept]]
-            if encoder_decoder:
-                one["labels"] = one["labels"][:, one["labels"][0] != IGNORE_INDEX]
-            yield Filler(one) if isinstance(batch, Filler) else one
 
 
 def _add_missing(model: PeftModel, gradients: dict[str, torch.Tensor]) -> None:

@@ -10,6 +10,7 @@ from datasets import Dataset
 
 from ..errors import UserError, choose
 from ..evaluation.answers import Filler, evaluating, predict
+from ..evaluation.scoring import gathered
 from ..weights import adapters
 from ..weights.merging import (
     LineSearch,
@@ -75,7 +76,7 @@ def search(trainer: Any, held_out: Sequence[Dataset], points: Sequence[float] = 
 @torch.no_grad()
 def _mean_loss(trainer: Any, rows: Dataset) -> float:
     """Mean over rows of the mean token loss, in nats."""
-    sums = torch.zeros((), dtype=torch.float64, device=trainer.args.device)
+    found: list[torch.Tensor] = []
     batches = trainer.batches(rows, trainer.args.eval_batch_size, "line search")
     with evaluating(trainer.model):
         for batch in batches:
@@ -84,5 +85,7 @@ def _mean_loss(trainer: Any, rows: Dataset) -> float:
             if isinstance(batch, Filler):
                 continue
             losses, counts = row_losses(logits, targets)
-            sums += (losses.double() / counts).sum()
-    return float(trainer.accelerator.reduce(sums)) / len(rows)
+            found.append(torch.stack([losses, counts.to(losses.dtype)]))
+    losses, counts = (torch.cat(found, 1) if found else torch.empty(2, 0)).cpu().double()
+    own = (losses / counts).sum()
+    return float(gathered(own[None], trainer.accelerator).sum()) / len(rows)

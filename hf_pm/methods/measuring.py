@@ -12,6 +12,7 @@ from accelerate.utils.memory import clear_device_cache
 from datasets import Dataset
 
 from ..errors import UserError
+from ..evaluation.scoring import gathered
 from ..store.environment import memory_is_used_up
 from ..weights import adapters, kronecker
 from ..weights.merging import Curvature, Factored, mean_entry, quadratic, scaled
@@ -101,6 +102,72 @@ def measure(
         inputs = measure_inputs(trainer, rows, task_name)
         return Measured({}, {}, adapters.updates(trainer.model), 0.0, 1.0, inputs=inputs)
     args, accelerator = trainer.args, trainer.accelerator
+    normalization = normalization or args.curvature_normalization
+    found, moments, gradients = passes(
+        trainer, rows, wanted, task_name, seed, labels=labels, normalization=normalization, temperature=temperature
+    )
+
+    def total(tensor: torch.Tensor) -> torch.Tensor:
+        return accelerator.reduce(tensor).cpu()
+
+    count, exact = _sums(torch.tensor([found.rows, found.slope], dtype=torch.float64), accelerator).tolist()
+    # In the order of the main process, which always has a row: matrices come as the backward pass comes by, and those
+    # of a rank without rows at the end.
+    measured_names, gradient_names = broadcast_object_list([list(found.curvature), list(gradients)])
+    curvature: dict[str, Curvature] = {}
+    for name in measured_names:
+        fisher = found.curvature.pop(name)  # or there would be two of each
+        if isinstance(fisher, Factored):
+            curvature[name] = Factored(total(fisher.rows) / count, total(fisher.cols) / count)
+        else:
+            curvature[name] = total(fisher).div_(count)
+    exact /= count
+    gradient = {name: total(gradients.pop(name)).div_(count) for name in gradient_names}
+    updates = adapters.updates(trainer.model)
+    factor = 1.0
+    if curvature and normalization == "trace":
+        mean = mean_entry(curvature, {name: math.prod(update.shape()) for name, update in updates.items()})
+        factor = 1 / mean if mean > 0 else 1.0
+    measured = Measured(curvature, gradient, updates, exact, 1.0)
+    if moments is not None:
+        if moments.sees_inputs:
+            measured = measured._replace(inputs=mean_inputs(moments, updates, accelerator, task_name))
+        if moments.sees_gradients:
+            measured = measured._replace(kronecker=factors(moments, updates, count, accelerator, task_name))
+    measured = measured._replace(factors={key: total(square).div_(count) for key, square in found.factors.items()})
+    if curvature and args.curvature_estimator == "directional":
+        along = math.fsum(quadratic(fisher, measured.delta(name)) for name, fisher in curvature.items())
+        measured = measured._replace(calibration=exact / along if along > 0 else 1.0)
+    factor_of_f = factor * measured.calibration
+    if factor_of_f == 1:
+        return measured
+    return measured._replace(
+        curvature={name: scaled(fisher, factor_of_f) for name, fisher in curvature.items()},
+        gradient={name: tensor * factor for name, tensor in gradient.items()},
+        exact=exact * factor,
+    )
+
+
+def passes(
+    trainer: Any,
+    rows: Dataset,
+    wanted: Collection[str],
+    task_name: str | None,
+    seed: int,
+    *,
+    labels: str | None = None,
+    normalization: str | None = None,
+    temperature: float | None = None,
+) -> tuple[Measurement | None, Moments | None, dict[str, torch.Tensor]]:
+    """The sums of this process that [`measure`] adds to those of the others; arguments as there. No process asks
+    another for anything.
+
+    Returns:
+        `tuple`: The measurement (`None` if inputs alone are wanted), the moments, and matrix name -> mean gradient.
+    """
+    if set(wanted) == {"inputs"}:
+        return None, _seen_inputs(trainer, rows, task_name), {}
+    args, accelerator = trainer.args, trainer.accelerator
     sampled = (labels or args.curvature_labels) == "sampled"
     normalization = normalization or args.curvature_normalization
     temperature = temperature or args.curvature_temperature or trainer.parts.temperature
@@ -144,52 +211,14 @@ def measure(
 
         gradients = within_memory(trainer, task_name, gradient_pass)
 
-    def total(tensor: torch.Tensor) -> torch.Tensor:
-        return accelerator.reduce(tensor).cpu()
-
-    count, exact = _sums(torch.tensor([found.rows, found.slope], dtype=torch.float64), accelerator).tolist()
-    # In the order of the main process, which always has a row: matrices come as the backward pass comes by, and those
-    # of a rank without rows at the end.
-    measured_names, gradient_names = broadcast_object_list([list(found.curvature), list(gradients)])
-    curvature: dict[str, Curvature] = {}
-    for name in measured_names:
-        fisher = found.curvature.pop(name)  # or there would be two of each
-        if isinstance(fisher, Factored):
-            curvature[name] = Factored(total(fisher.rows) / count, total(fisher.cols) / count)
-        else:
-            curvature[name] = total(fisher).div_(count)
-    exact /= count
-    gradient = {name: total(gradients.pop(name)).div_(count) for name in gradient_names}
-    updates = adapters.updates(trainer.model)
-    factor = 1.0
-    if curvature and normalization == "trace":
-        mean = mean_entry(curvature, {name: math.prod(update.shape()) for name, update in updates.items()})
-        factor = 1 / mean if mean > 0 else 1.0
-    measured = Measured(curvature, gradient, updates, exact, 1.0)
-    if moments is not None:
-        if moments.sees_inputs:
-            measured = measured._replace(inputs=mean_inputs(moments, updates, accelerator, task_name))
-        if moments.sees_gradients:
-            measured = measured._replace(kronecker=factors(moments, updates, count, accelerator, task_name))
-    measured = measured._replace(factors={key: total(square).div_(count) for key, square in found.factors.items()})
-    if curvature and args.curvature_estimator == "directional":
-        along = math.fsum(quadratic(fisher, measured.delta(name)) for name, fisher in curvature.items())
-        measured = measured._replace(calibration=exact / along if along > 0 else 1.0)
-    factor_of_f = factor * measured.calibration
-    if factor_of_f == 1:
-        return measured
-    return measured._replace(
-        curvature={name: scaled(fisher, factor_of_f) for name, fisher in curvature.items()},
-        gradient={name: tensor * factor for name, tensor in gradient.items()},
-        exact=exact * factor,
-    )
+    return found, moments, gradients
 
 
 def _sums(numbers: torch.Tensor, accelerator: Accelerator) -> torch.Tensor:
-    """Sums over all ranks of a few numbers on the host."""
+    """Sums over all ranks of a few float64 numbers (n,) on the host."""
     if accelerator.num_processes == 1:
         return numbers
-    return accelerator.reduce(numbers.to(accelerator.device)).cpu()
+    return gathered(numbers, accelerator).sum(0)
 
 
 def measure_inputs(trainer: Any, rows: Dataset, task_name: str | None) -> dict[str, kronecker.Symmetric]:
@@ -203,6 +232,12 @@ def measure_inputs(trainer: Any, rows: Dataset, task_name: str | None) -> dict[s
     Returns:
         `dict`: As [`mean_inputs`] does.
     """
+    moments = _seen_inputs(trainer, rows, task_name)
+    return mean_inputs(moments, adapters.updates(trainer.model), trainer.accelerator, task_name)
+
+
+def _seen_inputs(trainer: Any, rows: Dataset, task_name: str | None) -> Moments:
+    """Of this process, by forward passes."""
     accelerator = trainer.accelerator
 
     def one_pass(batch_size: int) -> Moments:
@@ -211,8 +246,7 @@ def measure_inputs(trainer: Any, rows: Dataset, task_name: str | None) -> dict[s
         see_inputs(trainer.model, batches, moments, autocast=accelerator.autocast, task_name=task_name)
         return moments
 
-    moments = within_memory(trainer, task_name, one_pass)
-    return mean_inputs(moments, adapters.updates(trainer.model), accelerator, task_name)
+    return within_memory(trainer, task_name, one_pass)
 
 
 def mean_inputs(

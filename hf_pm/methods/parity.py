@@ -8,7 +8,8 @@ The release of a run on a quantized base is another model than the live one; all
 import gc
 import logging
 import math
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
@@ -26,6 +27,7 @@ from ..weights import sharding
 from ..weights.adapters import StoredAdapter, restore
 from ..weights.heads import HEADS
 from .contract import Merged
+from .measuring import NoMemory
 from .perturbation import scaled_update
 
 
@@ -33,8 +35,8 @@ logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 PROBE_ROWS = 8
-# Positions that are compared at a time.
-CHUNK = 8
+# Logits of each model that are compared at a time.
+SLICE = 1 << 15
 # Largest difference of a logit over the largest logit that is not worth a warning, in float32 and with any rounding.
 TOLERANCE = {"exact": 1e-5, "rounded": 0.1}
 ARCHITECTURES = {
@@ -42,6 +44,43 @@ ARCHITECTURES = {
     "SEQ_2_SEQ_LM": transformers.AutoModelForSeq2SeqLM,
     "SEQ_CLS": transformers.AutoModelForSequenceClassification,
 }
+
+
+class Difference:
+    """How far two models' logits on the same positions are apart, summed up as they come."""
+
+    def __init__(self) -> None:
+        self.largest = self.top = self.mean = self.kl = self.agreement = 0.0
+        self.positions = 0
+
+    def add(self, expected: torch.Tensor, actual: torch.Tensor) -> None:
+        """Add the logits of some positions, (positions, vocabulary) each."""
+        self.positions += len(expected)
+        self.agreement += float((expected.argmax(-1) == actual.argmax(-1)).double().sum())
+        # A few words of the vocabulary at a time: a number is 8 bytes in float64, several times over.
+        words = max(1, SLICE // len(expected))
+        norms = [
+            torch.stack([part.double().logsumexp(-1) for part in logits.split(words, -1)]).logsumexp(0)[:, None]
+            for logits in (expected, actual)
+        ]
+        for parts in zip(expected.split(words, -1), actual.split(words, -1), strict=True):
+            a, b = (part.to(torch.float64, copy=True) for part in parts)
+            difference = (a - b).abs()
+            self.largest, self.top = _larger(self.largest, difference), _larger(self.top, a.abs())
+            self.mean += float(difference.sum()) / expected.shape[-1]
+            a -= norms[0]
+            b -= norms[1]
+            self.kl += float((a.exp() * (a - b)).sum())
+
+    def record(self) -> dict[str, float]:
+        """As [`logit_parity`] returns it."""
+        return {
+            "max_difference": self.largest,
+            "mean_difference": self.mean / self.positions,
+            "relative_difference": self.largest / max(self.top, 1e-30),
+            "kl": self.kl / self.positions,
+            "argmax_agreement": self.agreement / self.positions,
+        }
 
 
 def logit_parity(expected: torch.Tensor, actual: torch.Tensor) -> dict[str, float]:
@@ -55,24 +94,9 @@ def logit_parity(expected: torch.Tensor, actual: torch.Tensor) -> dict[str, floa
         `dict`: `max_difference` and `mean_difference` of the logits, `relative_difference` (the largest, over the
         largest logit), `kl` (mean over positions of KL(expected || actual), in nats) and `argmax_agreement` in [0, 1].
     """
-    largest = mean = top = kl = agreement = 0.0
-    # A few positions at a time: in float64 one takes 8 bytes a word of the vocabulary, several times over.
-    for a, b in zip(expected.split(CHUNK), actual.split(CHUNK), strict=True):
-        a, b = a.double(), b.double()
-        difference = (a - b).abs()
-        p, q = a.log_softmax(-1), b.log_softmax(-1)
-        largest, top = _larger(largest, difference), _larger(top, a.abs())
-        mean += float(difference.mean(-1).sum())
-        kl += float((p.exp() * (p - q)).sum())
-        agreement += float((a.argmax(-1) == b.argmax(-1)).sum())
-    positions = len(expected)
-    return {
-        "max_difference": largest,
-        "mean_difference": mean / positions,
-        "relative_difference": largest / max(top, 1e-30),
-        "kl": kl / positions,
-        "argmax_agreement": agreement / positions,
-    }
+    found = Difference()
+    found.add(expected, actual)
+    return found.record()
 
 
 def _larger(known: float, values: torch.Tensor) -> float:
@@ -82,45 +106,28 @@ def _larger(known: float, values: torch.Tensor) -> float:
 
 
 def certificate(
-    expected: torch.Tensor | None,
-    folded: torch.Tensor | None,
-    *,
-    dtype: torch.dtype,
-    policy: str,
-    exact: bool,
-    task_name: str,
+    folded: dict[str, float] | None, *, dtype: torch.dtype, policy: str, exact: bool, task_name: str
 ) -> dict[str, Any]:
     """The record of a task, `reloaded` still open; warns over the tolerance.
 
     Args:
-        expected (`torch.Tensor`, *optional*): Logits of the adapter model at scale alpha; `None` for another payload.
-        folded (`torch.Tensor`, *optional*): Logits of the folded live model. `None` if there was no memory for them.
+        folded (`dict`, *optional*): [`logit_parity`] of the adapter model at scale alpha and the folded live model;
+            `None` for another payload, without memory for it, and where it is not wanted.
         dtype (`torch.dtype`): Of the live weights.
         policy (`str`): How weights were summed, rounded or quantized.
         exact (`bool`): Whether everything is float32, so that nothing but the order of sums may differ.
         task_name (`str`): For messages.
     """
-    both = expected is not None and folded is not None
     record = {
         "dtype": str(dtype).removeprefix("torch."),
         "policy": policy,
         "tolerance": TOLERANCE["exact" if exact else "rounded"],
-        "folded": logit_parity(expected, folded) if both else None,
+        "folded": folded,
         "reloaded": None,
     }
-    if both:
+    if folded is not None:
         _judge(record, "folded", "folded model", "adapter model", task_name)
     return record
-
-
-def certify_release(record: dict[str, Any], folded: torch.Tensor, reloaded: torch.Tensor, task_name: str) -> None:
-    """Complete `record` with the release's logits; warns over the tolerance.
-
-    A classifier's release has the classes of its task only, the live model those of the widest task.
-    """
-    folded = folded[..., : reloaded.shape[-1]]
-    record["reloaded"] = logit_parity(folded, reloaded)
-    _judge(record, "reloaded", "release", "live merged model", task_name)
 
 
 def _judge(record: dict[str, Any], key: str, what: str, other: str, task_name: str) -> None:
@@ -179,8 +186,8 @@ def reload_logits(
     *,
     autocast: Callable[[], Any] = nullcontext,
     **loading: Any,
-) -> torch.Tensor:
-    """Logits of a release as `load_release` gives it, on the rows of `batch` and its device."""
+) -> Iterator[torch.Tensor]:
+    """Logits of a release as `load_release` gives it, on the rows of `batch` and its device; see `probe_logits`."""
     model = load_release(release, base, task_type, batch["input_ids"].device, **loading)
     return probe_logits(model, batch, autocast)
 
@@ -195,7 +202,10 @@ def _put_head(model: nn.Module, release: Path, task_name: str) -> None:
 
 
 class Parity:
-    """Fills the certificate of each task while its stream trains.
+    """Fills the certificate of each task while its stream trains; with `parity_certificate: false`, with nothing.
+
+    Logits are kept of one model at a time, 2 or 4 bytes a word and answer token: those of the next one take the place
+    of those that they were compared with.
 
     Args:
         trainer (`PMTrainerMixin`): With the run open.
@@ -203,8 +213,9 @@ class Parity:
 
     def __init__(self, trainer: Any) -> None:
         self.trainer = trainer
-        self._adapter: torch.Tensor | None = None
-        self._folded: torch.Tensor | None = None
+        self.wanted: bool = trainer.args.parity_certificate
+        self._adapter: list[torch.Tensor] | None = None
+        self._folded: list[torch.Tensor] | None = None
 
     def expect(self, number: int, merged: Merged) -> None:
         """Keep what the fold has to reproduce: the logits of the live adapter model at the coefficient. A dense update
@@ -212,15 +223,15 @@ class Parity:
         was trained on the base is added to others, or where these are weighed anew: `certify` puts it there."""
         self._adapter = None
         merge = self.trainer.parts.merge
-        if merged.scaled and not (merge.adds or merge.reweights):
+        if self.wanted and merged.scaled and not (merge.adds or merge.reweights):
             self._adapter = self._spared(number, lambda: self._logits_at(number, merged.alpha, merged.per_matrix))
 
     def certify(self, number: int) -> dict[str, Any]:
         """Make the merged weights live, and compare them with the adapter model they came from."""
         trainer = self.trainer
-        expected, self._adapter = self._adapter, None
+        expected, self._adapter, self._folded = self._adapter, None, None
         entry = trainer.run.ledger.entries[number - 1]
-        if expected is None and entry.scaled:  # an earlier process trained it, or on other weights
+        if self.wanted and expected is None and entry.scaled:  # an earlier process trained it, or on other weights
             if entry.earlier is not None:
                 trainer.run.folder.into_model(trainer.model, number, without_last=True)
             else:
@@ -230,36 +241,63 @@ class Parity:
             alphas = entry.coefficient, entry.coefficients
             expected = self._spared(number, lambda: self._logits_at(number, *alphas))
         trainer.rebuild(number)
-        self._folded = self._spared(number, lambda: self._logits(number))
+        found = self._spared(number, lambda: self._compare(number, expected)) if self.wanted else None
         folder = trainer.run.folder
         return certificate(
-            expected,
-            self._folded,
+            found,
             dtype=trainer.model.get_base_model().dtype,
             policy=folder.policy(trainer.model),
             exact=trainer.exact and not folder.narrows(trainer.model),
             task_name=trainer.stages[number - 1].name,
         )
 
+    def _compare(self, number: int, expected: list[torch.Tensor] | None) -> dict[str, float] | None:
+        """[`logit_parity`] of `expected`, which is used up, and the live model, whose logits are kept."""
+        difference, folded = Difference(), []
+        for logits in self._logits(number):
+            folded.append(logits)
+            if expected is not None:
+                difference.add(expected.pop(0), logits)
+        self._folded = folded
+        return difference.record() if expected is not None else None
+
     def certify_release(self, number: int, release: Path) -> None:
-        """Compare a release with the live merged model, as a user would load it; before its card is written."""
+        """Compare a release with the live merged model, as a user would load it; before its card is written.
+
+        A classifier's release has the classes of its task only, the live model those of the widest task.
+        """
         trainer = self.trainer
         folded, self._folded = self._folded, None
+        if not self.wanted:
+            return
         if folded is None:  # scored by an earlier process, which died before the release
             trainer.rebuild(number)
-            folded = self._spared(number, lambda: self._logits(number))
+            folded = self._spared(number, lambda: list(self._logits(number)))
+
+        def compare() -> dict[str, float]:
+            difference = Difference()
+            for reloaded in self._reloaded(number, release):
+                difference.add(folded.pop(0)[:, : reloaded.shape[-1]], reloaded)
+            return difference.record()
+
         # Shards of two models would be as large as one whole model where there are two ranks.
         with sharding.parked(trainer.model, trainer.run.path) if trainer.sharded else nullcontext():
-            reloaded = self._spared(number, lambda: self._reloaded(number, release)) if folded is not None else None
+            found = self._spared(number, compare) if folded is not None else None
             if trainer.sharded:
                 gc.collect()  # a model has circles, and its rows would be here when the live ones come back
-        if reloaded is None:
+        if found is None:
             return
-        record = trainer.run.results["per_task"][number - 1]
-        certify_release(record["parity"], folded, reloaded, trainer.stages[number - 1].name)
+        record = trainer.run.results["per_task"][number - 1]["parity"]
+        record["reloaded"] = found
+        _judge(record, "reloaded", "release", "live merged model", trainer.stages[number - 1].name)
         trainer.run.write_results()
 
-    def _reloaded(self, number: int, release: Path) -> torch.Tensor:
+    def attempt(self, number: int) -> None:
+        """Its forward passes before the training: without memory for them, what `certify` does then is done now."""
+        if self.wanted:
+            self._spared(number, lambda: deque(self._logits(number), maxlen=0))
+
+    def _reloaded(self, number: int, release: Path) -> Iterator[torch.Tensor]:
         trainer = self.trainer
         return reload_logits(
             release,
@@ -312,22 +350,33 @@ class Parity:
 
     def _spared(self, number: int, found: Callable[[], Result], what: str = "parity certificate") -> Result | None:
         """What `found` gives; `None` if memory is used up. The task is trained and committed, and a certificate that
-        ends the run would end every restart of it too. Not with a sharded model, whose other ranks would wait."""
+        ends the run would end every restart of it too. The other ranks of a sharded model wait for this one in the
+        middle of a layer, where no rank can tell them to leave: there the run ends, and goes on without a certificate.
+
+        Raises:
+            NoMemory: With a sharded model.
+        """
+        name = self.trainer.stages[number - 1].name
         try:
             return found()
         except (MemoryError, RuntimeError) as error:
-            if self.trainer.sharded or not memory_is_used_up(error):
+            if not memory_is_used_up(error):
                 raise
-            name = self.trainer.stages[number - 1].name
+            if self.trainer.sharded:
+                problem = NoMemory(f"There is not enough memory for the {what} of task {name!r} ({error}).")
+                problem.remedy = (
+                    "Memory is used up: set `parity_certificate: false`, which leaves the certificates out"
+                )
+                raise problem from error
             logger.warning("No %s for task %r: there is not enough memory for it.", what, name)
         gc.collect()  # outside, where the error no longer holds the tensors of its frames
         return None
 
-    def _logits_at(self, number: int, alpha: float, per_matrix: dict[str, float] | None) -> torch.Tensor:
+    def _logits_at(self, number: int, alpha: float, per_matrix: dict[str, float] | None) -> list[torch.Tensor]:
         factors = alpha if per_matrix is None else [per_matrix[name] for name in self.trainer.parts.layers]
         with scaled_update(list(self.trainer.parts.layers.values()), factors):
-            return self._logits(number)
+            return list(self._logits(number))
 
-    def _logits(self, number: int) -> torch.Tensor:
+    def _logits(self, number: int) -> Iterator[torch.Tensor]:
         trainer = self.trainer
         return probe_logits(trainer.model, trainer.probe(number), trainer.accelerator.autocast)
