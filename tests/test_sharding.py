@@ -218,11 +218,14 @@ def test_what_stops_the_main_process_stops_all(written, tmp_path):
 
 
 # Every metric with 1 and with 33 test rows.
-UNEVEN = [(f"{metric}-{count}", metric, count) for metric in TASK_METRICS for count in (1, 33)]
+UNEVEN = [(f"{metric}-{count}", metric, count) for count in (33, 1) for metric in TASK_METRICS]
 
 
 def test_ranks_with_other_numbers_of_batches_finish(written, tmp_path):
-    """1 curvature row, and 1 or 33 test rows of every metric, on 2 ranks: no rank waits for another."""
+    """1 or 33 test rows of every metric, and 1 row to measure curvature on, on 2 ranks: no rank waits for another.
+
+    One stage learns and scores all 16 tasks; two of them, each in a stage of its own, are measured and merged.
+    """
     values = yaml.safe_load(written.read_text())
     train, tasks = tmp_path / "train.jsonl", []
     rows(MOOD, 2, 1).to_json(train)
@@ -231,24 +234,33 @@ def test_ranks_with_other_numbers_of_batches_finish(written, tmp_path):
     for name, metric, count in UNEVEN:
         task = {"name": name, "train": str(train), "test": str(tmp_path / f"test-{count}.jsonl"), "metric": metric}
         tasks.append(task | {"instruction": "Choose :", "options": sorted(set(MOOD.values()))})
-    changes = {"tasks": tasks, "save_strategy": "no", "num_train_epochs": 1, "curvature_num_samples": 1}
-    changes |= {"per_device_eval_batch_size": 8, "curvature_labels": "sampled", "coefficient_first_order": True}
-    written.write_text(yaml.safe_dump(values | changes))
-    jobs = [
-        {
-            "name": name,
-            "world": world,
-            "env": env,
-            "words": ["run", str(written), "--output_dir", str(tmp_path / name), "--global_batch_size", "8"],
-        }
-        for name, world, env in (("one", 1, {}), ("whole", 2, {}), ("shards", 2, FSDP2))
-    ]
+    values |= {"save_strategy": "no", "num_train_epochs": 1, "max_train_samples": 6, "per_device_eval_batch_size": 8}
+    values |= {"global_batch_size": 8, "release": "none", "curvature_num_samples": 1}
+    values |= {"curvature_labels": "sampled", "coefficient_first_order": True}
+    recipes = {"joint": values | {"method": "joint", "tasks": tasks}, "pm": values | {"tasks": [tasks[1], tasks[-1]]}}
+    jobs = []
+    for name, world, env in (
+        ("joint-one", 1, {}),
+        *((f"{kind}-{place}", 2, env) for kind in recipes for place, env in (("whole", {}), ("shards", FSDP2))),
+    ):
+        file = written.with_name(f"{name}.yaml")
+        file.write_text(yaml.safe_dump(recipes[name.partition("-")[0]]))
+        words = ["run", str(file), "--output_dir", str(tmp_path / name)]
+        jobs.append({"name": name, "world": world, "env": env, "words": words})
     codes = run_jobs(tmp_path, jobs)
-    assert codes == {"one": [0], "whole": [0, 0], "shards": [0, 0]}, said(tmp_path, "shards")[-4000:]
+    assert codes == {job["name"]: [0] * job["world"] for job in jobs}, said(tmp_path, "joint-shards")[-4000:]
+    for name in ("joint-shards", "pm-shards"):
+        assert [rank["sharded"] == rank["base"] for rank in told(tmp_path, name, "SHARDS")] == [True, True]
     runs = {name: json.loads((tmp_path / name / "results.json").read_text()) for name in codes}
-    assert [task["name"] for task in runs["shards"]["per_task"]] == [name for name, _, _ in UNEVEN]
-    assert runs["shards"]["eval_samples"] == [count for _, _, count in UNEVEN]
-    assert runs["shards"]["matrix"] == runs["whole"]["matrix"]
-    assert runs["shards"]["coefficients"] == pytest.approx(runs["whole"]["coefficients"], abs=1e-6)
-    # Scores of the base do not depend on how its rows are dealt out.
-    assert runs["shards"]["base_row"] == pytest.approx(runs["one"]["base_row"], abs=1e-6)
+    one = runs["joint-one"]
+    assert one["tasks"] == [name for name, _, _ in UNEVEN]
+    assert [task["metric"] for task in one["stream"]] == [metric for _, metric, _ in UNEVEN]
+    assert one["eval_samples"] == [count for _, _, count in UNEVEN] and max(one["matrix"][-1]) > 0
+    # Scores do not depend on how the rows are dealt out.
+    for name in ("joint-whole", "joint-shards"):
+        assert runs[name]["base_row"] == pytest.approx(one["base_row"], abs=1e-6), name
+        assert runs[name]["matrix"][-1] == pytest.approx(one["matrix"][-1], abs=1e-6), name
+    assert runs["pm-shards"]["matrix"] == runs["pm-whole"]["matrix"]
+    assert runs["pm-shards"]["coefficients"] == pytest.approx(runs["pm-whole"]["coefficients"], abs=1e-6)
+    for key, value in state_of(tmp_path / "pm-whole").items():
+        torch.testing.assert_close(state_of(tmp_path / "pm-shards")[key], value, rtol=1e-5, atol=1e-7)
