@@ -90,7 +90,8 @@ def run(words: list[str], rank: int, fails: str | None = None, untrained: bool =
         return go(trainer)
 
     def step(trainer, model, inputs, *given, go=PMTrainerMixin.training_step):  # noqa: ANN001, ANN002, ANN202
-        learned = (inputs["labels"] != IGNORE_INDEX).any(1)
+        labels = inputs["labels"]
+        learned = (labels != IGNORE_INDEX).reshape(len(labels), -1).any(1)  # of a classifier, one label a row
         pairs = zip(inputs["input_ids"][learned], inputs["attention_mask"][learned].bool(), strict=True)
         seen = [" ".join(map(str, ids[mask].tolist())) for ids, mask in pairs]
         tell("ROWS", [trainer.task_number, trainer.state.global_step, seen])

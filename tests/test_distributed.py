@@ -89,7 +89,7 @@ def test_zero2_ends_where_ddp_does(recipe, tmp_path, monkeypatch):  # noqa: F811
     tasks: the engine of each is another."""
     path, values = recipe
     values["tasks"].append(values["tasks"][0] | {"name": "again", "instruction": "Choose :"})
-    values |= {"per_device_train_batch_size": 4, "num_train_epochs": 4, "average_tokens_across_devices": True}
+    values |= {"per_device_train_batch_size": 4, "num_train_epochs": 6, "average_tokens_across_devices": True}
     values |= {"release": "none", "report_examples": 0}
     path.write_text(yaml.safe_dump(values))
     with monkeypatch.context() as patch:
@@ -107,7 +107,7 @@ def test_zero2_ends_where_ddp_does(recipe, tmp_path, monkeypatch):  # noqa: F811
     assert said(tmp_path, "zero2").count('"engine": "DEEPSPEED"') == 2
     assert "DEEPSPEED" not in said(tmp_path, "ddp")
     ddp, other = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("ddp", "zero2"))
-    assert other["matrix"] == ddp["matrix"]
+    assert other["matrix"] == ddp["matrix"] and max(map(max, ddp["matrix"])) > 0 and len(ddp["matrix"]) == 3
     assert other["coefficients"] == pytest.approx(ddp["coefficients"], abs=1e-5)
     for task in ("01-colour", "02-mood", "03-again"):
         file = f"tasks/{task}/adapter/adapter_model.safetensors"
