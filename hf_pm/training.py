@@ -1,14 +1,14 @@
 """Training one task: the overrides of HF's `Trainer` for perturbation, penalties, optimizer and checkpoints."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
 from torch.utils.data import DataLoader
-from transformers.trainer_utils import rotate_checkpoints
+from transformers.trainer_utils import has_length, rotate_checkpoints
 
 from .errors import UserError
 from .evaluation.answers import evaluating, predict
@@ -16,6 +16,7 @@ from .methods.curvature import row_losses
 from .methods.parity import PROBE_ROWS
 from .methods.parts import Parts
 from .runs import recovery
+from .tasks.encoding import IGNORE_INDEX
 from .weights import adapters
 
 
@@ -45,6 +46,29 @@ class TaskTraining:
             return super().get_train_dataloader()
         finally:
             self.data_collator = others
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Any]:
+        """HF's. Rows that `accelerate` takes again to fill the last batches of an epoch on several processes have no
+        answers: the step is that of one process.
+
+        Not where a penalty is a mean over the answers of a batch, of which there may be none then.
+        """
+        batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        args, accelerator, size = self.args, self.accelerator, self._train_batch_size
+        filled = args.world_size > 1 and accelerator.gradient_state.end_of_dataloader and accelerator.even_batches
+        counted = items is not None and args.average_tokens_across_devices and not self.parts.penalties
+        if not (filled and counted and has_length(self.train_dataset)) or args.dataloader_drop_last:
+            return batches, items
+        own = len(self.train_dataset) % (size * args.world_size)
+        # A batch without padding is one row of labels for all of its examples.
+        if not own or len(batches[-1]["labels"]) != size:
+            return batches, items
+        for name in ("labels", "shift_labels"):
+            if name in batches[-1]:
+                batches[-1][name][max(0, own - size * args.process_index) :] = IGNORE_INDEX
+        return batches, self._get_num_items_in_batch(batches, device)
 
     def _forget_steps(self) -> None:
         """Begin a task: nothing of the steps before it counts."""

@@ -72,6 +72,7 @@ def run(words: list[str], rank: int, fails: str | None = None, untrained: bool =
     from hf_pm.errors import UserError
     from hf_pm.methods.parity import Parity
     from hf_pm.methods.parts import Parts
+    from hf_pm.tasks.encoding import IGNORE_INDEX
     from hf_pm.trainer import PMTrainerMixin
 
     def tell(word, what):  # noqa: ANN001, ANN202
@@ -84,8 +85,17 @@ def run(words: list[str], rank: int, fails: str | None = None, untrained: bool =
         here = sum((p.to_local() if isinstance(p, DTensor) else p).numel() for p in base.values())
         engine = trainer.accelerator.distributed_type.value
         told = {"rank": rank, "engine": engine, "base": len(base), "sharded": len(shards), "here": here}
+        told |= {"world": trainer.accelerator.num_processes, "micro": trainer.args.gradient_accumulation_steps}
         tell("SHARDS", told | {"whole": sum(p.numel() for p in base.values())})
         return go(trainer)
+
+    def step(trainer, model, inputs, *given, go=PMTrainerMixin.training_step):  # noqa: ANN001, ANN002, ANN202
+        labels = inputs["labels"]
+        learned = (labels != IGNORE_INDEX).reshape(len(labels), -1).any(1)  # of a classifier, one label a row
+        pairs = zip(inputs["input_ids"][learned], inputs["attention_mask"][learned].bool(), strict=True)
+        seen = [" ".join(map(str, ids[mask].tolist())) for ids, mask in pairs]
+        tell("ROWS", [trainer.task_number, trainer.state.global_step, seen])
+        return go(trainer, model, inputs, *given)
 
     def solve(parts, ended, go=Parts.solve):  # noqa: ANN001, ANN202
         tell("SOLVED", [rank, ended.number])
@@ -108,7 +118,8 @@ def run(words: list[str], rank: int, fails: str | None = None, untrained: bool =
         trainer.live = None
         trainer._costs = {"train_steps": 0, "train_seconds": 0.0, "curvature_seconds": 0.0}
 
-    PMTrainerMixin.train_stream, Parts.solve, Parity.expect = stream, solve, expect
+    PMTrainerMixin.train_stream, PMTrainerMixin.training_step = stream, step
+    Parts.solve, Parity.expect = solve, expect
     if untrained:
         PMTrainerMixin._train = draw
     code = hf_pm.cli.main(words)

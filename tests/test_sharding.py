@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import COLOUR, MOOD, rows
+from conftest import MOOD, rows
 from safetensors.torch import load_file
 from test_cli import environment, recipe  # noqa: F401 - recipe is a fixture
 from transformers import AutoModelForCausalLM
 
+from hf_pm.metrics.task_metrics import TASK_METRICS
 from hf_pm.store.ledger import sha256_file
 
 
@@ -33,6 +34,13 @@ def run_jobs(folder: Path, jobs: list[dict]) -> dict[str, list[int]]:
 
 def said(folder: Path, job: str) -> str:
     return (folder / f"{job}.log").read_text()
+
+
+def told(folder: Path, job: str, word: str) -> list:
+    """What the ranks of a job told under a word, see `ranks.py`: they write to one file, and what one tells may stand
+    in the middle of a line of the other."""
+    text, decode = said(folder, job), json.JSONDecoder().raw_decode
+    return [decode(text, match.end())[0] for match in re.finditer(f"{word} ", text)]
 
 
 def state_of(run: Path) -> dict[str, torch.Tensor]:
@@ -79,12 +87,11 @@ def test_sharded_runs_have_the_bits_of_whole_ones(written, tmp_path):
         "release": [0],
     }, said(tmp_path, "shards")[-4000:]
 
-    for line in said(tmp_path, "shards").splitlines():
-        if line.startswith("SHARDS"):
-            told = json.loads(line.removeprefix("SHARDS "))
-            assert told["sharded"] == told["base"] and told["here"] == told["whole"] // 2
-    assert said(tmp_path, "shards").count("SHARDS") == 2
-    assert '"sharded": 0' in said(tmp_path, "whole")
+    shards = told(tmp_path, "shards", "SHARDS")
+    assert len(shards) == 2
+    for rank in shards:
+        assert rank["sharded"] == rank["base"] and rank["here"] == rank["whole"] // 2
+    assert [rank["sharded"] for rank in told(tmp_path, "whole", "SHARDS")] == [0, 0]
 
     whole = tmp_path / "whole"
     results = json.loads((whole / "results.json").read_text())
@@ -182,11 +189,7 @@ def test_the_main_process_alone_solves_and_all_have_its_result(written, tmp_path
     }
     kinds = set()
     for job in codes:
-        text, decode = said(tmp_path, job), json.JSONDecoder().raw_decode
-        # Both ranks write to one file: what one says may stand in the middle of a line of the other.
-        solved, merged = (
-            [decode(text, match.end())[0] for match in re.finditer(f"{word} ", text)] for word in ("SOLVED", "MERGED")
-        )
+        solved, merged = (told(tmp_path, job, word) for word in ("SOLVED", "MERGED"))
         ranks = [0, 1] if job.startswith("selective") else [0]
         assert sorted(solved) == [[rank, number] for rank in ranks for number in (1, 2)], job
         found = {(rank, number): rest for rank, number, *rest in merged}
@@ -214,43 +217,51 @@ def test_what_stops_the_main_process_stops_all(written, tmp_path):
     assert not (tmp_path / "user" / "ledger.json").exists()
 
 
-UNEVEN = [
-    ("exact", {"options": sorted(set(COLOUR.values())), "metric": "exact_match"}, 1),
-    ("best", {"options": sorted(set(MOOD.values())), "metric": "accuracy"}, 33),
-    ("words", {"metric": "rougeL"}, 33),
-    ("single", {"metric": "rougeL"}, 1),
-    ("mean", {"options": sorted(set(MOOD.values())), "metric": "accuracy_normalized"}, 1),
-]
+# Every metric with 1 and with 33 test rows.
+UNEVEN = [(f"{metric}-{count}", metric, count) for count in (33, 1) for metric in TASK_METRICS]
 
 
 def test_ranks_with_other_numbers_of_batches_finish(written, tmp_path):
-    """1 curvature row, and 1 or 33 test rows of every kind of metric, on 2 ranks: no rank waits for another."""
+    """1 or 33 test rows of every metric, and 1 row to measure curvature on, on 2 ranks: no rank waits for another.
+
+    One stage learns and scores all 16 tasks; two of them, each in a stage of its own, are measured and merged.
+    """
     values = yaml.safe_load(written.read_text())
-    tasks = []
-    for name, settings, count in UNEVEN:
-        answers = COLOUR if name == "exact" else MOOD
-        train, test = tmp_path / f"{name}-train.jsonl", tmp_path / f"{name}-test.jsonl"
-        rows(answers, 2, 1).to_json(train)
-        many = rows(answers, 12, 2)
-        many.select(range(count)).to_json(test)
-        tasks.append({"name": name, "train": str(train), "test": str(test), "instruction": "Choose :"} | settings)
-    changes = {"tasks": tasks, "save_strategy": "no", "num_train_epochs": 1, "curvature_num_samples": 1}
-    changes |= {"per_device_eval_batch_size": 4, "curvature_labels": "sampled", "coefficient_first_order": True}
-    written.write_text(yaml.safe_dump(values | changes))
-    jobs = [
-        {
-            "name": name,
-            "world": world,
-            "env": env,
-            "words": ["run", str(written), "--output_dir", str(tmp_path / name), "--global_batch_size", "8"],
-        }
-        for name, world, env in (("one", 1, {}), ("whole", 2, {}), ("shards", 2, FSDP2))
-    ]
+    train, tasks = tmp_path / "train.jsonl", []
+    rows(MOOD, 2, 1).to_json(train)
+    for count in (1, 33):
+        rows(MOOD, 12, 2).select(range(count)).to_json(tmp_path / f"test-{count}.jsonl")
+    for name, metric, count in UNEVEN:
+        task = {"name": name, "train": str(train), "test": str(tmp_path / f"test-{count}.jsonl"), "metric": metric}
+        tasks.append(task | {"instruction": "Choose :", "options": sorted(set(MOOD.values()))})
+    values |= {"save_strategy": "no", "num_train_epochs": 1, "max_train_samples": 6, "per_device_eval_batch_size": 8}
+    values |= {"global_batch_size": 8, "release": "none", "curvature_num_samples": 1}
+    values |= {"curvature_labels": "sampled", "coefficient_first_order": True}
+    recipes = {"joint": values | {"method": "joint", "tasks": tasks}, "pm": values | {"tasks": [tasks[1], tasks[-1]]}}
+    jobs = []
+    for name, world, env in (
+        ("joint-one", 1, {}),
+        *((f"{kind}-{place}", 2, env) for kind in recipes for place, env in (("whole", {}), ("shards", FSDP2))),
+    ):
+        file = written.with_name(f"{name}.yaml")
+        file.write_text(yaml.safe_dump(recipes[name.partition("-")[0]]))
+        words = ["run", str(file), "--output_dir", str(tmp_path / name)]
+        jobs.append({"name": name, "world": world, "env": env, "words": words})
     codes = run_jobs(tmp_path, jobs)
-    assert codes == {"one": [0], "whole": [0, 0], "shards": [0, 0]}, said(tmp_path, "shards")[-4000:]
+    assert codes == {job["name"]: [0] * job["world"] for job in jobs}, said(tmp_path, "joint-shards")[-4000:]
+    for name in ("joint-shards", "pm-shards"):
+        assert [rank["sharded"] == rank["base"] for rank in told(tmp_path, name, "SHARDS")] == [True, True]
     runs = {name: json.loads((tmp_path / name / "results.json").read_text()) for name in codes}
-    assert runs["shards"]["eval_samples"] == [count for _, _, count in UNEVEN]
-    assert runs["shards"]["matrix"] == runs["whole"]["matrix"]
-    assert runs["shards"]["coefficients"] == pytest.approx(runs["whole"]["coefficients"], abs=1e-6)
-    # Scores of the base do not depend on how its rows are dealt out.
-    assert runs["shards"]["base_row"] == pytest.approx(runs["one"]["base_row"], abs=1e-6)
+    one = runs["joint-one"]
+    assert one["tasks"] == [name for name, _, _ in UNEVEN]
+    assert [task["metric"] for task in one["stream"]] == [metric for _, metric, _ in UNEVEN]
+    assert one["eval_samples"] == [count for _, _, count in UNEVEN]
+    assert min(one["matrix"][-1][: len(TASK_METRICS)]) > 0
+    # Scores do not depend on how the rows are dealt out.
+    for name in ("joint-whole", "joint-shards"):
+        assert runs[name]["base_row"] == pytest.approx(one["base_row"], abs=1e-6), name
+        assert runs[name]["matrix"][-1] == pytest.approx(one["matrix"][-1], abs=1e-6), name
+    assert runs["pm-shards"]["matrix"] == runs["pm-whole"]["matrix"]
+    assert runs["pm-shards"]["coefficients"] == pytest.approx(runs["pm-whole"]["coefficients"], abs=1e-6)
+    for key, value in state_of(tmp_path / "pm-whole").items():
+        torch.testing.assert_close(state_of(tmp_path / "pm-shards")[key], value, rtol=1e-5, atol=1e-7)
