@@ -100,7 +100,7 @@ def _parser() -> argparse.ArgumentParser:
     demo = add("demo", demo_command, text, "hf-pm demo [--model MODEL] [--output_dir DIR] [--key value ...]")
     text = "`toy` (embedded, the default), `smollm2`, a folder or a Hub id; all but `toy` learn three tasks"
     demo.add_argument("--model", default="toy", help=text)
-    demo.add_argument("--output_dir", help="runs/demo by default, and runs/demo-smollm2 for another model")
+    demo.add_argument("--output_dir", help="runs/demo by default, and runs/demo-NAME for another model")
     text = "Say what a recipe will take (disk, memory, scores) and check its input, without training."
     plan = add("plan", plan_command, text, "hf-pm plan RECIPE [--gpu_memory SIZE] [--probe] [--key value ...]")
     plan.add_argument("recipe", help="a YAML file")
@@ -121,6 +121,7 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("runs", nargs="+", help="run folders; seeds of one method are averaged")
     compare.add_argument("--output", default="compare.html", help="the page to write; tables go beside it")
     compare.add_argument("--baseline", help="method that the others are compared with; the first by default")
+    compare.add_argument("--markdown", action="store_true", help="print Markdown on a terminal too, as into a file")
 
     release = add("release", release_command, "Write the release of a task, from base and ledger.")
     release.add_argument("run", help="a run folder")
@@ -309,7 +310,7 @@ def demo_command(options: argparse.Namespace, overrides: list[str]) -> None:
         torch.set_num_threads(1)
     if note:
         print(note, flush=True)
-    output_dir = Path(options.output_dir or ("runs/demo" if toy else "runs/demo-smollm2"))
+    output_dir = Path(options.output_dir or ("runs/demo" if toy else f"runs/demo-{_last_part(options.model)}"))
     methods = ("sequential", "pm" if toy else "kronecker")
     outputs = [output_dir / method for method in methods]
     with as_file(files("hf_pm") / "demo") as demo:
@@ -357,6 +358,11 @@ def _run_beside(command: list[str], log: Path) -> Iterator[None]:
     if status:
         last = log.read_text(encoding="utf-8").strip().rpartition("\n")[2]
         raise UserError(f"The second process ended with {status}: {last} (all of it: {log})")
+
+
+def _last_part(model: str) -> str:
+    """Name of a Hub id without its owner, or of a folder without those above it: `.` too has a name."""
+    return (Path(model).resolve() if Path(model).is_dir() else Path(model)).name
 
 
 def _demo_model(name: str) -> tuple[str, str]:
@@ -421,8 +427,9 @@ def compare_command(options: argparse.Namespace, overrides: list[str]) -> None:
     if options.json:
         _print_json({"page": str(page), "notes": comparison.notes, "rows": comparison.rows})
     else:
-        print(comparison.markdown)
-        print(page)
+        plain = sys.stdout.isatty() and not options.markdown
+        print(comparison.terminal(shutil.get_terminal_size().columns) if plain else comparison.markdown)
+        print(f"\n{page}" if plain else page)
 
 
 def release_command(options: argparse.Namespace, overrides: list[str]) -> None:

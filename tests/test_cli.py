@@ -19,7 +19,7 @@ from peft import LoraConfig
 from safetensors.torch import load_file
 
 from hf_pm import UserError, recipefiles
-from hf_pm.cli import _demo_model, _print_json, _run_beside, main
+from hf_pm.cli import _demo_model, _last_part, _print_json, _run_beside, main
 from hf_pm.config import parse_recipe
 from hf_pm.loading import build_trainer, recipe_stream
 from hf_pm.methods.table import METHODS
@@ -468,7 +468,7 @@ def test_a_mistake_in_a_real_process_has_no_traceback(recipe):
     assert "Did you mean 'pm'" in done.stderr
 
 
-def test_report_and_compare_of_real_runs(recipe, tmp_path, capsys):
+def test_report_and_compare_of_real_runs(recipe, tmp_path, capsys, monkeypatch):
     path, _ = recipe
     for method in ("pm", "sequential"):
         # Not a terminal: no bar is drawn, whatever the recipe says.
@@ -496,7 +496,18 @@ def test_report_and_compare_of_real_runs(recipe, tmp_path, capsys):
     page = tmp_path / "compare.html"
     runs = [str(tmp_path / "pm"), str(tmp_path / "sequential")]
     assert main(["compare", *runs, "--output", str(page)]) == 0
-    assert "sequential" in capsys.readouterr().out and "sequential" in page.read_text()
+    printed = capsys.readouterr().out
+    assert "| sequential |" in printed and "sequential" in page.read_text()
+    # A terminal gets lines of its width, and Markdown if it asks for that.
+    with monkeypatch.context() as patch:
+        patch.setenv("COLUMNS", "80")
+        patch.setattr(sys.stdout, "isatty", lambda: True)
+        assert main(["compare", *runs, "--output", str(page)]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert "Scores" in lines and not any("|" in line for line in lines)
+        assert lines[-1] == str(page) and max(map(len, lines[:-1])) <= 80
+        assert main(["compare", *runs, "--output", str(page), "--markdown"]) == 0
+        assert capsys.readouterr().out == printed
 
     # The same for scripts: nothing but JSON on the standard output.
     results = json.loads((tmp_path / "pm" / "results.json").read_text())
@@ -602,6 +613,9 @@ def test_the_demo_finds_its_real_model(tmp_path, monkeypatch):
     (tmp_path / "models" / "smollm2-135m-instruct" / "config.json").touch()
     assert _demo_model("smollm2")[0] == "models/smollm2-135m-instruct" and "minutes" in _demo_model("smollm2")[1]
     assert _demo_model("owner/other")[0] == "owner/other"
+    names = {"smollm2": "smollm2", "owner/other": "other", "models/smollm2-135m-instruct/": "smollm2-135m-instruct"}
+    names |= {".": tmp_path.name, "models/..": tmp_path.name}  # two models do not share a folder of runs
+    assert {name: _last_part(name) for name in names} == names
     recipe = parse_recipe(ROOT / "hf_pm" / "demo" / "smollm2.yaml", [])
     answers = {
         task.name: set(task.load("train")["label"]) | set(task.load("test")["label"]) for task in recipe_stream(recipe)
@@ -639,8 +653,8 @@ def test_the_demo_with_another_model(tmp_path, monkeypatch, capsys):
     words = ["--prompt", "plain", "--dtype", "float32", "--bf16", "false", "--max_train_samples", "16"]
     words += ["--max_eval_samples", "8", "--curvature_num_samples", "8"]
     assert main(["demo", "--model", str(ROOT / "hf_pm" / "demo" / "model"), *words]) == 0
-    assert (tmp_path / "runs" / "demo-smollm2" / "compare.html").is_file()
+    assert (tmp_path / "runs" / "demo-model" / "compare.html").is_file()
     for method in ("sequential", "kronecker"):
-        results = json.loads((tmp_path / "runs" / "demo-smollm2" / method / "results.json").read_text())
+        results = json.loads((tmp_path / "runs" / "demo-model" / method / "results.json").read_text())
         assert results["tasks"] == ["capitals", "stars", "json"] and results["method"] == method
     assert "Three tasks on" in capsys.readouterr().out
