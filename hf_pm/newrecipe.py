@@ -48,12 +48,14 @@ class NewRecipe:
         text (`str`): Its content.
         files (`dict[Path, list[dict]]`): Rows of the files that go beside it.
         summary (`str`): What was found, for a person.
+        tasks (`list[dict]`): The tasks as the recipe has them, before paths are made relative to it.
     """
 
     path: Path
     text: str
     files: dict[Path, list[dict[str, Any]]] = field(default_factory=dict)
     summary: str = ""
+    tasks: list[dict[str, Any]] = field(default_factory=list)
 
     def write(self) -> None:
         """Write the files of rows, then the recipe; each replaces an older one at once."""
@@ -160,7 +162,7 @@ def new_recipe(
     stream = _stream(tasks, files)
     lengths = _check(values, base, stream)
     text = _render(values, tasks, proposals, base, lengths, path.parent)
-    return NewRecipe(path, text, files, _summary(proposals, values, stream, base, lengths))
+    return NewRecipe(path, text, files, _summary(proposals, values, stream, base, lengths), tasks)
 
 
 def _rename_twins(proposals: list[Proposal]) -> None:

@@ -86,7 +86,7 @@ def shown(tmp_path_factory) -> dict[str, Path]:
 OTHERS = [pytest.param(name, marks=pytest.mark.slow) for name in ("long", "first minutes", "hostile", "comparison")]
 
 
-@pytest.mark.parametrize("width", [360, 1280])
+@pytest.mark.parametrize("width", [360, 390, 1280])
 @pytest.mark.parametrize("name", ["full", *OTHERS])
 def test_page_fits_the_window_and_the_console_stays_empty(shown, tmp_path, name, width):
     picture = tmp_path / "page.png"

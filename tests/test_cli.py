@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from hf_pm import UserError, recipefiles
 from hf_pm.cli import _demo_model, _last_part, _print_json, _run_beside, main
 from hf_pm.config import parse_recipe
+from hf_pm.hub import outbox
 from hf_pm.loading import build_trainer, recipe_stream
 from hf_pm.methods.table import METHODS
 from hf_pm.progress import step_line, task_label, task_lines
@@ -528,6 +529,43 @@ def as_json(capsys, *words, code=0):
     capsys.readouterr()
     assert main([*words, "--json"]) == code
     return json.loads(capsys.readouterr().out)
+
+
+def test_what_is_written_is_told_as_json(recipe, tmp_path, capsys, monkeypatch):
+    path, _ = recipe
+    run = tmp_path / "run"
+    capsys.readouterr()
+    assert main(["run", str(path), "--json", "--method", "sequential", "--release", "none"]) == 0
+    said = capsys.readouterr()
+    # The progress is still there to be watched, beside the JSON.
+    assert "task 2/2 mood  training 6 steps" in said.err and "Results, report" in said.err
+    results = json.loads(said.out)
+    assert results == json.loads((run / "results.json").read_text()) and len(results["matrix"]) == 2
+
+    made = as_json(capsys, "release", str(run), "--task", "1", "--to", str(tmp_path / "one"), "--kind", "adapter")
+    assert made == {"release": str(tmp_path / "one"), "task": 1}
+    assert (tmp_path / "one" / "adapter_model.safetensors").is_file()
+
+    words = ["push", str(run), "--hub_model_id", "me/stream", "--base_model_id", "me/base"]
+    shown = as_json(capsys, *words, "--dry-run")
+    assert shown["repo_id"] == "me/stream" and len(shown["would_push"]) == 2
+    for item in shown["would_push"]:
+        assert item["files"]["README.md"] == len(item["card"].encode()) and item["tag"].startswith("task-")
+    with monkeypatch.context() as patch:
+        patch.setattr(outbox.Outbox, "push_all", lambda self: print("sending") or ["task-02"])
+        patch.setattr(outbox.Outbox, "pushed", lambda self: {"task-01": {"commit": "c0ffee", "tries": 1}})
+        told = as_json(capsys, *words, code=1)
+    assert told == {
+        "repo_id": "me/stream",
+        "pushed": {"task-01": {"commit": "c0ffee", "tries": 1}},
+        "left": ["task-02"],
+    }
+
+    kept = tmp_path / "without"
+    told = as_json(capsys, "rollback", str(run), "--drop", "colour", "--to_dir", str(kept))
+    assert told["counterfactual"] == str(kept) and set(told["scores"]) == {"colour", "mood"}
+    told = as_json(capsys, "rollback", str(run), "--to", "1")
+    assert told["run"] == str(run) and told["task"] == 1 and Path(told["dropped"]).is_dir()
 
 
 def test_json_has_no_numbers_that_are_none(capsys):

@@ -65,6 +65,15 @@ def recipe_of(path="recipe.yaml"):
     return yaml.safe_load(open(path))
 
 
+def test_what_was_written_as_json_without_a_question(models, here, capsys):
+    tickets(here / "tickets.csv")
+    assert main(["init", "tickets.csv", "--json", "--model_name_or_path", str(models / "llama")]) == 0
+    told = json.loads(capsys.readouterr().out)
+    files = [f"recipe-data/tickets/{split}.jsonl" for split in ("train", "test")]
+    assert told == {"recipe": "recipe.yaml", "files": files, "tasks": recipe_of()["tasks"]}
+    assert all((here / file).is_file() for file in files)
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_the_size_of_the_model_is_that_of_its_weights(tied, tokenizer, tmp_path):
     model = build("llama")

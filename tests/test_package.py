@@ -27,6 +27,9 @@ def test_classifiers_name_the_versions_of_python_that_are_promised():
     low, high = re.fullmatch(r">=3\.(\d+),<3\.(\d+)", PROJECT["requires-python"]).groups()
     named = [f"Programming Language :: Python :: 3.{minor}" for minor in range(int(low), int(high))]
     assert [line for line in PROJECT["classifiers"] if re.search(r":: 3\.\d", line)] == named
+    jobs = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())["jobs"]
+    tested = jobs["test"]["strategy"]["matrix"]["python"]
+    assert [f"Programming Language :: Python :: {version}" for version in tested] == named
 
 
 def test_every_requirement_has_two_ends_and_its_pin_lies_between():
