@@ -525,7 +525,7 @@ def rollback_command(options: argparse.Namespace, words: list[str]) -> None:
     with _apart(options):
         record = counterfactual(options.run, options.drop, options.to_dir, _loader(words), base=options.base)
     if options.json:
-        _print_json({"run": options.run, "counterfactual": options.to_dir, **record})
+        _print_json({"run": options.run, "to_dir": options.to_dir, **record})
         return
     print(f"Counterfactual, not a state of the run: without {options.drop}, scored again.")
     for name, score in record["scores"].items():

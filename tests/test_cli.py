@@ -563,7 +563,7 @@ def test_what_is_written_is_told_as_json(recipe, tmp_path, capsys, monkeypatch):
 
     kept = tmp_path / "without"
     told = as_json(capsys, "rollback", str(run), "--drop", "colour", "--to_dir", str(kept))
-    assert told["counterfactual"] == str(kept) and set(told["scores"]) == {"colour", "mood"}
+    assert told["to_dir"] == str(kept) and told["without"] == "colour" and set(told["scores"]) == {"colour", "mood"}
     told = as_json(capsys, "rollback", str(run), "--to", "1")
     assert told["run"] == str(run) and told["task"] == 1 and Path(told["dropped"]).is_dir()
 
