@@ -1,7 +1,16 @@
 """Continual learning for language models: Perturb-and-Merge on transformers and PEFT."""
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+
+# What a type checker reads, in place of `__getattr__` below, which would make every name Any, a misspelt one too.
+if TYPE_CHECKING:
+    from .config import PMConfig, PMSeq2SeqConfig
+    from .errors import UserError
+    from .runs.history import from_hub
+    from .tasks.stream import Task, TaskStream
+    from .trainer import PMSeq2SeqTrainer, PMTrainer, PMTrainerMixin
 
 
 __version__ = "0.2.0"
@@ -18,10 +27,22 @@ _HOMES = {
     "UserError": "errors",
     "from_hub": "runs.history",
 }
-__all__ = [*_HOMES]
+__all__ = [
+    "PMConfig",
+    "PMSeq2SeqConfig",
+    "PMSeq2SeqTrainer",
+    "PMTrainer",
+    "PMTrainerMixin",
+    "Task",
+    "TaskStream",
+    "UserError",
+    "from_hub",
+]
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'hf_pm' has no attribute {name!r}")
-    return getattr(import_module(f".{_HOMES[name]}", __name__), name)
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> Any:
+        if name not in _HOMES:
+            raise AttributeError(f"module 'hf_pm' has no attribute {name!r}")
+        return getattr(import_module(f".{_HOMES[name]}", __name__), name)

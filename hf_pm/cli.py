@@ -11,7 +11,7 @@ import sys
 import tempfile
 import textwrap
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
         sys.stdout.flush()
     except BrokenPipeError:
         # `hf-pm methods | head`: whoever reads a list may have read enough.
-        if not hasattr(options, "json"):
+        if not getattr(options, "is_read", False):
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
@@ -95,12 +95,13 @@ def _parser() -> argparse.ArgumentParser:
     init.add_argument("--label", metavar="COLUMN", help="column of the answer")
     init.add_argument("--task_column", metavar="COLUMN", help="one task for each value of this column")
     init.add_argument("--config", metavar="NAME", help="configuration of Hub datasets")
-    add("run", run_command, "Learn the stream of a recipe, or continue it.", "hf-pm run RECIPE [--key value ...]")
+    text = "Learn the stream of a recipe, or continue it."
+    run = add("run", run_command, text, "hf-pm run RECIPE [--json] [--key value ...]")
     text = "Learn the embedded stream sequentially and with P&M, offline; one run folder per method."
     demo = add("demo", demo_command, text, "hf-pm demo [--model MODEL] [--output_dir DIR] [--key value ...]")
     text = "`toy` (embedded, the default), `smollm2`, a folder or a Hub id; all but `toy` learn three tasks"
     demo.add_argument("--model", default="toy", help=text)
-    demo.add_argument("--output_dir", help="runs/demo by default, and runs/demo-smollm2 for another model")
+    demo.add_argument("--output_dir", help="runs/demo by default, and runs/demo-NAME for another model")
     text = "Say what a recipe will take (disk, memory, scores) and check its input, without training."
     usage = "hf-pm plan RECIPE [--gpu_memory SIZE] [--processes N] [--probe] [--key value ...]"
     plan = add("plan", plan_command, text, usage)
@@ -124,6 +125,7 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("runs", nargs="+", help="run folders; seeds of one method are averaged")
     compare.add_argument("--output", default="compare.html", help="the page to write; tables go beside it")
     compare.add_argument("--baseline", help="method that the others are compared with; the first by default")
+    compare.add_argument("--markdown", action="store_true", help="print Markdown on a terminal too, as into a file")
 
     release = add("release", release_command, "Write the release of a task, from base and ledger.")
     release.add_argument("run", help="a run folder")
@@ -153,10 +155,21 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument("--base", help=base)
     for command in (plan, methods, streams, report, compare, doctor):
         command.add_argument("--json", action="store_true", help="print JSON, and nothing else")
+        command.set_defaults(is_read=True)
+    init.add_argument("--json", action="store_true", help="as --yes, and print what was written as JSON")
+    run.add_argument("--json", action="store_true", help="print results.json at the end; progress goes to stderr")
+    for command in (release, push, back):
+        command.add_argument("--json", action="store_true", help="print what was written as JSON, and nothing else")
     return parser
 
 
+def _apart(options: argparse.Namespace) -> Any:
+    """With `--json` the standard output holds that alone: whatever else is printed goes to the standard error."""
+    return redirect_stdout(sys.stderr) if options.json else nullcontext()
+
+
 def init_command(options: argparse.Namespace, words: list[str]) -> None:
+    options.yes = options.yes or options.json
     if not options.yes and not sys.stdin.isatty():
         raise UserError(
             "Questions need a terminal, and the standard input is none. Add `--yes` to take the proposals."
@@ -165,18 +178,23 @@ def init_command(options: argparse.Namespace, words: list[str]) -> None:
     from .newrecipe import new_recipe
 
     quiet()
-    made = new_recipe(
-        options.sources,
-        options.output,
-        options.model_name_or_path,
-        None if options.yes else _ask,
-        text=options.text,
-        label=options.label,
-        task_column=options.task_column,
-        config=options.config,
-        overwrite=options.overwrite,
-        overrides=words,
-    )
+    with _apart(options):
+        made = new_recipe(
+            options.sources,
+            options.output,
+            options.model_name_or_path,
+            None if options.yes else _ask,
+            text=options.text,
+            label=options.label,
+            task_column=options.task_column,
+            config=options.config,
+            overwrite=options.overwrite,
+            overrides=words,
+        )
+    if options.json:
+        made.write()
+        _print_json({"recipe": str(made.path), "files": [str(path) for path in made.files], "tasks": made.tasks})
+        return
     for line in made.summary.split("\n"):
         _print_wrapped(line, " " * 15)
     if not options.yes and not _ask(f"\nWrite {made.path}? (yes, no)", "yes").lower().startswith("y"):
@@ -215,7 +233,11 @@ def run_command(options: argparse.Namespace, words: list[str]) -> None:
         raise UserError(f"Two recipes are given, {named[0]!r} and {named[1]!r}. Name one.")
     if not named and not words:
         raise UserError("There is no recipe. Give a YAML file: `hf-pm run recipes/bench/pm.yaml`.")
-    run_recipe(parse_recipe(named[0] if named else None, words))
+    with _apart(options):
+        recipe = parse_recipe(named[0] if named else None, words)
+        results = run_recipe(recipe)
+    if options.json and recipe.process_index == 0:
+        _print_json(results)
 
 
 def run_recipe(recipe: Any) -> dict[str, Any]:
@@ -312,7 +334,7 @@ def demo_command(options: argparse.Namespace, overrides: list[str]) -> None:
         torch.set_num_threads(1)
     if note:
         print(note, flush=True)
-    output_dir = Path(options.output_dir or ("runs/demo" if toy else "runs/demo-smollm2"))
+    output_dir = Path(options.output_dir or ("runs/demo" if toy else f"runs/demo-{_last_part(options.model)}"))
     methods = ("sequential", "pm" if toy else "kronecker")
     outputs = [output_dir / method for method in methods]
     with as_file(files("hf_pm") / "demo") as demo:
@@ -360,6 +382,11 @@ def _run_beside(command: list[str], log: Path) -> Iterator[None]:
     if status:
         last = log.read_text(encoding="utf-8").strip().rpartition("\n")[2]
         raise UserError(f"The second process ended with {status}: {last} (all of it: {log})")
+
+
+def _last_part(model: str) -> str:
+    """Name of a Hub id without its owner, or of a folder without those above it: `.` too has a name."""
+    return (Path(model).resolve() if Path(model).is_dir() else Path(model)).name
 
 
 def _demo_model(name: str) -> tuple[str, str]:
@@ -424,8 +451,9 @@ def compare_command(options: argparse.Namespace, overrides: list[str]) -> None:
     if options.json:
         _print_json({"page": str(page), "notes": comparison.notes, "rows": comparison.rows})
     else:
-        print(comparison.markdown)
-        print(page)
+        plain = sys.stdout.isatty() and not options.markdown
+        print(comparison.terminal(shutil.get_terminal_size().columns) if plain else comparison.markdown)
+        print(f"\n{page}" if plain else page)
 
 
 def release_command(options: argparse.Namespace, overrides: list[str]) -> None:
@@ -439,8 +467,12 @@ def release_command(options: argparse.Namespace, overrides: list[str]) -> None:
     to = Path(options.to) if options.to else None
     if to is not None and to.exists():
         raise UserError(f"{options.to!r} exists. Give a new folder with `--to`.")
-    with only_process(Path(options.run)) if to is None else nullcontext():
-        print(releases.write(options.task, to, options.kind, releases.facts.repo_id))
+    with only_process(Path(options.run)) if to is None else nullcontext(), _apart(options):
+        folder = releases.write(options.task, to, options.kind, releases.facts.repo_id)
+    if options.json:
+        _print_json({"release": str(folder), "task": options.task})
+    else:
+        print(folder)
 
 
 def push_command(options: argparse.Namespace, overrides: list[str]) -> int:
@@ -456,13 +488,21 @@ def push_command(options: argparse.Namespace, overrides: list[str]) -> int:
         base_model_id=options.base_model_id,
         private=options.private,
     )
+    if options.dry_run and options.json:
+        shown = [{"tag": tag, "files": dict(files), "card": card} for tag, files, card in outbox.preview()]
+        _print_json({"repo_id": outbox.repo_id, "would_push": shown})
+        return 0
     if options.dry_run:
         for tag, files, card in outbox.preview():
             print(f"{outbox.repo_id}, tag {tag}: {len(files)} files, {sum(size for _, size in files):,} bytes")
             print("\n".join(f"{size:>15,}  {name}" for name, size in files))
             print(f"\n{card}")
         return 0
-    left = outbox.push_all()
+    with _apart(options):
+        left = outbox.push_all()
+    if options.json:
+        _print_json({"repo_id": outbox.repo_id, "pushed": outbox.pushed(), "left": left})
+        return 1 if left else 0
     for tag, record in outbox.pushed().items():
         print(f"{outbox.repo_id}, tag {tag}: commit {record['commit']}")
     return 1 if left else 0
@@ -475,13 +515,21 @@ def rollback_command(options: argparse.Namespace, words: list[str]) -> None:
         raise UserError("Say where to: `--to N` rolls back, `--drop TASK --to_dir DIR` writes a counterfactual.")
     if options.to is not None:
         _refuse(words)
-        dropped = rollback(options.run, options.to, weights_only=options.weights_only)
+        with _apart(options):
+            dropped = rollback(options.run, options.to, weights_only=options.weights_only)
+        if options.json:
+            _print_json({"run": options.run, "task": options.to, "dropped": str(dropped)})
+            return
         print(f"{options.run} is at task {options.to}. What came later is in {dropped}.")
         return
     from .loading import quiet
 
     quiet()
-    record = counterfactual(options.run, options.drop, options.to_dir, _loader(words), base=options.base)
+    with _apart(options):
+        record = counterfactual(options.run, options.drop, options.to_dir, _loader(words), base=options.base)
+    if options.json:
+        _print_json({"run": options.run, "to_dir": options.to_dir, **record})
+        return
     print(f"Counterfactual, not a state of the run: without {options.drop}, scored again.")
     for name, score in record["scores"].items():
         print(f"{name:<24} {record['run_scores'].get(name, float('nan')):.4f} -> {score:.4f}")

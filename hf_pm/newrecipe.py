@@ -35,6 +35,7 @@ LEARNING_RATES = ((3e8, 1e-3), (2e9, 2e-4), (float("inf"), 1e-4))
 METHOD = "kronecker"  # the best of those that keep no row, see docs/results.md
 LONGEST = 512  # tokens; longer rows are cut unless the user says otherwise
 MEASURED_ROWS = 1000  # of each task, for the lengths
+LANGUAGE_ROWS = 200  # of each task, of which each has a vote
 MANY_ROWS = 1000  # a task with so many rows is read once
 OWN_KEYS = ("tasks", "stream", "data_dir", "model_name_or_path")
 
@@ -48,12 +49,14 @@ class NewRecipe:
         text (`str`): Its content.
         files (`dict[Path, list[dict]]`): Rows of the files that go beside it.
         summary (`str`): What was found, for a person.
+        tasks (`list[dict]`): The tasks as the recipe has them, before paths are made relative to it.
     """
 
     path: Path
     text: str
     files: dict[Path, list[dict[str, Any]]] = field(default_factory=dict)
     summary: str = ""
+    tasks: list[dict[str, Any]] = field(default_factory=list)
 
     def write(self) -> None:
         """Write the files of rows, then the recipe; each replaces an older one at once."""
@@ -158,9 +161,9 @@ def new_recipe(
             keys[split] = str(place)
         tasks.append(keys)
     stream = _stream(tasks, files)
-    lengths = _check(values, base, stream)
+    lengths, languages = _check(values, base, stream)
     text = _render(values, tasks, proposals, base, lengths, path.parent)
-    return NewRecipe(path, text, files, _summary(proposals, values, stream, base, lengths))
+    return NewRecipe(path, text, files, _summary(proposals, values, stream, base, lengths, languages), tasks)
 
 
 def _rename_twins(proposals: list[Proposal]) -> None:
@@ -222,12 +225,13 @@ def _stream(tasks: list[dict[str, Any]], files: dict[Path, list[dict[str, Any]]]
     )
 
 
-def _check(values: dict[str, Any], base: _Model, stream: TaskStream) -> dict[str, list[int]]:
+def _check(values: dict[str, Any], base: _Model, stream: TaskStream) -> tuple[dict[str, list[int]], dict[str, str]]:
     """Refuse what training would refuse, and settle what depends on the rows: `max_length`, and `method` where the
     model cannot have the usual one.
 
     Returns:
-        `dict`: The lengths of training rows in tokens, in ascending order, by task.
+        `tuple[dict, dict]`: By task the lengths of training rows in tokens, in ascending order, and the language of
+        their texts as [`language_of`] tells it.
     """
     tasks = [{"name": task.name, "train": "rows"} for task in stream]
     try:
@@ -242,17 +246,31 @@ def _check(values: dict[str, Any], base: _Model, stream: TaskStream) -> dict[str
         raise UserError(" ".join(str(error).split())) from error
     whole = Encoder(base.tokenizer, base.task_type, 1 << 30, recipe.prompt)
     rows = StreamRows(stream, whole, recipe.resolved_method().stream, recipe)
-    lengths = {}
+    lengths, languages = {}, {}
     for task, train in zip(stream, rows.train, strict=True):
-        encoded = whole.encode(task, subset(train, MEASURED_ROWS, 0))
-        lengths[task.name] = sorted(map(len, encoded["input_ids"][:]))
+        measured = subset(train, MEASURED_ROWS, 0)
+        lengths[task.name] = sorted(map(len, whole.encode(task, measured)["input_ids"][:]))
+        texts = measured["text"][:LANGUAGE_ROWS] if "text" in measured.column_names else ()
+        languages[task.name] = language_of(texts)
     limit = getattr(base.config, "max_position_embeddings", None) or LONGEST
-    longest = max(measured[-1] for measured in lengths.values())
+    longest = max(sizes[-1] for sizes in lengths.values())
     values.setdefault("max_length", min(-(-longest // 8) * 8, LONGEST, limit))
     encoder = Encoder(base.tokenizer, base.task_type, values["max_length"], recipe.prompt)
     for task, train in zip(stream, rows.train, strict=True):
         encoder.check(task, train)
-    return lengths
+    return lengths, languages
+
+
+def language_of(texts: Sequence[str]) -> str:
+    """ISO 639-1 code of the language that most texts are in; empty without the extra `init`, and where less than half
+    of them are in one."""
+    try:
+        import py3langid
+    except ImportError:
+        return ""
+    votes = Counter(py3langid.classify(text)[0] for text in texts if text and not text.isspace())
+    language, count = votes.most_common(1)[0] if votes else ("", 0)
+    return language if 2 * count > votes.total() else ""
 
 
 # ---- The file -------------------------------------------------------------------------------------------------------
@@ -332,6 +350,7 @@ def _summary(
     stream: TaskStream,
     base: _Model,
     lengths: dict[str, list[int]],
+    languages: dict[str, str],
 ) -> str:
     lines = [
         f"Model {base.name}: {base.parameters / 1e6:,.1f} M parameters, {values.get('task_type', 'CAUSAL_LM')}, "
@@ -340,7 +359,8 @@ def _summary(
     for task, proposal in zip(stream, proposals, strict=True):
         measured = lengths[task.name]
         rows = ", ".join(f"{count:,} {split}" for split, count in proposal.counts.items())
-        script = f" ({proposal.script} letters)" if proposal.script else ""
+        language = languages[task.name]
+        script = f" ({proposal.script} letters{language and f', language {language}'})" if proposal.script else ""
         facts = {
             "from": proposal.described,
             "rows": rows,

@@ -174,8 +174,11 @@ class StreamTrackers(TrainerCallback):
     """Makes one run of a whole stream in every tracker of `report_to`.
 
     - The global step begins anew with every task; a tracker gets the step of the stream, so that no line runs back.
-    - The score matrix and its curves go as pictures to the trackers that take images. The files are those of the
-      report: nothing is drawn again. A picture's step is the number of tasks seen; trackio counts its own steps.
+    - The score matrix and its curves go as pictures to TensorBoard, trackio, W&B, MLflow and Comet. The files are
+      those of the report: nothing is drawn again. A picture's step is the number of tasks seen; trackio and W&B count
+      their own. The other trackers get numbers alone: their pictures could not be checked.
+    - MLflow ends its run with each call of `train`, and the next log would begin another one: it is told of the end
+      once, after the last task.
     - trackio ends its run with each call of `train`, and the next one goes on with it only if it has a name: it gets
       the name of the run folder and the time.
 
@@ -185,6 +188,7 @@ class StreamTrackers(TrainerCallback):
 
     def __init__(self, trainer: Any) -> None:
         self.trainer = trainer
+        self.ended = False
         now = time.strftime("%Y-%m-%d_%H-%M-%S")
         trackers: Any = tuple(INTEGRATION_TO_CALLBACK.values())
         for callback in trainer.callback_handler.callbacks:
@@ -196,6 +200,12 @@ class StreamTrackers(TrainerCallback):
             if isinstance(callback, trackers):
                 # Only the trackers see that state: the checkpoints and the other callbacks count a task's own steps.
                 callback.on_log = partial(self._log_at_stream_step, callback.on_log)
+            if _is_mlflow(callback):
+                callback.on_train_end = partial(self._end_with_stream, callback.on_train_end)
+
+    def _end_with_stream(self, on_train_end: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+        if self.ended:
+            on_train_end(*args, **kwargs)
 
     def _log_at_stream_step(
         self, on_log: Callable[..., None], args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any
@@ -217,8 +227,34 @@ class StreamTrackers(TrainerCallback):
             elif pictures and type(callback).__name__ in MODULES:
                 tracker = importlib.import_module(MODULES[type(callback).__name__])
                 tracker.log({name: tracker.Image(str(path)) for name, path in pictures.items()})
-            if _is_trackio(callback) and step == len(self.trainer.stream):
+            elif type(callback).__name__ in SENDING:
+                for name, path in pictures.items():
+                    SENDING[type(callback).__name__](name, path, step)
+            self.ended = step == len(self.trainer.stream)
+            if self.ended and (_is_trackio(callback) or _is_mlflow(callback)):
                 callback.on_train_end(args, state, control, **kwargs)  # of the whole stream: what was logged is sent
+
+
+def _to_mlflow(name: str, path: Path, step: int) -> None:
+    import mlflow
+    from PIL import Image
+
+    with Image.open(path) as picture:
+        mlflow.log_image(picture, key=name, step=step)
+
+
+def _to_comet(name: str, path: Path, step: int) -> None:
+    import comet_ml
+
+    comet_ml.get_running_experiment().log_image(str(path), name=name, step=step)
+
+
+# Callbacks of transformers for the other trackers that take images -> function that logs one to the running run.
+SENDING = {"MLflowCallback": _to_mlflow, "CometCallback": _to_comet}
+
+
+def _is_mlflow(callback: TrainerCallback) -> bool:
+    return type(callback).__name__ == "MLflowCallback"
 
 
 def _is_trackio(callback: TrainerCallback) -> bool:

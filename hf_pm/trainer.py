@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate.utils import broadcast_object_list
@@ -158,7 +158,7 @@ class PMTrainerMixin(TaskTraining):
             check_search(self.rows, self.task_type, args)
             self.protection = None
             if args.protect is not None:
-                config, rank = model.get_base_model().config, self.parts.cut_rank
+                config, rank = cast(PeftModel, model).get_base_model().config, self.parts.cut_rank
                 self.protection = Protection(args.protect, processing_class, config, args, rank)
             if args.lm_eval_tasks:
                 panel.check_lm_eval(args.lm_eval_tasks)
@@ -282,7 +282,7 @@ class PMTrainerMixin(TaskTraining):
             made = text.generate(self.model, self.args.per_device_eval_batch_size, self.accelerator.autocast)
             for _ in tqdm(made, total=text.windows, desc="generating", unit="text", leave=False, disable=hidden):
                 pass
-        settings = {"labels": "sampled", "normalization": "token", "temperature": 1.0}
+        settings: dict[str, Any] = {"labels": "sampled", "normalization": "token", "temperature": 1.0}
         wanted = self.parts.measures() & {"kronecker", "inputs"}
         measured = measure(self, text.rows, wanted, None, self._task_seed(0), **settings)
         self.run.results["protect"] |= {"windows": len(text.rows), "tokens": text.tokens}

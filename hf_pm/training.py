@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from datasets import Dataset
@@ -20,7 +20,14 @@ from .tasks.encoding import IGNORE_INDEX
 from .weights import adapters
 
 
-class TaskTraining:
+# A class with these overrides has `Trainer` or a subclass among its later bases; a type checker is told so here.
+if TYPE_CHECKING:
+    from transformers import Trainer as _Trainer
+else:
+    _Trainer = object
+
+
+class TaskTraining(_Trainer):
     """Overrides of `Trainer` for one task, in front of it among the bases.
 
     Attributes:
@@ -29,6 +36,8 @@ class TaskTraining:
     """
 
     parts: Parts
+    data_collator: Callable[..., Any]
+    optimizer: torch.optim.Optimizer | None
     task_number = 1
     _checkpoint_dir: Path | None = None  # of the task, inside a stream
     _starts_from = ""  # names the weights that the task began with

@@ -4,7 +4,9 @@
     python scripts/check_package.py [--output_dir dist]
 
 Needs the extra `release`, and the packages that hf_pm requires: the new environment sees those of this one, so that
-only the wheel itself is installed. Nothing of the source tree is on its path.
+only the wheel itself is installed. Nothing of the source tree is on its path. So nothing is downloaded, least of all a
+second torch; that the requirements of the wheel are enough is tried by the job `package` of ci.yml, which installs it
+with them.
 """
 
 import argparse

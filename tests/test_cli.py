@@ -19,8 +19,9 @@ from peft import LoraConfig
 from safetensors.torch import load_file
 
 from hf_pm import UserError, recipefiles
-from hf_pm.cli import _demo_model, _print_json, _run_beside, main
+from hf_pm.cli import _demo_model, _last_part, _print_json, _run_beside, main
 from hf_pm.config import parse_recipe
+from hf_pm.hub import outbox
 from hf_pm.loading import build_trainer, recipe_stream
 from hf_pm.methods.table import METHODS
 from hf_pm.progress import step_line, task_label, task_lines
@@ -468,7 +469,7 @@ def test_a_mistake_in_a_real_process_has_no_traceback(recipe):
     assert "Did you mean 'pm'" in done.stderr
 
 
-def test_report_and_compare_of_real_runs(recipe, tmp_path, capsys):
+def test_report_and_compare_of_real_runs(recipe, tmp_path, capsys, monkeypatch):
     path, _ = recipe
     for method in ("pm", "sequential"):
         # Not a terminal: no bar is drawn, whatever the recipe says.
@@ -496,7 +497,18 @@ def test_report_and_compare_of_real_runs(recipe, tmp_path, capsys):
     page = tmp_path / "compare.html"
     runs = [str(tmp_path / "pm"), str(tmp_path / "sequential")]
     assert main(["compare", *runs, "--output", str(page)]) == 0
-    assert "sequential" in capsys.readouterr().out and "sequential" in page.read_text()
+    printed = capsys.readouterr().out
+    assert "| sequential |" in printed and "sequential" in page.read_text()
+    # A terminal gets lines of its width, and Markdown if it asks for that.
+    with monkeypatch.context() as patch:
+        patch.setenv("COLUMNS", "80")
+        patch.setattr(sys.stdout, "isatty", lambda: True)
+        assert main(["compare", *runs, "--output", str(page)]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert "Scores" in lines and not any("|" in line for line in lines)
+        assert lines[-1] == str(page) and max(map(len, lines[:-1])) <= 80
+        assert main(["compare", *runs, "--output", str(page), "--markdown"]) == 0
+        assert capsys.readouterr().out == printed
 
     # The same for scripts: nothing but JSON on the standard output.
     results = json.loads((tmp_path / "pm" / "results.json").read_text())
@@ -517,6 +529,43 @@ def as_json(capsys, *words, code=0):
     capsys.readouterr()
     assert main([*words, "--json"]) == code
     return json.loads(capsys.readouterr().out)
+
+
+def test_what_is_written_is_told_as_json(recipe, tmp_path, capsys, monkeypatch):
+    path, _ = recipe
+    run = tmp_path / "run"
+    capsys.readouterr()
+    assert main(["run", str(path), "--json", "--method", "sequential", "--release", "none"]) == 0
+    said = capsys.readouterr()
+    # The progress is still there to be watched, beside the JSON.
+    assert "task 2/2 mood  training 6 steps" in said.err and "Results, report" in said.err
+    results = json.loads(said.out)
+    assert results == json.loads((run / "results.json").read_text()) and len(results["matrix"]) == 2
+
+    made = as_json(capsys, "release", str(run), "--task", "1", "--to", str(tmp_path / "one"), "--kind", "adapter")
+    assert made == {"release": str(tmp_path / "one"), "task": 1}
+    assert (tmp_path / "one" / "adapter_model.safetensors").is_file()
+
+    words = ["push", str(run), "--hub_model_id", "me/stream", "--base_model_id", "me/base"]
+    shown = as_json(capsys, *words, "--dry-run")
+    assert shown["repo_id"] == "me/stream" and len(shown["would_push"]) == 2
+    for item in shown["would_push"]:
+        assert item["files"]["README.md"] == len(item["card"].encode()) and item["tag"].startswith("task-")
+    with monkeypatch.context() as patch:
+        patch.setattr(outbox.Outbox, "push_all", lambda self: print("sending") or ["task-02"])
+        patch.setattr(outbox.Outbox, "pushed", lambda self: {"task-01": {"commit": "c0ffee", "tries": 1}})
+        told = as_json(capsys, *words, code=1)
+    assert told == {
+        "repo_id": "me/stream",
+        "pushed": {"task-01": {"commit": "c0ffee", "tries": 1}},
+        "left": ["task-02"],
+    }
+
+    kept = tmp_path / "without"
+    told = as_json(capsys, "rollback", str(run), "--drop", "colour", "--to_dir", str(kept))
+    assert told["to_dir"] == str(kept) and told["without"] == "colour" and set(told["scores"]) == {"colour", "mood"}
+    told = as_json(capsys, "rollback", str(run), "--to", "1")
+    assert told["run"] == str(run) and told["task"] == 1 and Path(told["dropped"]).is_dir()
 
 
 def test_json_has_no_numbers_that_are_none(capsys):
@@ -602,6 +651,9 @@ def test_the_demo_finds_its_real_model(tmp_path, monkeypatch):
     (tmp_path / "models" / "smollm2-135m-instruct" / "config.json").touch()
     assert _demo_model("smollm2")[0] == "models/smollm2-135m-instruct" and "minutes" in _demo_model("smollm2")[1]
     assert _demo_model("owner/other")[0] == "owner/other"
+    names = {"smollm2": "smollm2", "owner/other": "other", "models/smollm2-135m-instruct/": "smollm2-135m-instruct"}
+    names |= {".": tmp_path.name, "models/..": tmp_path.name}  # two models do not share a folder of runs
+    assert {name: _last_part(name) for name in names} == names
     recipe = parse_recipe(ROOT / "hf_pm" / "demo" / "smollm2.yaml", [])
     answers = {
         task.name: set(task.load("train")["label"]) | set(task.load("test")["label"]) for task in recipe_stream(recipe)
@@ -639,8 +691,8 @@ def test_the_demo_with_another_model(tmp_path, monkeypatch, capsys):
     words = ["--prompt", "plain", "--dtype", "float32", "--bf16", "false", "--max_train_samples", "16"]
     words += ["--max_eval_samples", "8", "--curvature_num_samples", "8"]
     assert main(["demo", "--model", str(ROOT / "hf_pm" / "demo" / "model"), *words]) == 0
-    assert (tmp_path / "runs" / "demo-smollm2" / "compare.html").is_file()
+    assert (tmp_path / "runs" / "demo-model" / "compare.html").is_file()
     for method in ("sequential", "kronecker"):
-        results = json.loads((tmp_path / "runs" / "demo-smollm2" / method / "results.json").read_text())
+        results = json.loads((tmp_path / "runs" / "demo-model" / method / "results.json").read_text())
         assert results["tasks"] == ["capitals", "stars", "json"] and results["method"] == method
     assert "Three tasks on" in capsys.readouterr().out

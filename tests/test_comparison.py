@@ -306,8 +306,49 @@ def test_the_best_of_a_column_is_marked_and_upper_bounds_are_none(tmp_path):
     assert "| joint | 0.900 | +0.100 | 0.000 |" in comparison.markdown
     assert "| average | **0.600** | +0.100 | +0.300 |" in comparison.markdown
     assert "Bold: the best of its column. The upper bounds joint and single are left out" in comparison.markdown
+    # The rows with that accuracy, in this table alone.
+    rows = page.root.all("tr", "best")
+    assert [row.all("th")[0].text for row in rows] == ["pm", "average"]
+    assert rows == page.root.all("table")[0].all("tr", "best")
     alone = compare([folders[1], folders[2]])
     assert "**0.600**" not in alone.markdown and "Bold" not in alone.markdown
+    assert not Page(alone.html).root.all("tr", "best") and "mark" not in alone.legend
+
+
+@pytest.mark.parametrize("width", [40, 80, 200])
+def test_a_terminal_gets_lines_of_its_width(tmp_path, width):
+    metrics = ("average_accuracy", "backward_transfer", "forgetting", "forward_transfer", "average_anytime_accuracy")
+    folders = [
+        write_run(
+            tmp_path / f"{method}-{seed}",
+            make_results(
+                [f"task-{j}" for j in range(6)],
+                [[0.1 * j + seed / 100 + shift for j in range(t + 1)] for t in range(6)],
+                method=method,
+                seed=seed,
+                metrics=dict.fromkeys(metrics, 0.5 + seed / 100 + shift),
+            ),
+            {"recipe": {"learning_rate": 1e-3, "method_kwargs": {"a long name of a setting": shift}}},
+        )
+        for method, shift in (("pm", 0.1), ("kronecker", 0.2))
+        for seed in (0, 1)
+    ]
+    folders.append(
+        write_run(tmp_path / "pm-low", make_results([f"task-{j}" for j in range(6)], [[0.0]]), {"recipe": {}})
+    )
+    comparison = compare(folders)
+    text = comparison.terminal(width)
+    assert max(map(len, text.splitlines())) <= width
+    assert "|" not in text and "**" not in text
+    # Every cell is there, and those that Markdown has in bold have a star, like the name of the best row.
+    cells_of = [cell for table in comparison.tables for row in table.rows for cell in row[1:]]
+    assert len(cells_of) > 50 and all(cell in text for cell in cells_of)
+    best = sum(len(table.best) for table in comparison.tables)
+    assert len(re.findall(r"\*[-+\d]", text)) == best > 6
+    scores, _, rest = text.partition("Difference to")
+    assert "*kronecker" in scores and "*pm" not in text and "*kronecker" not in rest
+    for table in comparison.tables:
+        assert table.title in " ".join(text.split()) and all(head in text for head in table.header[1:])
 
 
 def test_differences_by_task_are_paired_and_coloured_by_their_sign(tmp_path):

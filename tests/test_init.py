@@ -4,6 +4,7 @@ import builtins
 import csv
 import json
 import sys
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -13,7 +14,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from hf_pm.cli import main
 from hf_pm.config import parse_recipe
 from hf_pm.loading import recipe_stream
-from hf_pm.newrecipe import _Model
+from hf_pm.newrecipe import _Model, language_of
 from hf_pm.tasks import proposals
 from hf_pm.tasks.leaks import normalize
 from hf_pm.tasks.proposals import divide, guess_columns, script_of
@@ -63,6 +64,35 @@ def tickets(path, count=40):
 
 def recipe_of(path="recipe.yaml"):
     return yaml.safe_load(open(path))
+
+
+@pytest.mark.parametrize("codes, told", [("eee", ", language en"), ("eed", ", language en"), ("ed", ""), ("", "")])
+def test_the_language_of_most_rows_is_told(init, here, capsys, monkeypatch, codes, told):
+    """With a module in its place, since py3langid is not among the requirements of the tests."""
+    answers = iter(codes * 100)
+    stand_in = SimpleNamespace(classify=lambda text: ({"e": "en", "d": "de"}[next(answers)], -1.0))
+    monkeypatch.setitem(sys.modules, "py3langid", stand_in if codes else None)
+    tickets(here / "tickets.csv")
+    assert init("tickets.csv") == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  text ")]
+    assert line.split(maxsplit=1)[1] == f"body (Latin letters{told})"
+
+
+def test_the_package_knows_languages_apart():
+    pytest.importorskip("py3langid", reason="needs the extra `init`")
+    english = ["The app crashes whenever I open it", "My invoice has the wrong address on it"]
+    german = ["Die App stürzt beim Öffnen immer ab", "Meine Rechnung hat die falsche Adresse"]
+    assert language_of([*english, "", " "]) == "en" and language_of([*german, english[0]]) == "de"
+    assert language_of([*english, *german]) == "" == language_of(["", " "])
+
+
+def test_what_was_written_as_json_without_a_question(models, here, capsys):
+    tickets(here / "tickets.csv")
+    assert main(["init", "tickets.csv", "--json", "--model_name_or_path", str(models / "llama")]) == 0
+    told = json.loads(capsys.readouterr().out)
+    files = [f"recipe-data/tickets/{split}.jsonl" for split in ("train", "test")]
+    assert told == {"recipe": "recipe.yaml", "files": files, "tasks": recipe_of()["tasks"]}
+    assert all((here / file).is_file() for file in files)
 
 
 @pytest.mark.parametrize("tied", [False, True])

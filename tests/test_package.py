@@ -1,5 +1,6 @@
 """What a release is made of: one version, requirements with two ends, a wheel that brings its data."""
 
+import os
 import re
 import subprocess
 import sys
@@ -26,6 +27,9 @@ def test_classifiers_name_the_versions_of_python_that_are_promised():
     low, high = re.fullmatch(r">=3\.(\d+),<3\.(\d+)", PROJECT["requires-python"]).groups()
     named = [f"Programming Language :: Python :: 3.{minor}" for minor in range(int(low), int(high))]
     assert [line for line in PROJECT["classifiers"] if re.search(r":: 3\.\d", line)] == named
+    jobs = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())["jobs"]
+    tested = jobs["test"]["strategy"]["matrix"]["python"]
+    assert [f"Programming Language :: Python :: {version}" for version in tested] == named
 
 
 def test_every_requirement_has_two_ends_and_its_pin_lies_between():
@@ -57,6 +61,37 @@ def test_templates_of_issues_are_yaml_with_unique_ids():
         assert form["name"] and form["description"]
         ids = [item["id"] for item in form["body"] if item["type"] != "markdown"]
         assert ids and len(set(ids)) == len(ids)
+
+
+@pytest.mark.slow  # mypy reads the whole package, without a cache
+def test_a_type_checker_sees_what_the_package_gives(tmp_path):
+    """Names are loaded on first use by a function that returns Any; a reader of py.typed must not get that."""
+    pytest.importorskip("mypy")
+    lines = ["import hf_pm, hf_pm.trl", *(f"reveal_type(hf_pm.{name})" for name in hf_pm.__all__)]
+    lines += ["reveal_type(hf_pm.trl.PMSFTTrainer.train_stream)", "reveal_type(hf_pm.PMConfig().merge_coefficient)"]
+    (tmp_path / "user.py").write_text("\n".join([*lines, "hf_pm.TaskStream([]).no_such", "hf_pm.no_such()"]))
+    options = ["--config-file", str(ROOT / "pyproject.toml"), "--cache-dir", str(tmp_path / "cache")]
+    words = [sys.executable, "-m", "mypy", *options, "user.py"]
+    environment = os.environ | {"MYPYPATH": str(ROOT)}
+    done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    notes = [line.partition("Revealed type is ")[2] for line in done.stdout.splitlines() if "Revealed type is" in line]
+    assert len(notes) == len(hf_pm.__all__) + 2, done.stdout + done.stderr
+    seen = dict(zip(hf_pm.__all__, notes, strict=False))
+    for name, home in hf_pm._HOMES.items():
+        returned = "pathlib.Path" if name == "from_hub" else f"hf_pm.{home}.{name}"
+        assert re.search(rf"^\"def \(.*\) -> {re.escape(returned)}\"$", seen[name]), (name, seen[name])
+    assert "TaskStream | None" in seen["PMTrainer"] and "PMConfig | None" in seen["PMTrainer"]
+    assert notes[-2:] == ['"def (self: hf_pm.trainer.PMTrainerMixin) -> dict[str, Any]"', '"float"']
+    errors = [line for line in done.stdout.splitlines() if ": error:" in line]
+    assert len(errors) == 2
+    assert '"TaskStream" has no attribute "no_such"' in errors[0]
+    assert 'Module has no attribute "no_such"' in errors[1]
+
+
+def test_the_names_for_a_type_checker_are_those_that_are_loaded():
+    assert sorted(hf_pm._HOMES) == sorted(hf_pm.__all__)
+    for name in hf_pm.__all__:
+        assert getattr(hf_pm, name).__name__ == name
 
 
 @pytest.mark.slow

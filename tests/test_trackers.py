@@ -115,3 +115,53 @@ def test_trackio_keeps_a_stream_in_one_run(model, stream, tokenizer, lora, confi
         first, last = (np.asarray(Image.open(tmp_path / "trackio/media" / each["file_path"])) for each in kept)
         assert np.array_equal(last, np.asarray(Image.open(trainer.run.path / "figures" / file)))
         assert first.shape != last.shape or (first != last).any()
+
+
+def test_mlflow_keeps_a_stream_in_one_run(model, stream, tokenizer, lora, config, tmp_path, monkeypatch, pictures):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"file:{tmp_path / 'mlruns'}")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    mlflow = pytest.importorskip("mlflow")
+    monkeypatch.chdir(tmp_path)
+    trainer, results = trained(model, stream, tokenizer, lora, config(report_to=["mlflow"], **SETTINGS))
+    mlflow.flush_async_logging()
+    assert mlflow.active_run() is None
+    (run,) = mlflow.search_runs(output_format="list", search_all_experiments=True)
+    client = mlflow.MlflowClient()
+    scores = client.get_metric_history(run.info.run_id, "stream/average_accuracy")
+    steps = [record["train_steps"] for record in results["per_task"]]
+    assert sorted(score.step for score in scores) == [steps[0], sum(steps)] and run.info.status == "FINISHED"
+    for name, file in (("score_matrix", "matrix.png"), ("score_curves", "curves.png")):
+        folder = tmp_path / "mlruns" / "0" / run.info.run_id / "artifacts" / "images"
+        first, last = (np.asarray(Image.open(*folder.glob(f"stream*{name}*step+{step}+*.png"))) for step in (1, 2))
+        assert np.array_equal(last, np.asarray(Image.open(trainer.run.path / "figures" / file)))
+        assert first.shape != last.shape or (first != last).any()
+
+
+def test_mlflow_is_told_of_the_end_once_and_gets_each_picture_with_its_step(
+    model, stream, tokenizer, lora, config, monkeypatch, pictures
+):
+    """With a module in its place, since mlflow is not among the requirements of the tests."""
+    stand_in, logged, ends = ModuleType("mlflow"), [], []
+    stand_in.__spec__ = ModuleSpec("mlflow", None)
+    stand_in.log_image = lambda image, key, step: logged.append((key, step, np.asarray(image)))
+    monkeypatch.setitem(sys.modules, "mlflow", stand_in)
+    callback = type("MLflowCallback", (TrainerCallback,), {"on_train_end": lambda self, *_, **__: ends.append(1)})()
+    trainer, _ = trained(model, stream, tokenizer, lora, config(**SETTINGS), callbacks=[callback])
+    names = ("stream/score_matrix", "stream/score_curves")
+    assert [(key, step) for key, step, _ in logged] == [(name, step) for step in (1, 2) for name in names]
+    for (_, _, image), file in zip(logged[2:], ("matrix.png", "curves.png"), strict=True):
+        assert np.array_equal(image, np.asarray(Image.open(trainer.run.path / "figures" / file)))
+    assert ends == [1]
+
+
+def test_comet_gets_each_picture_with_its_step(model, stream, tokenizer, lora, config, monkeypatch):
+    stand_in, logged = ModuleType("comet_ml"), []
+    stand_in.__spec__ = ModuleSpec("comet_ml", None)
+    log_image = lambda path, name, step: logged.append((path, name, step))  # noqa: E731
+    stand_in.get_running_experiment = lambda: type("Experiment", (), {"log_image": staticmethod(log_image)})
+    monkeypatch.setitem(sys.modules, "comet_ml", stand_in)
+    callback = type("CometCallback", (TrainerCallback,), {})()
+    trainer, _ = trained(model, stream, tokenizer, lora, config(**SETTINGS), callbacks=[callback])
+    files = {"matrix.png": "stream/score_matrix", "curves.png": "stream/score_curves"}
+    figures = trainer.run.path / "figures"
+    assert logged == [(str(figures / file), name, step) for step in (1, 2) for file, name in files.items()]

@@ -1,5 +1,6 @@
 """Several runs and seeds side by side: means, paired differences, one page and one table."""
 
+import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +39,7 @@ LEGEND = (
     "taken seed by seed on the same data; in brackets its 95 % interval, Student's t over these pairs."
 )
 BEST_LEGEND = " Bold: the best of its column."
+BEST_ROW_LEGEND = " The method with the mark has the highest average accuracy (AA)."
 BOUND_LEGEND = " The upper bounds joint and single are left out of that."
 REFERENCE_LEGEND = (
     " FWT single and INT are measured against the runs of the methods single and joint with the same seed."
@@ -65,6 +67,8 @@ class Comparison:
             The tables; the CSV has a line per label and quantity, in full precision.
         html (`str`):
             A self-contained page with the tables, the notes and the matrices.
+        tables (`list[Table]`):
+            The tables themselves; `legend` says how to read them.
     """
 
     rows: list[dict[str, Any]]
@@ -73,6 +77,14 @@ class Comparison:
     latex: str
     csv: str
     html: str
+    tables: list[Table]
+    legend: str
+
+    def terminal(self, width: int) -> str:
+        """Notes, tables and legend as plain text in lines of at most `width` columns, as far as the cells allow."""
+        notes = ["\n".join(textwrap.wrap(f"Note: {note}", width, break_on_hyphens=False)) for note in self.notes]
+        legend = "\n".join(textwrap.wrap(self.legend.replace("Bold:", "Star:"), width, break_on_hyphens=False))
+        return "\n\n".join([*notes, tables.plain(self.tables, width) + "\n" + legend])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -160,7 +172,9 @@ def _tables(rows: Sequence[Mapping[str, Any]], tasks: Sequence[str], prefix: str
     columns.append(Column("Runs", [str(row["n"]) for row in rows], [row["n"] for row in rows]))
     columns.append(Column("Seeds", [", ".join(plain_text(seed) for seed in row["seeds"]) for row in rows]))
     columns.append(column("Training time", "train_seconds", seconds_text))
-    made = [_table(f"{prefix}Scores", rows, columns)]
+    scores = _table(f"{prefix}Scores", rows, columns)
+    best = frozenset(i for i, j in scores.best if scores.header[j] == METRICS["average_accuracy"][1])
+    made = [scores._replace(best_rows=best)]
 
     others = [row for row in rows if row["paired"] is not None]
     if others:
@@ -341,6 +355,7 @@ def compare(
     if any(table.best for table in made):
         legend += BEST_LEGEND + (BOUND_LEGEND if any(row["method"] in REFERENCES for row in rows) else "")
     legend += REFERENCE_LEGEND if set(shown) - set(PAIRED) else ""
+    drawn_legend = legend + (BEST_ROW_LEGEND if any(table.best_rows for table in made) else "")
     template = template_environment().get_template("compare.html.jinja")
     return Comparison(
         rows,
@@ -351,11 +366,13 @@ def compare(
         html=template.render(
             sections=sections,
             notes=notes,
-            legend=legend,
+            legend=drawn_legend,
             runs=len(runs),
             script=SORTING,
             formulas=[(METRICS[name], FORMULAS[name]) for name in shown],
         ),
+        tables=made,
+        legend=drawn_legend,
     )
 
 

@@ -5,6 +5,7 @@ import html
 import io
 import math
 import re
+import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -28,6 +29,7 @@ class Table(NamedTuple):
         numbers (`list[list[float | None]]`, *optional*): The number behind each text, `None` where there is none.
         best (`frozenset[tuple[int, int]]`): Row and column, from 0, of the texts that are the best of their column.
         signed (`bool`): Whether the numbers are differences in a score, where more is better.
+        best_rows (`frozenset[int]`): Rows, from 0, of what is the best as a whole.
     """
 
     title: str
@@ -36,6 +38,7 @@ class Table(NamedTuple):
     numbers: list[list[float | None]] | None = None
     best: frozenset[tuple[int, int]] = frozenset()
     signed: bool = False
+    best_rows: frozenset[int] = frozenset()
 
     @property
     def reach(self) -> float:
@@ -148,6 +151,52 @@ def markdown(tables: Iterable[Table]) -> str:
         lines = [*header, *table.lines(markdown_text, "**{}**".format)]
         text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
         blocks.append(f"**{markdown_text(table.title)}**\n\n{text}")
+    return "\n\n".join(blocks) + "\n"
+
+
+def columns_text(lines: Sequence[Sequence[str]], width: int | None = None, names: int | None = None) -> str:
+    """
+    Lines of cells as plain text: the first column on the left, the others on the right of theirs.
+
+    Args:
+        lines (`Sequence[Sequence[str]]`): The cells, as many in each line.
+        width (`int`, *optional*): Columns of the terminal: wider lines are cut into several blocks, one below the
+            other, each with the first column. A block has two columns at least, and may be wider for that.
+        names (`int`, *optional*): Characters after which a cell of the first column goes on in the next line.
+    """
+    first = [textwrap.wrap(line[0], names) if names and line[0] else [line[0]] for line in lines]
+    wide = max((len(part) for parts in first for part in parts), default=0)
+    columns = list(zip(*lines, strict=True))[1:]
+    blocks: list[list[tuple[Sequence[str], int]]] = [[]]
+    for column in columns:
+        size = max(5, *map(len, column))
+        if (
+            width is not None
+            and blocks[-1]
+            and wide + sum(2 + used for _, used in [*blocks[-1], (column, size)]) > width
+        ):
+            blocks.append([])
+        blocks[-1].append((column, size))
+
+    def lines_of(block: Sequence[tuple[Sequence[str], int]]) -> Iterable[str]:
+        for place, parts in enumerate(first):
+            yield "  ".join([parts[0].ljust(wide), *(column[place].rjust(size) for column, size in block)])
+            yield from parts[1:]
+
+    return "\n\n".join("\n".join(lines_of(block)) for block in blocks)
+
+
+def plain(tables: Iterable[Table], width: int) -> str:
+    """The tables for a terminal of `width` columns, each under its title; a star stands before what is the best."""
+    blocks = []
+    for table in tables:
+        lines = table.lines(str, "*{}".format)
+        lines = [
+            [f"*{cell}" if i in table.best_rows and not j else cell for j, cell in enumerate(line)]
+            for i, line in enumerate(lines)
+        ]
+        text = columns_text([["", *table.header[1:]], *lines], width, max(width // 3, 10))
+        blocks.append("\n".join([*textwrap.wrap(table.title, width), text]))
     return "\n\n".join(blocks) + "\n"
 
 

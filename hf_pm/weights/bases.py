@@ -42,7 +42,7 @@ class Piece(NamedTuple):
     """
 
     stored: str
-    index: int | None
+    index: int | None  # type: ignore[assignment]  # a field, in place of `tuple.index`
     expert: int | None
     rows: tuple[int, int]
     columns: tuple[int, int]
@@ -218,6 +218,7 @@ def stored_names(model: nn.Module, base: BaseCheckpoint) -> dict[str, str | tupl
                 f"{base.model_id!r} holds {stored!r} in quantized form. Name the full-precision checkpoint it was "
                 "made from, and quantize it while loading (`load_in_4bit` or `load_in_8bit`)."
             )
+        pieces: str | tuple[Piece, ...] | None
         if quantized_to(layer) is not None:
             pieces = stored
         elif stored is not None and _same(weight, base, stored, None):

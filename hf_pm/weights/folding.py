@@ -13,10 +13,11 @@ every path, whatever the number of threads, workers or shards.
 
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any, TypeAlias
 
 import torch
 from peft import PeftModel
@@ -47,7 +48,7 @@ COPY = 1 << 26
 MAX_WORKERS = 8
 # What an entry of the ledger adds to a matrix (rows, columns): c, left (rows, r) and right (r, columns), or a dense
 # update.
-Term = tuple[float, torch.Tensor, torch.Tensor] | torch.Tensor
+Term: TypeAlias = tuple[float, torch.Tensor, torch.Tensor] | torch.Tensor
 # Finished jobs of a file after which it goes to the disk, which then works while the rest is computed.
 SYNC_EVERY = 16
 
@@ -367,10 +368,10 @@ class Folder:
         adapters = self._adapters(task_number)
         with whole(folder) as part:
             part.mkdir()
-            for file in self.base.folder.iterdir():
+            for beside in self.base.folder.iterdir():
                 # `.py`: what a model brings that is loaded with `trust_remote_code`.
-                if file.suffix in (".json", ".model", ".txt", ".jinja", ".py"):
-                    shutil.copyfile(file, part / file.name)
+                if beside.suffix in (".json", ".model", ".txt", ".jinja", ".py"):
+                    shutil.copyfile(beside, part / beside.name)
             # Files are closed after the last job: the workers know them by their numbers.
             with ExitStack() as files, single_threaded_workers(workers) as pool, ThreadPoolExecutor(1) as syncing:
                 written = []
@@ -390,8 +391,8 @@ class Folder:
 
     def _jobs(
         self, file: str, source: int, target: int, adapters: Sequence[tuple[StoredAdapter, Entry]]
-    ) -> Iterator[tuple[Callable[..., None], ...]]:
-        """Jobs that together write one file: calls that touch different bytes."""
+    ) -> Iterator[tuple[Any, ...]]:
+        """Jobs that together write one file: functions with their arguments, for different bytes."""
         header = self.base.headers[file]
         places = []
         for name, pieces in self._pieces.items():

@@ -10,7 +10,7 @@ or (n, n) matrix that it was not handed. All tensors may have the same leading d
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -41,7 +41,7 @@ class Cut(NamedTuple):
         return self.roots @ self.roots.mT + torch.diag_embed(self.diagonal)
 
 
-Symmetric = torch.Tensor | Cut
+Symmetric: TypeAlias = torch.Tensor | Cut
 Factors = tuple[Symmetric, Symmetric]  # G and A
 
 

@@ -8,7 +8,7 @@ tasks. A matrix may have leading dimensions (experts); every function treats the
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 
@@ -48,8 +48,8 @@ class Factored(NamedTuple):
         return self.rows[..., :, None] * (self.cols / self.total())[..., None, :]
 
 
-Curvature = torch.Tensor | Factored
-Update = torch.Tensor | LowRank
+Curvature: TypeAlias = torch.Tensor | Factored
+Update: TypeAlias = torch.Tensor | LowRank
 
 
 class State(NamedTuple):

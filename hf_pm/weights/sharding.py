@@ -65,7 +65,8 @@ def _mapped_files() -> list[tuple[int, int]]:
         lines = [line.split() for line in Path("/proc/self/maps").read_text().splitlines()]
     except OSError:
         return []
-    return [tuple(int(end, 16) for end in span.split("-")) for span, _, _, _, inode, *_ in lines if inode != "0"]
+    spans = [span.split("-") for span, _, _, _, inode, *_ in lines if inode != "0"]
+    return [(int(begin, 16), int(end, 16)) for begin, end in spans]
 
 
 def _forget_pages(tensor: torch.Tensor, files: list[tuple[int, int]]) -> None:
@@ -111,7 +112,7 @@ def parked(model: nn.Module, folder: Path) -> Iterator[None]:
     Afterwards they are where they were, with the same bits.
     """
     free_gathered(model)
-    storages = {}
+    storages: dict[int, tuple[Any, int, torch.device]] = {}
     for parameter in model.parameters():
         if isinstance(parameter, DTensor):
             storage = parameter.to_local().untyped_storage()  # with its padding; tied weights share one

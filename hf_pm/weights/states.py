@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from hashlib import sha256
 from itertools import islice
 from pathlib import Path
+from typing import Any, TypeAlias
 
 import torch
 from safetensors import safe_open
@@ -22,7 +23,7 @@ from .kronecker import Cut
 from .merging import Factored, LowRank
 
 
-Value = torch.Tensor | Factored | LowRank | Cut
+Value: TypeAlias = torch.Tensor | Factored | LowRank | Cut
 # Tensor -> dtype and shape.
 Specs = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 
@@ -61,7 +62,9 @@ class StoredState:
 
     def __init__(self, path: Path | None) -> None:
         self.path = path
-        tensors, self._same, self._files = {}, {}, {}
+        tensors: dict[str, Any] = {}
+        self._same: dict[str, str] = {}
+        self._files: dict[str, Path] = {}
         for file in _files(path):
             found, metadata = read_header(file)
             tensors |= found
@@ -108,7 +111,8 @@ class StoredState:
         for key, form in keeps.items():
             for name, shape in shapes.items():
                 *experts, rows, columns = shape
-                sizes = {"": shape, "_rows": (*experts, rows), "_cols": (*experts, columns)}
+                # `...`: any size.
+                sizes: dict[str, Sequence[Any]] = {"": shape, "_rows": (*experts, rows), "_cols": (*experts, columns)}
                 sizes |= {"_left": (*experts, rows, ...), "_right": (*experts, ..., columns)}
                 side = rows if form == "rows" else columns
                 if form in ("inputs", "basis") and self._side(key, name) == rows:
@@ -211,9 +215,10 @@ def write_state(
     return _write_shards(path, shards, tensors(), metadata)
 
 
-def _dealt(specs: Specs) -> list[Specs]:
+def _dealt(specs: Specs) -> Sequence[Specs]:
     """Tensors in order, dealt out to files of at most [`SHARD_BYTES`]; a larger one has a file of its own."""
-    shards, used = [{}], 0
+    shards: list[dict[str, tuple[torch.dtype, tuple[int, ...]]]] = [{}]
+    used = 0
     for name, (dtype, shape) in specs.items():
         size = math.prod(shape) * dtype.itemsize
         if shards[-1] and used + size > SHARD_BYTES:
@@ -228,7 +233,9 @@ def _write_shards(
     path: Path, shards: Sequence[Specs], tensors: Iterator[tuple[str, torch.Tensor]], metadata: dict[str, str] | None
 ) -> tuple[Path, str]:
     """Write shards, and last the index, without which they are nothing."""
-    index, hashes, places, total = path.with_name(path.stem + INDEX), {}, {}, 0
+    index, total = path.with_name(path.stem + INDEX), 0
+    hashes: dict[str, str] = {}
+    places: dict[str, str] = {}
     try:
         for number, specs in enumerate(shards, start=1):
             file = path.with_name(f"{path.stem}-{number:05d}-of-{len(shards):05d}.safetensors")
@@ -255,7 +262,8 @@ def _once(tensors: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor],
 
     Other values stay as earlier versions wrote them.
     """
-    kept, same, seen = {}, {}, {}
+    kept, same = {}, {}
+    seen: dict[Any, str] = {}
     for name, tensor in tensors.items():
         shared = name.partition("/")[0].endswith(("_whole", "_roots", "_diagonal", "_basis"))
         digest = sha256(as_bytes(tensor)).digest() + repr((tensor.dtype, tensor.shape)).encode() if shared else name
