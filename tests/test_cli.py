@@ -662,6 +662,7 @@ def test_the_demo_finds_its_real_model(tmp_path, monkeypatch):
     assert answers["stars"] == set("12345") and all(json.loads(answer)["topic"] for answer in answers["json"])
 
 
+@pytest.mark.slow
 def test_a_second_process_is_waited_for_and_its_failure_is_told(tmp_path):
     recipe = tmp_path / "none.yaml"
     with pytest.raises(UserError) as error, _run_beside([str(recipe)], tmp_path / "folder" / "second.log"):

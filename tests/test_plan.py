@@ -202,7 +202,7 @@ def test_the_probe_predicts_a_run_that_costs_what_it_assumes(recipe, tmp_path, m
         return trainer
 
     monkeypatch.setattr("hf_pm.probe.build_trainer", built)
-    keys = {"release": "none", "report_examples": 0, **overrides}
+    keys = {"release": "none", "report_examples": 0, "parity_certificate": False, **overrides}
     plan = plan_recipe(recipe(**keys), probe=True)
     assert not (tmp_path / "run").exists()
     trainer = built(recipe(**keys))
@@ -224,7 +224,7 @@ def test_the_probe_predicts_a_run_that_costs_what_it_assumes(recipe, tmp_path, m
     assert len(results["matrix"]) == 2
     assert plan.seconds.training == pytest.approx(spent["_train"], rel=0.03)
     assert plan.seconds.curvature == pytest.approx(spent["_measure"], rel=0.03)
-    # The certificate and the first check of the layers are forward passes, too.
+    # The first check of the layers is a forward pass, too.
     assert plan.seconds.scoring == pytest.approx(clock.now - sum(spent.values()), rel=0.15)
     assert "time        about " in format_plan(plan)
 

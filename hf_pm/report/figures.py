@@ -76,7 +76,7 @@ def matrix_png(tasks: Sequence[str], matrix: Sequence[Scores], base_row: Scores 
             Names in order; as many columns.
         matrix (`Sequence[Sequence[float | None]]`):
             Row t holds the scores in [0, 1] after task t on tasks 1..t; `None` stays empty. Of more than `NUMBERED`
-            tasks they are shown as colours only.
+            tasks they are shown as colors only.
         base_row (`Sequence[float | None]`, *optional*):
             Scores before any task.
 
@@ -89,7 +89,7 @@ def matrix_png(tasks: Sequence[str], matrix: Sequence[Scores], base_row: Scores 
     with _style():
         from matplotlib.colors import LinearSegmentedColormap
 
-        colours = LinearSegmentedColormap.from_list("heat", ["#ffffff", DEEP])
+        colors = LinearSegmentedColormap.from_list("heat", ["#ffffff", DEEP])
         slanted = len(tasks) > 6
         digits, size = (2, 6.5) if slanted else (3, 8)
         figure = _figure((0.42 if slanted else 0.62) * len(tasks), 0.3 * (len(rows) + gap))
@@ -104,7 +104,7 @@ def matrix_png(tasks: Sequence[str], matrix: Sequence[Scores], base_row: Scores 
                 axes.text(len(tasks) + 0.5, y + 0.5, text, ha="center", va="center", fontsize=size, fontweight="bold")
             for task in range(len(tasks)):
                 score = scores[task] if task < len(scores) else None
-                shade = colours(0.0 if score is None else min(1.0, max(0.0, score)))
+                shade = colors(0.0 if score is None else min(1.0, max(0.0, score)))
                 if score is not None:
                     axes.add_patch(_rectangle(task + 0.02, y + 0.03, 0.96, 0.94, shade, LINE))
                 if score is not None and len(tasks) <= NUMBERED:
@@ -127,10 +127,10 @@ def matrix_png(tasks: Sequence[str], matrix: Sequence[Scores], base_row: Scores 
         return _png(figure)
 
 
-def _rectangle(x: float, y: float, width: float, height: float, colour: Any, edge: str) -> Any:
+def _rectangle(x: float, y: float, width: float, height: float, color: Any, edge: str) -> Any:
     from matplotlib.patches import Rectangle
 
-    return Rectangle((x, y), width, height, facecolor=colour, edgecolor=edge, linewidth=0.4)
+    return Rectangle((x, y), width, height, facecolor=color, edgecolor=edge, linewidth=0.4)
 
 
 def curves_png(

@@ -56,7 +56,7 @@ PER_RUN_SETTINGS = frozenset(
     "hub_model_id hub_token hub_private_repo hub_strategy hub_always_push hub_revision save_strategy save_steps "
     "save_total_limit save_only_model dataloader_num_workers dataloader_pin_memory dataloader_prefetch_factor release "
     "local_rank ddp_timeout torch_empty_cache_steps skip_memory_metrics data_dir curvature_batch_size "
-    "per_device_eval_batch_size "
+    "per_device_eval_batch_size parity_certificate "
     "hub_curvature base_model_id license tags model_name_or_path stream tasks report_examples".split()
 )
 
