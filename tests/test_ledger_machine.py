@@ -663,5 +663,5 @@ def test_any_sequence_keeps_the_promises(world):
 def test_many_long_sequences_keep_the_promises(world):
     run_state_machine_as_test(
         partial(LedgerMachine, world),
-        settings=settings(LIMITS, derandomize=False, max_examples=40, stateful_step_count=25),
+        settings=settings(LIMITS, derandomize=False, max_examples=20, stateful_step_count=25),
     )
