@@ -62,12 +62,13 @@ class TaskTraining(_Trainer):
         """HF's. Rows that `accelerate` takes again to fill the last batches of an epoch on several processes have no
         answers: the step is that of one process.
 
-        Not where a penalty is a mean over the answers of a batch, of which there may be none then.
+        Not where a penalty reads the batch: its mean over answers may have none then.
         """
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         args, accelerator, size = self.args, self.accelerator, self._train_batch_size
         filled = args.world_size > 1 and accelerator.gradient_state.end_of_dataloader and accelerator.even_batches
-        counted = items is not None and args.average_tokens_across_devices and not self.parts.penalties
+        reading = any(penalty.reads_outputs or penalty.reads_rows for penalty in self.parts.penalties)
+        counted = items is not None and args.average_tokens_across_devices and not reading
         if not (filled and counted and has_length(self.train_dataset)) or args.dataloader_drop_last:
             return batches, items
         own = len(self.train_dataset) % (size * args.world_size)
