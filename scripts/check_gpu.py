@@ -4,7 +4,7 @@ Llama-3.1-8B.
     python scripts/check_gpu.py --output gpu.json
     python scripts/check_gpu.py --tiny --output tiny.json     # the same code with tiny models, on a CPU
 
-It needs no network and 20 GB of disk, and takes about a quarter of an hour. Every section runs in a process and within
+It needs no network, and 16 GB of disk for the weights of that size. Every section runs in a process and within
 a limit of its own; one that fails says why and does not stop the others. `--only step curvature` picks sections.
 Ratios are medians of pairs timed in turn, A B A B ..., the device synchronized after each. On a GPU `targets` in the
 report says which of them, and which sizes and bits, are as they should be, and the exit code is 1 if one is not.
