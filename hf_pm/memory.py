@@ -21,7 +21,7 @@ With FSDP2 over N processes:
 | weights | an N-th of the above |
 | gathered | the head, which stays from forward to backward, and twice the two largest of the other groups |
 | certificate | an N-th of the release, whose shards take the place of the live ones |
-| curvature, adapter | the same in each process, whatever N is |
+| curvature, adapter | the same in each process, whatever N is; sums of the size of a matrix are kept on the host |
 
 The host of a GPU, for each process:
 
@@ -30,7 +30,7 @@ The host of a GPU, for each process:
 | imports | `IMPORTS`, measured without a GPU |
 | loading | the whole base in the live dtype; the largest file of one that is quantized, an N-th of it for shards |
 | staging | pinned, to fold weights in: a matrix for each worker, for each power of two that sizes round up to |
-| measured | what was summed up on the GPU: all processes hold it until the task is merged |
+| measured | what the curvature pass summed up: all processes hold it until the task is merged |
 | merging | on the main process: what is kept of the largest matrix, before and after, and its dense updates |
 """
 
@@ -378,6 +378,8 @@ def _sums(parts: Parts, shapes: Mapping[str, Sequence[int]], config: PMConfig) -
     if not wanted:
         return {}
     entries = 4 * sum(math.prod(shape) for shape in shapes.values())
+    if config.sharded and not config.use_cpu:
+        entries = 0  # kept on the host
     fixed = entries if "gradient" in wanted else 0
     if wanted & {"kronecker", "inputs"}:
         fixed += moment_bytes(shapes, parts.cut_rank)

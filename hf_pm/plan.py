@@ -290,7 +290,8 @@ def _unspread(plan: Plan) -> list[tuple[str, str]]:
     sums = plan.sizes.sums
     if not plan.sizes.sharded or plan.choice.curvature_estimator != "diagonal" or sums["diagonal"] == sums["factored"]:
         return []
-    text = f"`diagonal` sums up {_bytes(sums['diagonal'])} in each process, however many there are"
+    dense, where = (sums["diagonal"], "") if plan.use_cpu else (plan.measured, " on the host")
+    text = f"`diagonal` sums up {_bytes(dense)} in each process{where}, however many there are"
     return [("curvature", f"{text}; `curvature_estimator: factored` {_bytes(sums['factored'])}")]
 
 

@@ -119,6 +119,7 @@ class PMTrainerMixin(TaskTraining):
             model = AutoModelForCausalLM.from_pretrained(model, dtype="auto", **safe)
         self.task_type = _task_type(model)
         self.sharded = sharding.check_model(model, args.sharded)
+        self.sums_on_host = self.sharded  # where the curvature pass keeps what is as large as a matrix
         if self.sharded and self.task_type != "CAUSAL_LM":
             raise UserError(f"A sharded model must be a CAUSAL_LM, but this is a {self.task_type}. Load it whole.")
         if self.sharded:

@@ -186,7 +186,8 @@ class Check:
         return found | {"kronecker_over_trainer": {"ratio": wall["median"], "quartiles": wall["quartiles"]}}
 
     def curvature(self) -> dict[str, Any]:
-        """A pass of each estimator over a forward and backward of the same rows, and how far TF32 moves the result."""
+        """A pass of each estimator over a forward and backward of the same rows, how far TF32 moves the result, and
+        whether sums that are kept on the host have the same bits."""
         model = self._adapted(self.one_b, torch.bfloat16).eval()
         batch = self._batch(8, self.tokens, self.one_b["vocab_size"])
 
@@ -199,6 +200,7 @@ class Check:
             measure_curvature(model, [batch], estimator="directional", moments=moments)
 
         passes = {name: partial(measure_curvature, model, [batch], estimator=name) for name in ESTIMATORS}
+        passes["diagonal on the host"] = partial(passes["diagonal"], on_host=True)
         found: dict[str, Any] = {}
         exact = {}
         for tf32 in (False, True):
@@ -213,6 +215,8 @@ class Check:
                 moved = max(float((sums[name] - exact[name]).norm() / exact[name].norm()) for name in sums)
                 found["diagonal, TF32"]["relative_difference"] = moved
             exact = sums
+            on_host = passes["diagonal on the host"]().curvature
+            found["diagonal on the host"]["bits_equal"] = all(torch.equal(on_host[name], sums[name]) for name in sums)
         torch.backends.cuda.matmul.allow_tf32 = False
         return found
 
@@ -405,6 +409,11 @@ TARGETS: dict[str, tuple[str, tuple[str, ...], float | bool]] = {
     "kronecker curvature over forward and backward": ("curvature", ("kronecker", "ratio"), 1.3),
     "directional curvature over forward and backward": ("curvature", ("directional", "ratio"), 1.3),
     "bits of the live weights equal those of the release": ("release", ("bits_equal",), True),
+    "bits of diagonal curvature do not depend on where its sums are": (
+        "curvature",
+        ("diagonal on the host", "bits_equal"),
+        True,
+    ),
     "GiB of an 8B stream on 24 GB": ("eight_24gb", ("peak_gib",), memory.parse_bytes("24GB") / 2**30),
     "GiB of an 8B stream on 80 GB": ("eight_80gb", ("peak_gib",), memory.parse_bytes("80GB") / 2**30),
 }

@@ -44,14 +44,14 @@ def test_streams_are_compared(check):
 def test_ratios_and_bits(check, module):
     step, curvature, free = check.step(), check.curvature(), check.padding_free()
     ratios = [*step.values(), *curvature.values(), free["over_padded"]]
-    assert len(ratios) == 11 and all(0 < one["ratio"] < math.inf for one in ratios)
+    assert len(ratios) == 13 and all(0 < one["ratio"] < math.inf for one in ratios)
     assert curvature["diagonal, TF32"]["relative_difference"] == 0, "a CPU has no TF32"
     assert free["losses"][0] == pytest.approx(free["losses"][1], rel=1e-5)
     release = check.release()
     assert release["bits_equal"] is True
     results = {"step": step, "curvature": curvature, "release": release}
     found = module.targets({name: {"ok": True} | result for name, result in results.items()})
-    assert len(found) == 5 and all(one["value"] is not None for one in found.values())
+    assert len(found) == 6 and all(one["value"] is not None for one in found.values())
 
 
 @pytest.mark.parametrize("name", ["eight_24gb", "eight_80gb"])

@@ -118,7 +118,7 @@ def test_a_table_without_test_rows_becomes_a_recipe_that_plan_accepts(init, here
         "text": "body",
         "label": "team",
         "options": ["sales", "support"],
-        "instruction": "What is the team of the following text?",
+        "instruction": "Give the team of the following text.",
         "train": "recipe-data/tickets/train.jsonl",
         "test": "recipe-data/tickets/test.jsonl",
     }
@@ -288,7 +288,7 @@ def test_it_asks_what_it_cannot_know(models, here, monkeypatch):
     table(here / "data.csv", ("one", "two", "good", "kind"), lines)
     asked = answer(monkeypatch, str(models / "llama"), "good", "two", "no, yes", "", "y")
     assert main(["init", "data.csv"]) == 0
-    words = ("Model", "answer (one, two, good, kind)", "input text", "names for the answers 0, 1", "[What is the good")
+    words = ("Model", "answer (one, two, good, kind)", "input text", "names for the answers 0, 1", "[Give the good")
     assert all(word in question for word, question in zip((*words, "Write"), asked, strict=True)), asked
     (task,) = recipe_of()["tasks"]
     assert (task["text"], task["label"], task["options"]) == ("two", "good", ["no", "yes"])

@@ -30,7 +30,7 @@ from hf_pm.evaluation import panel
 from hf_pm.evaluation.answers import _Drawn, exact_matches, option_log_likelihoods, sample_texts
 from hf_pm.evaluation.scoring import gathered
 from hf_pm.methods import dry_pass as probing
-from hf_pm.methods import parity
+from hf_pm.methods import measuring, parity
 from hf_pm.methods.dry_pass import dry_pass
 from hf_pm.methods.line_search import _mean_loss
 from hf_pm.methods.measuring import NoMemory, measure
@@ -266,11 +266,12 @@ def test_a_run_goes_on_without_certificates(model, stream, tokenizer, lora, conf
 @pytest.fixture
 def probed(monkeypatch):
     """As on a GPU: memory is probed before the first task."""
-    monkeypatch.setattr(probing, "is_needed", lambda device: True)
+    monkeypatch.setattr(probing, "has_own_memory", lambda device: True)
 
 
 def test_memory_is_probed_where_it_is_the_devices_own():
-    assert [kind for kind in ("cpu", "cuda", "mps", "xpu") if probing.is_needed(torch.device(kind))] == ["cuda", "xpu"]
+    kinds = ("cpu", "cuda", "mps", "xpu")
+    assert [kind for kind in kinds if probing.has_own_memory(torch.device(kind))] == ["cuda", "xpu"]
 
 
 @pytest.mark.parametrize(
@@ -338,7 +339,7 @@ def test_a_run_has_the_same_bits_with_a_dry_pass(model, stream, tokenizer, confi
 
         monkeypatch.setattr(probing, "passes", counted)
         if name == "probed":
-            monkeypatch.setattr(probing, "is_needed", lambda device: True)
+            monkeypatch.setattr(probing, "has_own_memory", lambda device: True)
         _, results = trained(again(model), stream, tokenizer, lora, args)
         assert len(passes) == (name == "probed")  # before the first task, and no other
         found.append((comparable(results), digests(Path(args.output_dir))))
@@ -372,6 +373,30 @@ def test_a_pass_for_which_one_row_is_too_much_ends_the_run_before_the_training(
         trained(model, stream, tokenizer, lora, config(save_strategy="steps", save_steps=1))
     assert "`curvature_estimator: factored`" in raised.value.__notes__[0]
     assert not list(Path(config().output_dir).glob("tasks/*/checkpoints"))
+
+
+def test_dense_sums_move_to_the_host_where_one_row_is_too_much(
+    model, stream, tokenizer, lora, config, probed, monkeypatch, caplog
+):
+    """There, the pass has the rows at once that it began with, and later passes begin there."""
+    monkeypatch.setattr(measuring, "has_own_memory", lambda device: True)
+    places = []
+
+    def full(*given, go=measuring.measure_curvature, **settings):
+        places.append(settings["on_host"])
+        if not settings["on_host"]:
+            raise torch.OutOfMemoryError(FULL)
+        return go(*given, **settings)
+
+    monkeypatch.setattr(measuring, "measure_curvature", full)
+    args = config(curvature_batch_size=4, curvature_estimator="diagonal", max_steps=1, release="none")
+    _, results = trained(model, stream, tokenizer, lora, args)
+    assert places == [False] * 3 + [True] * 3 and args.curvature_batch_size == 4
+    assert "again with its sums in host memory" in caplog.text
+    assert len(results["coefficients"]) == 2
+    args = config(curvature_estimator="factored", output_dir=args.output_dir + "-factored", release="none")
+    with pytest.raises(NoMemory, match="one row at a time"):
+        trained(again(model), stream, tokenizer, lora, args)
 
 
 def no_training_beyond(monkeypatch, most):
@@ -423,7 +448,7 @@ def limited(go, where, rows):
         return go(*args, **kwargs)
     return call
 
-dry_pass.is_needed = lambda device: "PROBED" in os.environ
+dry_pass.has_own_memory = lambda device: "PROBED" in os.environ
 parity.probe_logits = limited(parity.probe_logits, "certificate", None)
 curvature.predict = limited(curvature.predict, "curvature", 3)
 PMTrainer.compute_loss = limited(PMTrainer.compute_loss, "training", 1)

@@ -428,6 +428,11 @@ def test_a_plan_for_more_processes_than_this_one(recipe, tmp_path, capsys):
     shards = plan_recipe(PlannedRecipe(**values | {"fsdp": "true", "global_batch_size": 32}, processes=2))
     assert shards.steps == 2 * 2 * 2 and shards.choice.gradient_accumulation_steps == 2
     assert 2 * counted.memory(shards.sizes, shards.choice).weights == counted.memory(one.sizes, one.choice).weights
+    # Dense sums are on the host of a GPU whose model is sharded, and on the GPU otherwise.
+    gpu = {"fsdp": "true", "global_batch_size": 32, "use_cpu": False}
+    beside = plan_recipe(PlannedRecipe(**values | gpu, processes=2)).sizes.sums
+    assert shards.sizes.sums["diagonal"] - beside["diagonal"] == one.sizes.sums["diagonal"] == one.measured > 0
+    assert beside["factored"] == shards.sizes.sums["factored"]
     assert SHARDED not in os.environ
     words = ["plan", str(tmp_path / "recipe.yaml"), "--fsdp", "true"]
     assert main([*words, "--processes", "2"]) == 0

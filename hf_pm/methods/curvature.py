@@ -20,6 +20,7 @@ gradient is taken where the adapted weight enters the layer, with one row at a t
 multiplies its tokens with it.
 """
 
+import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -123,6 +124,7 @@ def measure_curvature(
     gradient: bool = False,
     moments: Moments | None = None,
     factors: bool = False,
+    on_host: bool = False,
     autocast: Callable[[], Any] = nullcontext,
     task_name: str | None = "",
 ) -> Measurement:
@@ -145,6 +147,8 @@ def measure_curvature(
         moments (`Moments`, *optional*): Filled in the same pass.
         factors (`bool`, *optional*, defaults to `False`): The diagonal curvature of A and B, too. Expert parameters
             have none.
+        on_host (`bool`, *optional*, defaults to `False`): Keep sums of the size of a matrix, `diagonal` and gradient,
+            in host memory. The bits are the same; they travel once a batch, both ways.
         autocast (`Callable`, *optional*): Context manager factory for the forward pass.
         task_name (`str`, *optional*): For messages; `None` for the protected text.
 
@@ -155,7 +159,9 @@ def measure_curvature(
         UserError: If a row's loss or gradient is not finite (names the task and the row), or a row holds several
             examples.
     """
-    collect = {"diagonal": _add_squares, "factored": _add_sums, "directional": None}[estimator]
+    device = torch.device("cpu") if on_host else None
+    squares, add_gradients = (partial(add, device=device) for add in (_add_squares, _add_gradients))
+    collect = {"diagonal": squares, "factored": _add_sums, "directional": None}[estimator]
     curvature: dict[str, Curvature] = {}
     slopes: dict[str, torch.Tensor] = {}
     together = torch.zeros((), dtype=torch.float64)
@@ -163,7 +169,7 @@ def measure_curvature(
     power = 2 if normalization == "sequence" else 1
     sums: dict[str, torch.Tensor] = {}
     collectors = [(collect, curvature, power)] if collect is not None else []
-    collectors += [(_add_gradients, sums, 1)] if gradient else []
+    collectors += [(add_gradients, sums, 1)] if gradient else []
     squares_of_factors: dict[str, torch.Tensor] = {}
     if factors:
         live = {name: live_update(layer, float(layer.scaling[ADAPTER])) for name, layer in lora_layers(model).items()}
@@ -240,6 +246,7 @@ def mean_gradient(
     model: PeftModel,
     batches: Iterable[Mapping[str, Any]],
     *,
+    on_host: bool = False,
     autocast: Callable[[], Any] = nullcontext,
     task_name: str | None = "",
 ) -> tuple[dict[str, torch.Tensor], int]:
@@ -252,7 +259,8 @@ def mean_gradient(
     """
     totals: dict[str, torch.Tensor] = {}
     rows = 0
-    for gradients in _row_gradients(model, batches, [(_add_gradients, totals, 1)], autocast, task_name, 1):
+    add = partial(_add_gradients, device=torch.device("cpu") if on_host else None)
+    for gradients in _row_gradients(model, batches, [(add, totals, 1)], autocast, task_name, 1):
         rows = gradients.last_row
     _add_missing(model, totals)
     return totals, rows
@@ -626,22 +634,32 @@ def _routed(x: torch.Tensor) -> torch.Tensor:
     return x.any(-1)
 
 
-def _add_squares(totals, name, x, d, weights, transposed) -> None:  # noqa: ANN001
-    """totals[name] += sum over rows of w_n * G_n^2, a chunk of the matrix at a time."""
+def _add_squares(totals, name, x, d, weights, transposed, device=None) -> None:  # noqa: ANN001
+    """totals[name] += sum over rows of w_n * G_n^2, a chunk at a time; kept on `device`, or where x is."""
     if x is None:  # experts: d is G of the only row
-        totals.setdefault(name, torch.zeros_like(d)).addcmul_(d * weights, d)
-        return
-    # The root of the weight goes into d, the smaller of the factors: no number has to come back from the device.
-    d = d * weights.sqrt()[:, None, None]
-    left, right = (x, d) if transposed else (d, x)
+        left, right = None, d
+        shape = d.shape
+    else:
+        # The root of the weight goes into d, the smaller of the factors: no number has to come back from the device.
+        d = d * weights.sqrt()[:, None, None]
+        left, right = (x, d) if transposed else (d, x)
+        shape = (left.shape[-1], right.shape[-1])
     if name not in totals:
-        totals[name] = torch.zeros(left.shape[-1], right.shape[-1], device=x.device, dtype=x.dtype)
+        totals[name] = torch.zeros(shape, device=device or d.device, dtype=d.dtype)
     total = totals[name]
-    step = max(1, CHUNK // right.shape[-1])
-    for row in range(len(weights)):
-        for start in range(0, left.shape[-1], step):
-            gradient = left[row, :, start : start + step].T @ right[row]
-            total[start : start + step].addcmul_(gradient, gradient)
+    step = max(1, CHUNK // math.prod(shape[1:]))
+    for start in range(0, shape[0], step):
+        kept = total[start : start + step]
+        part = kept.to(d.device)  # itself, unless it is kept elsewhere
+        if left is None:
+            gradient = d[start : start + step]
+            part.addcmul_(gradient * weights, gradient)
+        else:
+            for row in range(len(weights)):
+                gradient = left[row, :, start : start + step].T @ right[row]
+                part.addcmul_(gradient, gradient)
+        if part.device != kept.device:
+            kept.copy_(part)
 
 
 def _add_sums(totals, name, x, d, weights, transposed) -> None:  # noqa: ANN001
@@ -688,13 +706,14 @@ def _sums_by_entries(
     return rows, cols
 
 
-def _add_gradients(totals, name, x, d, weights, transposed) -> None:  # noqa: ANN001
-    """totals[name] += sum over rows of w_n * G_n."""
+def _add_gradients(totals, name, x, d, weights, transposed, device=None) -> None:  # noqa: ANN001
+    """totals[name] += sum over rows of w_n * G_n; kept on `device`, or where x is."""
     if x is None:
         gradient = d * weights
     else:
         weighted = (d * weights[:, None, None]).flatten(0, 1)
         gradient = x.flatten(0, 1).T @ weighted if transposed else weighted.T @ x.flatten(0, 1)
+    gradient = gradient.to(device or gradient.device)
     totals[name] = totals[name] + gradient if name in totals else gradient
 
 

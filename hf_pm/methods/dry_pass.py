@@ -19,7 +19,7 @@ from ..errors import UserError
 from ..evaluation.panel import generators_kept
 from ..store.environment import memory_is_used_up
 from ..tasks.encoding import length_order
-from .measuring import NoMemory, passes
+from .measuring import NoMemory, has_own_memory, passes
 
 
 logger = logging.getLogger(__name__)
@@ -28,14 +28,8 @@ logger = logging.getLogger(__name__)
 COUNTED = ("_penalties", "_metrics", "_total_train_tokens")
 
 
-def is_needed(device: torch.device) -> bool:
-    """Whether memory is probed: where the device has its own, and says when it is used up. Who takes too much of the
-    machine's is not told but killed, and waits for the disk before."""
-    return device.type not in ("cpu", "mps")
-
-
 def dry_pass(trainer: Any, number: int) -> None:
-    """Probe memory where [`is_needed`] says so, and leave in `curvature_batch_size` what fits on every process.
+    """Probe memory where [`has_own_memory`] says so, and leave in `curvature_batch_size` what fits on every process.
 
     Not in it: the wrapper of the engine that `Trainer` puts around the model, the penalties of later tasks, and the
     release that the certificate loads, for which there is none yet.
@@ -51,7 +45,7 @@ def dry_pass(trainer: Any, number: int) -> None:
             `curvature_batch_size` (see [`within_memory`]) or for the certificate.
     """
     args, device, name = trainer.args, trainer.accelerator.device, trainer.stages[number - 1].name
-    if not is_needed(device):
+    if not has_own_memory(device):
         return
     at_once, wanted = args.per_device_train_batch_size, trainer.parts.measures()
     rows = _longest(trainer, number, max(at_once, args.curvature_batch_size))

@@ -39,17 +39,27 @@ class NoMemory(MemoryError):
     )
 
 
-def within_memory(trainer: Any, task_name: str | None, attempt: Callable[[int], Result]) -> Result:
+def has_own_memory(device: torch.device) -> bool:
+    """Whether the device has memory of its own, and says when it is used up. Who takes too much of the machine's is
+    not told but killed, and waits for the disk before."""
+    return device.type not in ("cpu", "mps")
+
+
+def within_memory(
+    trainer: Any, task_name: str | None, attempt: Callable[[int], Result], dense: bool = False
+) -> Result:
     """Result of `attempt(rows per forward pass)`, with half as many rows each time that memory is used up.
 
-    Starts at `curvature_batch_size`, and leaves there what was enough. Numbers of rows change the rounding only. Ranks
-    need not agree: a pass asks no other rank for anything. Where the model is sharded, its passes gather weights, and
-    the other ranks would wait: there is one attempt.
+    Starts at `curvature_batch_size`, and leaves there what was enough. Numbers of rows change the rounding only. Where
+    one row is too much and the sums are `dense`, of the size of a matrix, it starts again with these in host memory.
+    Ranks need not agree: a pass asks no other rank for anything. Where the model is sharded, its passes gather
+    weights, and the other ranks would wait: there is one attempt, with dense sums on the host.
 
     Raises:
         NoMemory: If one row at a time is too much, or the model is sharded.
     """
     args = trainer.args
+    first = args.curvature_batch_size
     while True:
         try:
             return attempt(args.curvature_batch_size)
@@ -57,7 +67,8 @@ def within_memory(trainer: Any, task_name: str | None, attempt: Callable[[int], 
             if not memory_is_used_up(error):
                 raise
             size = args.curvature_batch_size
-            if size == 1 or trainer.sharded:
+            movable = dense and not trainer.sums_on_host and has_own_memory(trainer.accelerator.device)
+            if trainer.sharded or (size == 1 and not movable):
                 rows = "one row" if size == 1 else f"{size} rows"
                 where = f"the curvature pass of {source_of(task_name)}, {rows} at a time"
                 problem = NoMemory(f"There is not enough memory for {where} ({error}).")
@@ -65,11 +76,12 @@ def within_memory(trainer: Any, task_name: str | None, attempt: Callable[[int], 
                     problem.remedy = f"Memory is used up: set `curvature_batch_size: {size // 2}`"
                 raise problem from error
         # Outside, where the error no longer holds the tensors of its frames.
-        args.curvature_batch_size //= 2
+        trainer.sums_on_host |= size == 1
+        args.curvature_batch_size = first if size == 1 else size // 2
         logger.warning(
-            "There is not enough memory for the curvature pass of %s; again with `curvature_batch_size: %d`.",
+            "There is not enough memory for the curvature pass of %s; again with %s.",
             source_of(task_name),
-            args.curvature_batch_size,
+            "its sums in host memory" if size == 1 else f"`curvature_batch_size: {size // 2}`",
         )
         clear_device_cache(garbage_collection=True)
 
@@ -108,7 +120,7 @@ def measure(
     )
 
     def total(tensor: torch.Tensor) -> torch.Tensor:
-        return accelerator.reduce(tensor).cpu()
+        return accelerator.reduce(tensor.to(accelerator.device)).cpu()
 
     count, exact = _sums(torch.tensor([found.rows, found.slope], dtype=torch.float64), accelerator).tolist()
     # In the order of the main process, which always has a row: matrices come as the backward pass comes by, and those
@@ -198,18 +210,21 @@ def passes(
             gradient="gradient" in wanted and own_loss,
             moments=moments,
             factors="factors" in wanted,
+            on_host=trainer.sums_on_host,
             **settings,
         )
         return found, moments
 
-    found, moments = within_memory(trainer, task_name, one_pass)
+    dense = estimator == "diagonal" or ("gradient" in wanted and own_loss)
+    found, moments = within_memory(trainer, task_name, one_pass, dense)
     gradients = found.gradient
     if "gradient" in wanted and not own_loss:  # of another loss than the curvature's: a pass of its own
 
         def gradient_pass(batch_size: int) -> dict[str, torch.Tensor]:
-            return mean_gradient(trainer.model, trainer.batches(rows, batch_size, "gradient"), **settings)[0]
+            batches = trainer.batches(rows, batch_size, "gradient")
+            return mean_gradient(trainer.model, batches, on_host=trainer.sums_on_host, **settings)[0]
 
-        gradients = within_memory(trainer, task_name, gradient_pass)
+        gradients = within_memory(trainer, task_name, gradient_pass, dense=True)
 
     return found, moments, gradients
 

@@ -468,7 +468,7 @@ def _describe_answers(
         missing = [option for option in options if option.lower() in MISSING]
         if missing:
             proposal.notes.append(f"the answer {missing[0]!r} counts as any other; if it means none, empty its cells")
-        question = f"What is the {told} of the following text?" if told else "Which answer fits the following text?"
+        question = f"Give the {told} of the following text." if told else "Which answer fits the following text?"
     else:
         words = sorted(len(value.split()) for value in everything)
         keys["metric"] = "rougeL" if words and words[len(words) // 2] > SHORT_ANSWER_WORDS else "exact_match"
