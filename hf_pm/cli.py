@@ -202,7 +202,7 @@ def init_command(options: argparse.Namespace, words: list[str]) -> None:
         return
     made.write()
     files = f" and {len(made.files)} files of rows beside it" if made.files else ""
-    print(f"\nWrote {made.path}{files}. Next:\n  hf-pm plan {made.path}\n  hf-pm run {made.path}")
+    print(f"\nWrote {made.path}{files}. Next:\n  hf-pm plan {made.path} --probe\n  hf-pm run {made.path}")
 
 
 def _ask(question: str, default: str) -> str:
