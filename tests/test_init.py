@@ -109,7 +109,8 @@ def test_a_table_without_test_rows_becomes_a_recipe_that_plan_accepts(init, here
     tickets(here / "tickets.csv")
     assert init("tickets.csv", "--learning_rate", "3e-4", "--lora_r", "4") == 0
     said = capsys.readouterr().out
-    assert "a fifth of each answer" in said and said.endswith("hf-pm plan recipe.yaml --probe\n  hf-pm run recipe.yaml\n")
+    assert "a fifth of each answer" in said
+    assert said.endswith("hf-pm plan recipe.yaml --probe\n  hf-pm run recipe.yaml\n")
     assert all(len(line) <= 80 for line in said.splitlines() if "/" not in line)
     recipe = recipe_of()
     (task,) = recipe["tasks"]
