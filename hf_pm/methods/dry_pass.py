@@ -2,7 +2,7 @@
 
 It is what a task does with a batch: forward and backward pass with the adapter, the measuring pass at
 `curvature_batch_size`, which is halved until it fits, and the forward passes of the certificate. Every process makes
-the same passes on the same rows. Nothing stays but that size.
+the same passes on the same rows. Nothing stays but that size, and whether dense sums are kept on the host.
 """
 
 import copy
@@ -118,7 +118,7 @@ def _least(trainer: Any, number: int) -> int:
 
 @contextmanager
 def _as_before(trainer: Any) -> Iterator[None]:
-    """Leave nothing behind but `curvature_batch_size`: random states, modes, gradients and what losses count."""
+    """Leave nothing but what the passes found out about memory: random states, modes, gradients, what losses count."""
     modes = [(module, module.training) for module in trainer.model.modules()]
     counted = {name: copy.deepcopy(getattr(trainer, name)) for name in COUNTED if hasattr(trainer, name)}
     try:
