@@ -148,7 +148,7 @@ def measure_curvature(
         factors (`bool`, *optional*, defaults to `False`): The diagonal curvature of A and B, too. Expert parameters
             have none.
         on_host (`bool`, *optional*, defaults to `False`): Keep sums of the size of a matrix, `diagonal` and gradient,
-            in host memory. The bits are the same; they travel once a batch, both ways.
+            in host memory. They travel once a batch, and the same is added up in the same order.
         autocast (`Callable`, *optional*): Context manager factory for the forward pass.
         task_name (`str`, *optional*): For messages; `None` for the protected text.
 
