@@ -398,6 +398,11 @@ class PMConfig(TrainingArguments):
         rule = "must name trackers that are installed"
         _require(not missing, "report_to", missing, rule, "Install them, or use `report_to: none`.")
 
+    @property
+    def joins_examples(self) -> str | None:
+        """The key that makes one row of the examples of a batch, if one does: `padding_free`, or `packing` of TRL."""
+        return next((key for key in ("packing", "padding_free") if getattr(self, key, False)), None)
+
     def _launched(self) -> MutableMapping[str, str]:
         """Variables in which a launcher says how many processes there are, and of what engine."""
         return os.environ

@@ -142,7 +142,7 @@ class PMTrainerMixin(TaskTraining):
                 raise UserError("`stream` needs `processing_class`, the model's tokenizer.")
             self.encoder = Encoder(processing_class, self.task_type, args.max_length, args.prompt)
             self.stream_collator = self._collator(model, args, kwargs)
-            if args.padding_free:
+            if args.joins_examples:
                 self.train_collator = self._flat_collator(model, args, data_collator)
             data_collator = data_collator or self.stream_collator
             self.rows = StreamRows(stream, self.encoder, self.parts.method.stream, args)
@@ -332,8 +332,9 @@ class PMTrainerMixin(TaskTraining):
         self.optimizer = self.lr_scheduler = None
         if self.is_deepspeed_enabled:
             self.model_wrapped = self.model  # the last task's engine holds the last task's optimizer
-        self.train_dataset = self.parts.replay.join(self._own_rows)
+        self._examples = self.parts.replay.join(self._own_rows)
         self.task_number = number
+        self.train_dataset = self.training_rows(self._examples)
         self._forget_steps()
 
     def _train(self, number: int, stage: Stage) -> None:
@@ -535,7 +536,7 @@ class PMTrainerMixin(TaskTraining):
         return DataCollatorForSeq2Seq(tokenizer) if whole else AnswerCollator(tokenizer)
 
     def _flat_collator(self, model: PeftModel, args: PMConfig, own: Callable[..., Any] | None) -> FlatCollator:
-        """For training with `padding_free`."""
+        """For training with `padding_free` or `packing`."""
         inner = model.get_base_model()
         problem = None
         if own is not None:
@@ -545,11 +546,12 @@ class PMTrainerMixin(TaskTraining):
         elif "position_ids" not in inspect.signature(inner.forward).parameters:
             problem = f"{type(inner).__name__} takes no `position_ids` to tell them apart"
         if problem:
-            raise UserError(f"`padding_free: true` makes one row of a batch, but {problem}. Switch it off.")
+            key = args.joins_examples
+            raise UserError(f"`{key}: true` makes one row of a batch, but {problem}. Switch it off.")
         return FlatCollator(isinstance(self.stream_collator, AnswerCollator))
 
     def _check_apart(self) -> None:
-        """Refuse `padding_free` where the model reads on from one example into the next, or counts its positions
+        """Refuse to join examples where the model reads on from one example into the next, or counts its positions
         otherwise: what it says to two rows must be what it says to the same rows with padding."""
         rows = self.rows.encoded_train(self.stages[0])
         rows = rows.select(range(min(2, len(rows)))).to_list()
@@ -559,8 +561,8 @@ class PMTrainerMixin(TaskTraining):
         away = float((flat.float() - padded.float()).abs().max() / padded.float().abs().max())
         if not away <= (2e-5 if padded.dtype == torch.float32 else 0.05):
             raise UserError(
-                f"`padding_free: true` needs a model that tells the examples of a row apart by their positions, but "
-                f"{type(self.model.get_base_model()).__name__} with attention "
+                f"`{self.args.joins_examples}: true` needs a model that tells the examples of a row apart by their "
+                f"positions, but {type(self.model.get_base_model()).__name__} with attention "
                 f"{self.model.config._attn_implementation!r} answers two rows differently when one follows the other "
                 f"(by {away:.2g} of its largest logit). Switch it off."
             )

@@ -41,6 +41,7 @@ class TaskTraining(_Trainer):
     task_number = 1
     _checkpoint_dir: Path | None = None  # of the task, inside a stream
     _starts_from = ""  # names the weights that the task began with
+    _examples: Dataset  # that the task learns, those of replay too
     _resumed: tuple[Path, float] | None = None  # the checkpoint that is being loaded, and its loss
     _micro_step = 0
     _last_step = -1
@@ -55,6 +56,10 @@ class TaskTraining(_Trainer):
             return super().get_train_dataloader()
         finally:
             self.data_collator = others
+
+    def training_rows(self, examples: Dataset) -> Dataset:
+        """The rows that the batches of a task are made of; here its examples, one a row."""
+        return examples
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
@@ -197,7 +202,7 @@ class TaskTraining(_Trainer):
     @torch.no_grad()
     def _first_loss(self) -> float:
         """Mean loss of the first training rows of the task, unperturbed and in evaluation mode."""
-        batch = self._first_rows(self.train_dataset)
+        batch = self._first_rows(self._examples)
         with evaluating(self.model), self.accelerator.autocast():
             losses, counts = row_losses(*predict(self.model, batch))
         return float(losses.sum() / counts.sum())

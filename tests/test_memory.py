@@ -8,6 +8,7 @@ import weakref
 from functools import partialmethod
 from itertools import accumulate
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -324,6 +325,18 @@ def test_a_dry_pass_leaves_nothing_behind(opened, probed, monkeypatch, settings)
     # Sampled labels have a gradient of another loss, in a pass of its own.
     passes = 2 if "coefficient_first_order" in settings else 1
     assert asked == [5] * passes
+
+
+def test_a_dry_pass_fills_packed_rows(opened):
+    rows = opened(PMTrainer).rows.encoded_train(opened(PMTrainer).stages[0])
+    args = SimpleNamespace(joins_examples="packing", per_device_train_batch_size=3, max_length=50)
+    longest = max(map(len, rows["input_ids"]))
+    tokens = sum(map(len, probing._batch(rows, args)["input_ids"]))
+    assert 150 - longest < tokens <= 150
+    few = probing._batch(rows.select([0]), args)
+    assert few["input_ids"] == [rows[0]["input_ids"]] * (150 // len(rows[0]["input_ids"]))
+    args.max_length = 1  # a row is as long as `max_length` at most, whatever counts here
+    assert len(probing._batch(rows, args)) == 1
 
 
 def test_a_run_has_the_same_bits_with_a_dry_pass(model, stream, tokenizer, config, monkeypatch):

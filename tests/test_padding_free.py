@@ -1,6 +1,7 @@
 """Training without padding: the same losses, steps and models as with it, or a refusal."""
 
 import inspect
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -10,7 +11,7 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from test_families import CAUSAL, REFUSED, tiny
-from transformers import DataCollatorForSeq2Seq
+from transformers import DataCollatorForSeq2Seq, TrainerCallback
 
 from hf_pm import PMTrainer, TaskStream, UserError
 from hf_pm.tasks.encoding import AnswerCollator, FlatCollator
@@ -123,6 +124,122 @@ def test_trls_trainer_learns_without_padding(stream, tokenizer, config, tmp_path
     assert flat["matrix"] == padded["matrix"]
     for one, other in zip(adapters, others, strict=True):
         assert all(torch.allclose(one[name], other[name], atol=2e-3) for name in one)
+
+
+@pytest.mark.parametrize("method", ["kronecker", "sequential", "replay", "der"])
+def test_trls_trainer_packs_whole_examples(method, stream, tokenizer, config, tmp_path):
+    """Fewer steps over rows of `max_length`, in which every example is whole and learned once an epoch."""
+    pytest.importorskip("trl", reason="TRL is an optional extra")
+    from hf_pm.trl import PMSFTConfig, PMSFTTrainer
+
+    args = config(
+        cls=PMSFTConfig, method=method, packing=True, max_length=96, num_train_epochs=1, per_device_train_batch_size=2
+    )
+    lora = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear")
+    trainer = PMSFTTrainer(
+        model=build("llama"), args=args, stream=stream, processing_class=tokenizer, peft_config=lora
+    )
+    seen, step = [], trainer.compute_loss
+
+    def watched(model, inputs, *others, **kwargs):
+        if model.training:
+            ids, positions = inputs["input_ids"][0], inputs["position_ids"][0]
+            starts = (positions == 0).nonzero()[:, 0].tolist()
+            assert inputs["input_ids"].shape[0] == 1 and len(ids) <= 2 * 96
+            seen.extend((trainer.task_number, tuple(part.tolist())) for part in ids.tensor_split(starts[1:]))
+        return step(model, inputs, *others, **kwargs)
+
+    trainer.compute_loss = watched
+    results = trainer.train_stream()
+    for number, stage in enumerate(trainer.stages, start=1):
+        own = sorted(tuple(ids) for ids in trainer.rows.encoded_train(stage)["input_ids"])
+        found = sorted(ids for task, ids in seen if task == number)
+        if method == "replay" and number == 2:
+            assert len(found) > len(own) and not Counter(own) - Counter(found)
+        else:
+            assert found == own
+        assert results["per_task"][number - 1]["train_steps"] < len(own) / 2
+    assert len(results["matrix"]) == 2 and args.packing is True
+
+
+def test_packed_steps_are_those_of_the_same_examples_with_padding(stream, tokenizer, config, tmp_path):
+    """One batch an epoch, packed or not, is the same step; and what the curvature measures is the same rows."""
+    pytest.importorskip("trl", reason="TRL is an optional extra")
+    from hf_pm.trl import PMSFTConfig, PMSFTTrainer
+
+    found = {}
+    for packing in (False, True):
+        args = config(
+            cls=PMSFTConfig,
+            output_dir=str(tmp_path / str(packing)),
+            packing=packing,
+            per_device_train_batch_size=64,
+            num_train_epochs=3,
+            method="kronecker",
+        )
+        lora = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear")
+        found[packing] = learned(build("llama"), stream, tokenizer, lora, args, PMSFTTrainer)
+    (padded, wide, adapters), (packed, narrow, others) = found[False], found[True]
+    assert len(narrow) == len(wide) == 6 and {shape[0] for shape in narrow} == {1}
+    assert packed["matrix"] == padded["matrix"]
+    for one, other in zip(adapters, others, strict=True):
+        assert all(torch.allclose(one[name], other[name], atol=2e-3) for name in one)
+
+
+def test_a_packed_task_goes_on_where_it_was_stopped(stream, tokenizer, config, tmp_path):
+    pytest.importorskip("trl", reason="TRL is an optional extra")
+    from hf_pm.trl import PMSFTConfig, PMSFTTrainer
+
+    class Stops(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 3:
+                raise KeyboardInterrupt
+
+    def trainer(name, **settings):
+        args = config(
+            cls=PMSFTConfig,
+            output_dir=str(tmp_path / name),
+            max_length=48,
+            per_device_train_batch_size=2,
+            save_strategy="steps",
+            save_steps=1,
+            num_train_epochs=1,
+            **{"packing": True} | settings,
+        )
+        lora = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear")
+        return PMSFTTrainer(
+            model=build("llama"), args=args, stream=stream, processing_class=tokenizer, peft_config=lora
+        )
+
+    trainer("whole").train_stream()
+    stopped = trainer("stopped")
+    stopped.add_callback(Stops())
+    with pytest.raises(KeyboardInterrupt):
+        stopped.train_stream()
+    with pytest.raises(UserError, match="packing"):  # its checkpoint counts other rows
+        trainer("stopped", packing=False).train_stream()
+    trainer("stopped").train_stream()
+    for path in sorted((tmp_path / "whole").glob("tasks/*/adapter/adapter_model.safetensors")):
+        other = tmp_path / "stopped" / path.relative_to(tmp_path / "whole")
+        assert path.read_bytes() == other.read_bytes()
+
+
+def test_packing_that_cuts_or_joins_too_much_is_refused(stream, tokenizer, config):
+    pytest.importorskip("trl", reason="TRL is an optional extra")
+    from hf_pm.trl import PMSFTConfig, PMSFTTrainer
+
+    def refused(text, model=None, words=tokenizer, **settings):
+        args = config(cls=PMSFTConfig, **settings)
+        lora = LoraConfig(r=2, target_modules="all-linear")
+        with pytest.raises(UserError, match=text):
+            PMSFTTrainer(
+                model=model or build("llama"), args=args, stream=stream, processing_class=words, peft_config=lora
+            )
+
+    for strategy in ("wrapped", "bfd_split"):
+        refused(f"`packing_strategy: {strategy}` may cut an example", packing=True, packing_strategy=strategy)
+    refused("`eval_packing: true` joins rows that a stream scores", eval_packing=True)
+    refused("`packing: true` makes one row .* reads them one by one. Switch it off", packing=True, method="sril")
 
 
 def trainer_for(model, stream, tokenizer, args, **kwargs):

@@ -691,9 +691,6 @@ def test_composes_with_trls_sft_trainer(model, stream, tokenizer, lora, config):
     pytest.importorskip("trl", reason="TRL is an optional extra")
     from hf_pm.trl import PMSFTConfig, PMSFTTrainer
 
-    with pytest.raises(UserError, match="`packing: true` makes fewer and longer rows"):
-        packed = config(cls=PMSFTConfig, packing=True)
-        PMSFTTrainer(again(model), packed, stream=stream, processing_class=tokenizer, peft_config=lora)
     sft = config(cls=PMSFTConfig, num_train_epochs=4)
     trainer, results = trained(again(model), stream, tokenizer, lora, sft, cls=PMSFTTrainer)
     assert results["coefficients"][0] == 1 and 0 < results["coefficients"][1] < 1

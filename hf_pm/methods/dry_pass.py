@@ -9,6 +9,7 @@ import copy
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import accumulate, cycle, takewhile
 from typing import Any
 
 import torch
@@ -55,7 +56,7 @@ def dry_pass(trainer: Any, number: int) -> None:
         # The two averages of Adam, which come with the first step and stay while the task is measured.
         moving = [torch.zeros_like(p) for p in trainer.model.parameters() if p.requires_grad for _ in range(2)]
         if not args.auto_find_batch_size:  # which tries smaller ones by itself
-            batch = rows.select(range(min(at_once, len(rows))))
+            batch = _batch(rows, args)
             problem = UserError(
                 f"There is not enough memory for a training step: the longest row has {tokens} tokens, and "
                 f"`per_device_train_batch_size` is {at_once}. Nothing was trained. Make it smaller and "
@@ -82,6 +83,16 @@ def _longest(trainer: Any, number: int, most: int) -> Dataset:
         found.append(encoded.select(length_order(encoded)[-most:]))
     together = concatenate_datasets(found)
     return together.select(length_order(together)[-most:][::-1])
+
+
+def _batch(rows: Dataset, args: Any) -> Dataset:
+    """Examples of a training batch; with `packing` as many as fill its rows, each as often as need be."""
+    if args.joins_examples != "packing":
+        return rows.select(range(min(args.per_device_train_batch_size, len(rows))))
+    room = args.per_device_train_batch_size * args.max_length
+    totals = accumulate(cycle(map(len, rows["input_ids"])))
+    count = max(1, sum(1 for _ in takewhile(lambda total: total <= room, totals)))
+    return rows.select([number % len(rows) for number in range(count)])
 
 
 def _train(trainer: Any, number: int, rows: Dataset) -> None:

@@ -204,11 +204,11 @@ class Parts:
                 "else. Use a merge that scales the update, such as `merge: last`."
             )
         reading = [penalty.name for penalty in self.penalties if penalty.reads_rows]
-        if args.padding_free and (reading or task_type != "CAUSAL_LM"):
+        if args.joins_examples and (reading or task_type != "CAUSAL_LM"):
             why = f"`penalty: {', '.join(reading)}` reads them one by one" if reading else f"this is a {task_type}"
             raise UserError(
-                "`padding_free: true` makes one row of the examples of a batch, for a causal language model and "
-                f"penalties that look at all its tokens together, but {why}. Switch it off."
+                f"`{args.joins_examples}: true` makes one row of the examples of a batch, for a causal language model "
+                f"and penalties that look at all its tokens together, but {why}. Switch it off."
             )
         for part in self:
             reason = part.check(method, task_type)

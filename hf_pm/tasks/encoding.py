@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -377,6 +378,8 @@ class AnswerCollator:
 class FlatCollator:
     """Makes one row of a batch, without padding: its examples one after another, each with positions from 0.
 
+    A row of a batch is an example, or several with their `seq_lengths`, as TRL's `pack_dataset` makes them.
+
     transformers tells the examples apart by their `position_ids`, in the masks of `sdpa`, `eager` and `flex_attention`
     as in the kernels of flash attention. The loss is the same; what differs is the rounding of sums. Not so a model
     with `use_cache`, which `Trainer` switches off: it takes the positions for those of one text (transformers 5.23).
@@ -390,8 +393,14 @@ class FlatCollator:
         self.flatten = DataCollatorWithFlattening(separator_id=IGNORE_INDEX)
 
     def __call__(self, features: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        batch = dict(self.flatten(features))
+        batch = dict(self.flatten([example for row in features for example in _examples_in(row)]))
         return _answers_only(batch) if self.answers_only else batch
+
+
+def _examples_in(row: dict[str, Any]) -> list[dict[str, Any]]:
+    ends = list(accumulate(row.get("seq_lengths", [len(row["input_ids"])])))
+    spans = [slice(*span) for span in zip([0, *ends], ends, strict=False)]
+    return [{key: row[key][span] for key in ("input_ids", "labels")} for span in spans]
 
 
 def _answers_only(batch: dict[str, Any]) -> dict[str, Any]:
