@@ -43,6 +43,7 @@ from .methods.curvature import check_layers
 from .methods.dry_pass import dry_pass
 from .methods.line_search import check_search, held_out_rows, search
 from .methods.measuring import measure, measure_inputs
+from .methods.merge_device import on_gpu_or_host, solve
 from .methods.parity import Parity
 from .methods.parts import Parts
 from .methods.protection import Protection
@@ -418,10 +419,11 @@ class PMTrainerMixin(TaskTraining):
             learned=lambda name: folder.update(name, number - 1),
             earlier=self.run.earlier_adapters(),
         )
+        device = self.accelerator.device
         if self.parts.merge.runs_model:
             merged = self.parts.solve(ended)
         else:
-            merged = recovery.on_main(lambda: self.parts.solve(ended), Merged.shared)
+            merged = recovery.on_main(lambda: solve(device, ended, self.parts.solve), Merged.shared)
         record = self._costs
         if args.coefficient_search != "off" and number > 1:
             found = search(self, held_out_rows(self.rows, args, number))
@@ -435,7 +437,11 @@ class PMTrainerMixin(TaskTraining):
             adapters.load_factors(self.model, factors)
         self.parity.expect(number, merged)
         record |= {"merge_seconds": time.monotonic() - started, "peak_memory_bytes": _peak_memory()}
-        recovery.on_main(lambda: self.run.commit(ended._replace(merged=merged), self.model, self.parts, record))
+
+        def commit(there: Ended) -> None:
+            self.run.commit(there, self.model, self.parts, record)
+
+        recovery.on_main(lambda: on_gpu_or_host(device, ended._replace(merged=merged), commit))
         self.run.ledger.reload()
 
     def _evaluate_stage(self, number: int, stage: Stage) -> None:

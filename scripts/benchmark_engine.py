@@ -25,7 +25,7 @@ from benchmark_speed import build, paired, rows, with_answer_logits
 
 import hf_pm.methods.curvature as engine
 from hf_pm.weights import merging
-from hf_pm.weights.states import write_state
+from hf_pm.weights.states import moved, write_state
 
 
 def one_row_loop(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -81,8 +81,9 @@ LLAMA_8B = {
 }
 
 
-def merge_seconds(threads: int, rank: int = 8) -> list[dict[str, object]]:
-    """CPU seconds of P&M's merge of a second task at Llama-3.1-8B's shapes, measured one matrix at a time.
+def merge_seconds(threads: int, device: str, rank: int = 8) -> list[dict[str, object]]:
+    """Seconds of P&M's merge of a second task at Llama-3.1-8B's shapes, measured one matrix at a time: of the CPU, or
+    of the clock with a GPU, the ways of the matrices to it and back among them.
 
     `solve` is the coefficient, `state` the new S and R, `write` their way to the disk with the hash of their bytes.
     The last two happen on one process only.
@@ -92,16 +93,16 @@ def merge_seconds(threads: int, rank: int = 8) -> list[dict[str, object]]:
     for estimator in ("diagonal", "factored"):
         total = dict.fromkeys(("solve", "state", "write"), 0.0)
         for name, (*shape, count) in LLAMA_8B.items():
-            seconds = merge_one(estimator, *shape, rank)
+            seconds = merge_one(estimator, *shape, rank, device)
             print(f"{estimator:9} {name:20} {count} x " + "  ".join(f"{value:.3f}" for value in seconds), flush=True)
             total = {key: value + count * one for (key, value), one in zip(total.items(), seconds, strict=True)}
-        results.append({"estimator": estimator, "threads": threads, **total})
+        results.append({"estimator": estimator, "threads": threads, "device": device, **total})
         print(f"{estimator}: " + ", ".join(f"{key} {value:.1f} s" for key, value in total.items()))
     return results
 
 
-def merge_one(estimator: str, height: int, width: int, rank: int) -> list[float]:
-    """CPU seconds of `solve`, `state` and `write` of one matrix (height, width)."""
+def merge_one(estimator: str, height: int, width: int, rank: int, device: str) -> list[float]:
+    """Seconds of `solve`, `state` and `write` of one matrix (height, width)."""
     delta = merging.LowRank(torch.randn(height, rank), torch.randn(rank, width))
     if estimator == "diagonal":
         fisher, S, R = (torch.rand(height, width) for _ in range(3))
@@ -110,15 +111,23 @@ def merge_one(estimator: str, height: int, width: int, rank: int) -> list[float]
         fisher, S = (merging.Factored(torch.rand(height), torch.rand(width)) for _ in range(2))
         R = merging.LowRank(torch.randn(height, merging.MAX_RANK), torch.randn(merging.MAX_RANK, width))
         keeps = {"S": "factored", "R": "low_rank"}
-    state = merging.State(S, R)
+    state, on_host = merging.State(S, R), device == "cpu"
+
+    def now() -> float:
+        if on_host:
+            return time.process_time()
+        torch.cuda.synchronize()
+        return time.perf_counter()
+
     with tempfile.TemporaryDirectory() as folder:
-        path, times = Path(folder) / "state.safetensors", [time.process_time()]
-        merging.matrix_terms(fisher, delta, state)
-        times.append(time.process_time())
-        new = merging.update_state(state, fisher, delta, 0.5)
-        times.append(time.process_time())
+        path, times = Path(folder) / "state.safetensors", [now()]
+        merging.matrix_terms(*moved((fisher, delta, state), device))
+        times.append(now())
+        before, fisher, delta = moved((state, fisher, delta), device)
+        new = merging.update_state(before, fisher, delta, 0.5)
+        times.append(now())
         write_state(path, keeps, {"w": (height, width)}, lambda _: new._asdict(), dtype="float32")
-        times.append(time.process_time())
+        times.append(now())
     return [after - before for before, after in pairwise(times)]
 
 
@@ -132,6 +141,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where `merge` computes")
     parser.add_argument("--only", nargs="+", choices=["curvature", "folding", "tasks", "merge"])
     parser.add_argument("--mergekit", help="path of the `mergekit-yaml` of another environment, to be timed too")
     parser.add_argument("--output", type=Path)
@@ -155,7 +165,7 @@ def main() -> None:
     if "tasks" in wanted:
         results["tasks"] = flatness(options.tasks)
     if "merge" in wanted:
-        results["merge"] = [result for threads in options.threads for result in merge_seconds(threads)]
+        results["merge"] = [result for threads in options.threads for result in merge_seconds(threads, options.device)]
     if options.output:
         options.output.write_text(json.dumps(results, indent=2) + "\n")
 

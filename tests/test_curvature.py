@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import build
+from other_device import OtherDevice, There
 from peft import LoraConfig
 from reference import directional_by_rows, fisher_by_rows, gradients_by_rows, merge_into_dense
 from transformers import MixtralConfig, MixtralForCausalLM, set_seed
@@ -682,3 +683,22 @@ def test_labels_are_drawn_where_their_probabilities_are(device):
     assert torch.equal(alone, first[2:5])
     backwards = draw_labels(probabilities, counts[::-1], range(len(counts) - 1, -1, -1)).split(counts[::-1])
     assert all(map(torch.equal, backwards[::-1], first.split(counts)))
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_sums_on_the_host_are_those_beside_the_model(transposed, monkeypatch):
+    """Chunks of rows go to the model's device and back; what is added to there is no part of the sum until then."""
+    monkeypatch.setattr(curvature, "CHUNK", 3 * 7)
+    generator = torch.Generator().manual_seed(0)
+    batches = [[torch.randn(shape, generator=generator) for shape in ((2, 4, 7), (2, 4, 5), (2,))] for _ in range(3)]
+    expected, squares, gradients = {}, {}, {}
+    for x, d, weights in batches:
+        curvature._add_squares(expected, "squares", x, d, weights.abs(), transposed)
+        curvature._add_gradients(expected, "gradients", x, d, weights, transposed)
+    with OtherDevice() as mode:
+        for x, d, weights in (map(mode.there, batch) for batch in batches):
+            curvature._add_squares(squares, "layer", x, d, weights.abs(), transposed, device=torch.device("cpu"))
+            curvature._add_gradients(gradients, "layer", x, d, weights, transposed, device=torch.device("cpu"))
+    for found, key in ((squares["layer"], "squares"), (gradients["layer"], "gradients")):
+        assert not isinstance(found, There) and torch.equal(found, expected[key])
+    assert mode.moved

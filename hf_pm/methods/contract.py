@@ -39,7 +39,7 @@ from ..weights import adapters
 from ..weights.folding import Folder
 from ..weights.kronecker import Factors, Symmetric
 from ..weights.merging import Curvature, LowRank
-from ..weights.states import StoredState, Value
+from ..weights.states import MovedState, StoredState, Value, moved
 
 
 def curvature_form(args: Any) -> str:
@@ -72,6 +72,28 @@ class Measured(NamedTuple):
     def delta(self, name: str) -> LowRank:
         return LowRank(*self.updates[name].factors())
 
+    def on(self, device: torch.device) -> "Measured":
+        """The same, each value on `device` when it is asked for."""
+        return self._replace(
+            **{name: Moved(part, device) for name, part in self._asdict().items() if isinstance(part, Mapping)}
+        )
+
+
+class Moved(Mapping[str, Any]):
+    """A mapping whose values come to `device` when they are asked for, and stay where they are besides."""
+
+    def __init__(self, values: Mapping[str, Any], device: torch.device) -> None:
+        self._values, self._device = values, device
+
+    def __getitem__(self, name: str) -> Any:
+        return moved(self._values[name], self._device)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
 
 class Merged(NamedTuple):
     """Result of a merge: the payload of the task's ledger entry.
@@ -103,6 +125,17 @@ class Merged(NamedTuple):
         """What a process needs that did not solve: all but the way to a dense update, which is written by the one
         that did."""
         return self if self.dense is None else self._replace(dense=_not_here)
+
+    def on(self, device: torch.device) -> "Merged":
+        """The same, each matrix on `device` when it is asked for."""
+        pairs = {"mixing": self.mixing, "adapter": self.adapter}
+        return self._replace(**{key: Moved(pair, device) for key, pair in pairs.items() if pair is not None})
+
+    def on_host(self) -> "Merged":
+        """The same with every matrix on the host."""
+        pairs = {"mixing": self.mixing, "adapter": self.adapter}
+        there = {key: Moved(pair, torch.device("cpu")) for key, pair in pairs.items() if pair is not None}
+        return self._replace(**{key: dict(pair) for key, pair in there.items()})
 
     def alpha_of(self, name: str) -> float:
         return self.alpha if self.per_matrix is None else self.per_matrix[name]
@@ -169,6 +202,21 @@ class Ended(NamedTuple):
     merged: Merged | None = None
     learned: Callable[[str], torch.Tensor] | None = None
     earlier: Sequence[adapters.StoredAdapter] = ()
+
+    def on(self, device: torch.device) -> "Ended":
+        """The same, each matrix on `device` when it is asked for; the adapters of `earlier` stay on the host."""
+        measured, updates = None, Moved(self.updates, device)
+        if self.measured is not None:
+            measured = self.measured.on(device)
+            updates = measured.updates
+        return self._replace(
+            measured=measured,
+            updates=updates,
+            merged=None if self.merged is None else self.merged.on(device),
+            before=MovedState(self.before, device),
+            task_vector=lambda name, i: self.task_vector(name, i).to(device),
+            learned=lambda name: self.learned(name).to(device),
+        )
 
 
 class Step(NamedTuple):

@@ -17,8 +17,9 @@ from ..errors import UserError
 
 # Rank at which the factored R is cut off; below it nothing is lost.
 MAX_RANK = 64
-# Elements that are worked on at a time: in float64 a few blocks of them stay in a core's cache.
-BLOCK = 1 << 16
+# Elements that are worked on at a time: in float64 a few blocks of them stay in a core's cache. A GPU takes larger
+# ones, since the host waits for the sum of each.
+BLOCK, GPU_BLOCK = 1 << 16, 1 << 24
 
 
 class LowRank(NamedTuple):
@@ -79,10 +80,14 @@ def _dense(matrix: Update | Factored) -> torch.Tensor:
 
 
 def _blocks(*tensors: torch.Tensor) -> Iterator[list[torch.Tensor]]:
-    flat = [tensor.reshape(-1) for tensor in tensors]
-    for start in range(0, flat[0].numel(), BLOCK):
+    for block in _split(*tensors):
         # Copies, which the caller may change.
-        yield [tensor[start : start + BLOCK].to(torch.float64, copy=True) for tensor in flat]
+        yield [tensor.to(torch.float64, copy=True) for tensor in block]
+
+
+def _split(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+    size = BLOCK if tensors[0].device.type == "cpu" else GPU_BLOCK
+    return zip(*(tensor.reshape(-1).split(size) for tensor in tensors), strict=True)
 
 
 def inner(a: Update, b: Update) -> float:
@@ -211,8 +216,7 @@ def update_state(
         S, R = state.S.float(), state.R.float()
         # R comes into the place of a dense update that was made here.
         new = State(S + fisher, delta if own else torch.empty_like(R))
-        flat = [tensor.reshape(-1).split(BLOCK) for tensor in (new.R, R, delta, fisher, S)]
-        for target, r, d, f, s in zip(*flat, strict=True):
+        for target, r, d, f, s in _split(new.R, R, delta, fisher, S):
             torch.add(r, d * ((1 - alpha) * f - alpha * s), out=target)
     return new if gradient is None else State(new.S, new.R - gradient.float())
 

@@ -136,6 +136,36 @@ class StoredState:
                         )
 
 
+class MovedState(StoredState):
+    """A state whose values come to a device when they are asked for.
+
+    Args:
+        state (`StoredState`): Where they are.
+        device (`torch.device`): Where they go.
+    """
+
+    def __init__(self, state: StoredState, device: torch.device) -> None:
+        self._state, self._device, self.path = state, device, state.path
+
+    def get(self, key: str, name: str) -> Value | None:
+        """As `StoredState.get`."""
+        return moved(self._state.get(key, name), self._device)
+
+    def beside(self, key: str) -> dict[str, torch.Tensor]:
+        """As `StoredState.beside`."""
+        return {name: tensor.to(self._device) for name, tensor in self._state.beside(key).items()}
+
+
+def moved(value: Any, device: torch.device | str) -> Any:
+    """A tensor, or a tuple of tensors, such tuples and other things, with its tensors on `device`."""
+    if isinstance(value, torch.Tensor):
+        return value.to(device)
+    if not isinstance(value, tuple):
+        return value
+    parts = [moved(part, device) for part in value]
+    return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
+
+
 class HeldState(StoredState):
     """State in memory, as it is before the first task: nothing of it is on the disk yet.
 

@@ -37,4 +37,4 @@ class Dare(VectorMerge):
 def drop(vector: torch.Tensor, rate: float, generator: torch.Generator) -> torch.Tensor:
     """Entries as 0 with probability `rate`, else divided by 1 - `rate`."""
     kept = torch.rand(vector.shape, generator=generator) >= rate
-    return torch.where(kept, vector / (1 - rate), 0.0)
+    return torch.where(kept.to(vector.device), vector / (1 - rate), 0.0)

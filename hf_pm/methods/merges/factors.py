@@ -48,7 +48,7 @@ class Pic(VectorMerge):
 
     def solve(self, ended: Ended) -> Merged:
         factor = self["task_arithmetic_scaling"]
-        combined = {key: self.initial[key] + factor * total for key, total in self._sums(ended).items()}
+        combined = {key: self.initial[key].to(total) + factor * total for key, total in self._sums(ended).items()}
         return Merged(1.0, adapter=unflat(combined, ended.updates))
 
     def end(self, ended: Ended) -> dict[str, torch.Tensor]:
@@ -56,7 +56,8 @@ class Pic(VectorMerge):
 
     def _sums(self, ended: Ended) -> dict[str, torch.Tensor]:
         before = ended.before.beside("pic_sum")
-        return {key: before.get(key, 0.0) + (own - self.initial[key]) for key, own in flat(ended.updates).items()}
+        own = flat(ended.updates)
+        return {key: before.get(key, 0.0) + (each - self.initial[key].to(each)) for key, each in own.items()}
 
 
 class FactorClosedForm(Merge):
@@ -101,7 +102,7 @@ class FactorClosedForm(Merge):
         found = ended.measured.factors
         terms = sum_terms(matrix_terms(found[key], delta, state) for key, delta, state in self._each(ended))
         alpha = pm_coefficient(terms, ended.number)
-        merged = {key: self.initial[key] + alpha * delta for key, delta, _ in self._each(ended)}
+        merged = {key: self.initial[key].to(delta) + alpha * delta for key, delta, _ in self._each(ended)}
         record = terms._asdict() | {"alpha": alpha, "uniform": 1 / ended.number}
         return Merged(1.0, record=record, adapter=unflat(merged, ended.updates))
 
@@ -117,4 +118,4 @@ class FactorClosedForm(Merge):
         """Key, D, and S and R before the task, of every factor."""
         S, R = ended.before.beside("pair_S"), ended.before.beside("pair_R")
         for key, trained in flat(ended.updates).items():
-            yield key, trained - self.initial[key], State(S[key], R[key]) if S else None
+            yield key, trained - self.initial[key].to(trained), State(S[key], R[key]) if S else None

@@ -3,7 +3,7 @@
 import torch
 
 from ...weights.merging import Curvature, Factored, add_curvature, scaled
-from ...weights.states import Value
+from ...weights.states import Value, moved
 from ..contract import Ended, Penalty, Setting, Step, Task, curvature_form
 
 
@@ -37,10 +37,7 @@ class Ewc(Penalty):
         self.omega: dict[str, Curvature] = {}
         if task.number > 1:
             for name in task.matrices:
-                omega = task.before.get(self.key, name)
-                parts = omega if isinstance(omega, Factored) else (omega,)
-                moved = [part.to(device) for part in parts]
-                self.omega[name] = Factored(*moved) if isinstance(omega, Factored) else moved[0]
+                self.omega[name] = moved(task.before.get(self.key, name), device)
 
     def loss(self, step: Step) -> torch.Tensor | None:
         if not self.omega:

@@ -7,6 +7,7 @@ import torch
 from ...weights import kronecker
 from ...weights.kronecker import Cut, Factors
 from ...weights.merging import LowRank
+from ...weights.states import moved
 from ..contract import Measured, Penalty, Setting, Step, Task
 from ..kronecker_state import KroneckerState
 
@@ -30,7 +31,7 @@ class Kronecker(KroneckerState, Penalty):
         for name in task.matrices:
             pair = self.old(task.before, name)
             if pair is not None:
-                G, A = (_moved(matrix, task.model.device) for matrix in pair)
+                G, A = moved(pair, task.model.device)
                 groups.setdefault((_shape(G), _shape(A)), []).append((name, (G, A)))
         self.groups: list[tuple[list[str], Factors]] = []
         for group in groups.values():
@@ -63,10 +64,6 @@ class Gram(Kronecker):
         if measured.updates[name].transposed:
             return inputs, kronecker.mean_diagonal(pair[1])
         return kronecker.mean_diagonal(pair[0]), inputs
-
-
-def _moved(matrix: kronecker.Symmetric, device: torch.device) -> kronecker.Symmetric:
-    return Cut(*(part.to(device) for part in matrix)) if isinstance(matrix, Cut) else matrix.to(device)
 
 
 def _shape(matrix: kronecker.Symmetric) -> tuple[torch.Size, ...]:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from ...weights.merging import Curvature, Factored, LowRank, add_curvature
-from ...weights.states import StoredState, Value
+from ...weights.states import StoredState, Value, moved
 from ..contract import Ended, Penalty, Setting, Step, Task, curvature_form
 from ..rows_state import RowsState
 from .ewc import weighted
@@ -60,7 +60,7 @@ class TdVcl(RowsState, Penalty):
         for name in task.matrices if count else ():
             S = [task.before.get(_older("S", i), name) for i in range(count)]
             D = [None, *(task.before.get(_older("D", i), name).dense() for i in range(1, count))]
-            self.quadratics[name] = [_moved(part, task.model.device) for part in expanded(shares, S, D)]
+            self.quadratics[name] = [moved(part, task.model.device) for part in expanded(shares, S, D)]
         self.rows = None
         if count > 1:
             super().begin(task)
@@ -139,9 +139,3 @@ def _sum(before: StoredState, i: int, name: str, kept: LowRank) -> LowRank:
 
 def _zero(fisher: Curvature) -> Curvature:
     return Factored(*map(torch.zeros_like, fisher)) if isinstance(fisher, Factored) else torch.zeros_like(fisher)
-
-
-def _moved(part: Any, device: torch.device) -> Any:
-    if isinstance(part, Factored):
-        return Factored(*(each.to(device) for each in part))
-    return part if part is None else part.to(device)

@@ -49,7 +49,7 @@ class TimeAware(Merge):
             return Merged(1.0)
         old = ended.earlier[-1]
         kept = {
-            name: update._replace(B=averaged(old.read(name).B, update.B, ended.number))
+            name: update._replace(B=averaged(old.read(name).B.to(update.B), update.B, ended.number))
             for name, update in ended.updates.items()
         }
         return Merged(1.0, record={"rate": ended.number**-0.5}, adapter=kept)
