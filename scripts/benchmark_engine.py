@@ -93,7 +93,7 @@ def merge_seconds(threads: int, device: str, rank: int = 8) -> list[dict[str, ob
     for estimator in ("diagonal", "factored"):
         total = dict.fromkeys(("solve", "state", "write"), 0.0)
         for name, (*shape, count) in LLAMA_8B.items():
-            seconds = merge_one(estimator, *shape, rank, device)
+            seconds, _ = merge_one(estimator, *shape, rank, device)
             print(f"{estimator:9} {name:20} {count} x " + "  ".join(f"{value:.3f}" for value in seconds), flush=True)
             total = {key: value + count * one for (key, value), one in zip(total.items(), seconds, strict=True)}
         results.append({"estimator": estimator, "threads": threads, "device": device, **total})
@@ -101,8 +101,9 @@ def merge_seconds(threads: int, device: str, rank: int = 8) -> list[dict[str, ob
     return results
 
 
-def merge_one(estimator: str, height: int, width: int, rank: int, device: str) -> list[float]:
-    """Seconds of `solve`, `state` and `write` of one matrix (height, width)."""
+def merge_one(estimator: str, height: int, width: int, rank: int, device: str) -> tuple[list[float], merging.Terms]:
+    """Seconds of `solve`, `state` and `write` of one matrix (height, width), the same at each call, and its terms."""
+    torch.manual_seed(0)
     delta = merging.LowRank(torch.randn(height, rank), torch.randn(rank, width))
     if estimator == "diagonal":
         fisher, S, R = (torch.rand(height, width) for _ in range(3))
@@ -121,14 +122,14 @@ def merge_one(estimator: str, height: int, width: int, rank: int, device: str) -
 
     with tempfile.TemporaryDirectory() as folder:
         path, times = Path(folder) / "state.safetensors", [now()]
-        merging.matrix_terms(*moved((fisher, delta, state), device))
+        terms = merging.matrix_terms(*moved((fisher, delta, state), device))
         times.append(now())
         before, fisher, delta = moved((state, fisher, delta), device)
         new = merging.update_state(before, fisher, delta, 0.5)
         times.append(now())
         write_state(path, keeps, {"w": (height, width)}, lambda _: new._asdict(), dtype="float32")
         times.append(now())
-    return [after - before for before, after in pairwise(times)]
+    return [after - before for before, after in pairwise(times)], terms
 
 
 def main() -> None:

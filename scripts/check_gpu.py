@@ -28,6 +28,7 @@ from typing import Any
 
 import torch
 import yaml
+from benchmark_engine import merge_one
 from benchmark_kronecker import step_ratio
 from benchmark_speed import paired
 from peft import LoraConfig
@@ -280,6 +281,17 @@ class Check:
         equal = all(torch.equal(merged.read(names[n]), adapters.base_weight(layers[n]).cpu()) for n in layers)
         return {"bits_equal": equal, "into_model_seconds": live, "into_checkpoint_seconds": written}
 
+    def merge(self) -> dict[str, Any]:
+        """Seconds of P&M's merge of a matrix of the size of Llama-3.1-8B's, here and on the host, and how far apart
+        the terms of its coefficient are."""
+        shape = (64, 48) if self.tiny else (14336, 4096)
+        found: dict[str, Any] = {}
+        for estimator in ("diagonal", "factored"):
+            (here, own), (host, terms) = (merge_one(estimator, *shape, 8, kind) for kind in (self.device.type, "cpu"))
+            away = max(abs(a - b) / abs(b) for a, b in zip(own, terms, strict=True) if b)
+            found[estimator] = {"seconds": here, "seconds_on_host": host, "relative_difference": away}
+        return found
+
     # -- memory ---------------------------------------------------------------------------------------------------
 
     def eight_24gb(self) -> dict[str, Any]:
@@ -399,7 +411,7 @@ class Check:
 # Section -> seconds it may take.
 SECTIONS = {
     "stream_cpu": 120, "stream_gpu": 90, "stream_again": 90, "same": 60, "step": 120, "curvature": 150, "release": 120,
-    "quantized": 150, "padding_free": 60, "eight_24gb": 300, "eight_80gb": 240,
+    "merge": 60, "quantized": 150, "padding_free": 60, "eight_24gb": 300, "eight_80gb": 240,
 }  # fmt: skip
 
 
@@ -411,6 +423,8 @@ TARGETS: dict[str, tuple[str, tuple[str, ...], float | bool]] = {
     "directional curvature over forward and backward": ("curvature", ("directional", "ratio"), 1.3),
     "bits of the live weights equal those of the release": ("release", ("bits_equal",), True),
     "bits of curvature with its sums on the host": ("curvature", ("diagonal on the host", "bits_equal"), True),
+    "diagonal terms of a merge against the host's": ("merge", ("diagonal", "relative_difference"), 1e-6),
+    "factored terms of a merge against the host's": ("merge", ("factored", "relative_difference"), 1e-6),
     "GiB of an 8B stream on 24 GB": ("eight_24gb", ("peak_gib",), memory.parse_bytes("24GB") / 2**30),
     "GiB of an 8B stream on 80 GB": ("eight_80gb", ("peak_gib",), memory.parse_bytes("80GB") / 2**30),
 }

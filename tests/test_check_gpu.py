@@ -47,11 +47,12 @@ def test_ratios_and_bits(check, module):
     assert len(ratios) == 13 and all(0 < one["ratio"] < math.inf for one in ratios)
     assert curvature["diagonal, TF32"]["relative_difference"] == 0, "a CPU has no TF32"
     assert free["losses"][0] == pytest.approx(free["losses"][1], rel=1e-5)
-    release = check.release()
+    release, merge = check.release(), check.merge()
     assert release["bits_equal"] is True
-    results = {"step": step, "curvature": curvature, "release": release}
+    assert all(found["relative_difference"] == 0 < min(found["seconds"]) for found in merge.values())
+    results = {"step": step, "curvature": curvature, "release": release, "merge": merge}
     found = module.targets({name: {"ok": True} | result for name, result in results.items()})
-    assert len(found) == 6 and all(one["value"] is not None for one in found.values())
+    assert len(found) == 8 and all(one["value"] is not None for one in found.values())
 
 
 @pytest.mark.parametrize("name", ["eight_24gb", "eight_80gb"])
@@ -98,12 +99,13 @@ def test_targets_hold_or_not(module):
             "diagonal on the host": {"ratio": 9.0, "bits_equal": True},
         },
         "release": {"ok": True, "bits_equal": False},
+        "merge": {"ok": True, "diagonal": {"relative_difference": 1e-9}, "factored": {"relative_difference": 2e-6}},
         "eight_24gb": {"ok": True, "peak_gib": 22.0},
         "eight_80gb": {"ok": False, "error": "OutOfMemoryError"},
     }  # fmt: skip
     found = module.targets(report)
     assert list(found) == list(module.TARGETS)
-    assert [one["holds"] for one in found.values()] == [True, False, True, True, False, True, True, False]
+    assert [one["holds"] for one in found.values()] == [True, False, True, True, False, True, True, False, True, False]
     assert found["diagonal curvature over forward and backward"] == {"value": 2.6, "limit": 2.5, "holds": False}
     assert found["GiB of an 8B stream on 80 GB"]["value"] is None
     assert module.targets({"release": {"ok": True, "bits_equal": True}}) == {
