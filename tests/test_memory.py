@@ -327,6 +327,22 @@ def test_a_dry_pass_leaves_nothing_behind(opened, probed, monkeypatch, settings)
     assert asked == [5] * passes
 
 
+def test_a_dry_pass_trains_on_full_rows_where_examples_are_packed(opened, probed):
+    seen = []
+
+    class Watch(PMTrainer):
+        def compute_loss(self, model, inputs, *args, **kwargs):
+            seen.append(inputs["input_ids"].shape)
+            return super().compute_loss(model, inputs, *args, **kwargs)
+
+    trainer = opened(Watch, padding_free=True, per_device_train_batch_size=3)
+    trainer.args.packing = True  # as TRL's arguments have it
+    dry_pass(trainer, 1)
+    longest = max(len(ids) for stage in trainer.stages for ids in trainer.rows.encoded_train(stage)["input_ids"])
+    room = 3 * trainer.args.max_length
+    assert [rows for rows, _ in seen] == [1] and room - longest < seen[0][1] <= room
+
+
 def test_a_dry_pass_fills_packed_rows(opened):
     rows = opened(PMTrainer).rows.encoded_train(opened(PMTrainer).stages[0])
     args = SimpleNamespace(joins_examples="packing", per_device_train_batch_size=3, max_length=50)

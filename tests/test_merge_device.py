@@ -91,5 +91,5 @@ def test_a_shared_merge_is_on_the_host():
     """Other processes get it, each of which has another GPU."""
     with OtherDevice() as mode:
         update = Update(*(mode.there(torch.ones(2, 2)) for _ in "AB"), 1.0, False)
-        merged = Merged(1.0, mixing={"layer": update.A}, adapter={"layer": update}).on_host()
+        merged = Merged(1.0, mixing={"layer": update.A}, adapter={"layer": update}).on(merge_device.HOST)
     assert not any(isinstance(part, There) for part in (merged.mixing["layer"], *merged.adapter["layer"][:2]))

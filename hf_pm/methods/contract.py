@@ -127,15 +127,9 @@ class Merged(NamedTuple):
         return self if self.dense is None else self._replace(dense=_not_here)
 
     def on(self, device: torch.device) -> "Merged":
-        """The same, each matrix on `device` when it is asked for."""
+        """The same with the factors of adapters, which are small, on `device`."""
         pairs = {"mixing": self.mixing, "adapter": self.adapter}
-        return self._replace(**{key: Moved(pair, device) for key, pair in pairs.items() if pair is not None})
-
-    def on_host(self) -> "Merged":
-        """The same with every matrix on the host."""
-        pairs = {"mixing": self.mixing, "adapter": self.adapter}
-        there = {key: Moved(pair, torch.device("cpu")) for key, pair in pairs.items() if pair is not None}
-        return self._replace(**{key: dict(pair) for key, pair in there.items()})
+        return self._replace(**{key: dict(Moved(pair, device)) for key, pair in pairs.items() if pair is not None})
 
     def alpha_of(self, name: str) -> float:
         return self.alpha if self.per_matrix is None else self.per_matrix[name]

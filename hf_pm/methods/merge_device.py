@@ -15,6 +15,7 @@ from .contract import Ended, Merged
 logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
+HOST = torch.device("cpu")
 
 
 def on_gpu_or_host(device: torch.device, ended: Ended, work: Callable[[Ended], Result]) -> Result:
@@ -43,8 +44,10 @@ def solve(device: torch.device, ended: Ended, rule: Callable[[Ended], Merged]) -
     """What `rule` keeps of the update of `ended`, found by [`on_gpu_or_host`]; on the host. So is each matrix of a
     dense update, when it is written."""
     merged = on_gpu_or_host(device, ended, rule)
-    if merged.dense is None or device.type != "cuda":
-        return merged.on_host()
+    if device.type != "cuda":
+        return merged
+    if merged.dense is None:
+        return merged.on(HOST)
     on_host = cache(lambda: rule(ended).dense)
 
     def dense(name: str) -> torch.Tensor:
@@ -53,7 +56,7 @@ def solve(device: torch.device, ended: Ended, rule: Callable[[Ended], Merged]) -
 
         return on_gpu_or_host(device, ended, of)
 
-    return merged._replace(dense=dense).on_host()
+    return merged._replace(dense=dense)
 
 
 @contextmanager
