@@ -3,6 +3,8 @@
     python scripts/benchmark_methods.py recipes/bench/pm.yaml --methods pm sequential average --seeds 0 1 2 \
         --output_dir runs/bench --jobs 2 -- --data_dir DATA_FOLDER --model_name_or_path MODEL_FOLDER
 
+The recipe may be a folder: every method then runs its own recipe there, METHOD.yaml.
+
 `--methods all` takes every row of the table of methods, `--streams local/order1 local/order2` each order in a folder
 of its own. Each run is a process of its own with one torch thread. Runs that are complete are not repeated, and
 interrupted ones go on. What follows `--` is passed to every run.
@@ -30,13 +32,23 @@ from hf_pm.store.results import read_run
 LEFT_OUT = {"results.json": {"cells", "formulas", "coefficient_terms", "overlap", "base_model"}, "run.json": {"tasks"}}
 
 
-def run(recipe: str, method: str, seed: int, folder: Path, extra: list[str]) -> Path:
+def recipes_of(recipe: Path, methods: list[str]) -> dict[str, Path]:
+    """The recipe of each method: `recipe`, or where that is a folder, the file there that is named for the method."""
+    if not recipe.is_dir():
+        return dict.fromkeys(methods, recipe)
+    found = {method: recipe / f"{method}.yaml" for method in methods}
+    if missing := [path.name for path in found.values() if not path.is_file()]:
+        raise SystemExit(f"{recipe} has no {', '.join(missing)}; name one recipe for all methods, or leave these out")
+    return found
+
+
+def run(recipe: Path, method: str, seed: int, folder: Path, extra: list[str]) -> Path:
     """One run; its output goes to `<folder>.log`."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     words = ["--method", method, "--seed", str(seed), "--output_dir", str(folder), "--disable_tqdm", "true", *extra]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "1")}
     with open(f"{folder}.log", "w") as log:
-        command = [sys.executable, "-m", "hf_pm.cli", "run", recipe, *words]
+        command = [sys.executable, "-m", "hf_pm.cli", "run", str(recipe), *words]
         code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=environment, check=False).returncode
     print(f"{folder.name}: {'done' if code == 0 else f'failed with {code}, see {folder}.log'}", flush=True)
     return folder
@@ -89,7 +101,7 @@ def restore(record: Path, output_dir: Path) -> set[Path]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("recipe")
+    parser.add_argument("recipe", type=Path, help="a file, or a folder with one for each method")
     parser.add_argument("--methods", nargs="+", default=["pm", "sequential", "average"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--streams", nargs="+", default=[], help="in the place of the recipe's own")
@@ -100,6 +112,7 @@ def main() -> None:
     end = words.index("--") if "--" in words else len(words)
     options, extra = parser.parse_args(words[:end]), words[end + 1 :]
     methods = list(METHODS) if options.methods == ["all"] else options.methods
+    recipes = recipes_of(options.recipe, methods)
     # Each order with its folder and its words.
     orders = [(options.output_dir / name.replace("/", "-"), ["--stream", name]) for name in options.streams]
     orders = orders or [(options.output_dir, [])]
@@ -113,7 +126,7 @@ def main() -> None:
     }
     with ThreadPoolExecutor(options.jobs) as pool:
         jobs = [
-            pool.submit(run, options.recipe, method, seed, folder, [*extra, *words])
+            pool.submit(run, recipes[method], method, seed, folder, [*extra, *words])
             for folder, (method, seed, words) in runs.items()
             if folder not in recorded
         ]

@@ -660,6 +660,21 @@ def test_a_record_replaces_the_runs_in_a_comparison(benchmark, tmp_path, capsys)
     assert "pm-seed3: failed with 1" in capsys.readouterr().out
 
 
+def test_a_folder_of_recipes_gives_each_method_its_own(benchmark, tmp_path, capsys):
+    seen = tmp_path / "seen"
+    command = f"import sys; print(sys.argv[sys.argv.index('run') + 1], file=open({str(seen)!r}, 'a'))"
+    recipes = tmp_path / "recipes"
+    recipes.mkdir()
+    for name in ("pm", "kronecker"):
+        (recipes / f"{name}.yaml").touch()
+    words = [recipes, "--seeds", 0, "--jobs", 1, "--output_dir", tmp_path / "runs", "--methods", "pm", "kronecker"]
+    benchmark(*words, command=command)
+    assert seen.read_text().splitlines() == [str(recipes / "pm.yaml"), str(recipes / "kronecker.yaml")]
+    # Nothing runs where one has no file.
+    with pytest.raises(SystemExit, match="has no average.yaml, single.yaml; name one recipe for all methods"):
+        benchmark(*words, "average", "single")
+
+
 def test_a_record_does_not_write_over_a_finished_run(benchmark, tmp_path):
     folder = write_run(tmp_path / "runs" / "pm-seed0", aa(0.75, seed=0))
     record = tmp_path / "record.jsonl"
