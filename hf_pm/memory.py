@@ -381,8 +381,7 @@ def _sums(parts: Parts, shapes: Mapping[str, Sequence[int]], config: PMConfig) -
     if config.sharded and not config.use_cpu:
         entries = 0  # kept on the host
     fixed = entries if "gradient" in wanted else 0
-    if wanted & {"kronecker", "inputs"}:
-        fixed += moment_bytes(shapes, parts.cut_rank)
+    fixed += moment_bytes(shapes, parts.cut_rank, wanted)
     sides = state_bytes({"F": "factored"}, shapes, dtype="float32", rank=0) if "curvature" in wanted else 0
     dense = entries if "curvature" in wanted else 0
     return {"diagonal": fixed + dense, "factored": fixed + sides, "directional": fixed + sides}

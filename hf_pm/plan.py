@@ -101,15 +101,15 @@ def method_bytes(shapes: Mapping[str, Sequence[int]], config: PMConfig) -> Metho
         measured = state_bytes({"F": curvature_form(config)}, shapes, dtype="float32", rank=0)
     if "gradient" in parts.measures():
         measured += 4 * sum(math.prod(shape) for shape in shapes.values())
-    if parts.measures() & {"kronecker", "inputs"}:
-        measured += moment_bytes(shapes, parts.cut_rank)
+    measured += moment_bytes(shapes, parts.cut_rank, parts.measures())
     # For one matrix at a time, old and new values of everything that is kept, and dense updates.
     at_once = 2 * len(keeps) + 1 if keeps else 0
     at_once += 3 if dense else 0
+    squares = 8 * parts.merge.squares * max(sum(side**2 for side in shape) for shape in shapes.values())
     return MethodBytes(
         state=state_bytes(keeps, shapes, dtype=config.curvature_dtype, rank=MAX_RANK, cut=parts.cut_rank),
         dense=4 * sum(math.prod(shape) for shape in shapes.values()) if dense else 0,
-        merge_memory=measured + 4 * at_once * max(math.prod(shape) for shape in shapes.values()),
+        merge_memory=measured + squares + 4 * at_once * max(math.prod(shape) for shape in shapes.values()),
         measured=measured,
     )
 

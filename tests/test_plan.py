@@ -5,6 +5,8 @@ import json
 import os
 import shutil
 import struct
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -19,10 +21,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from hf_pm import memory as counted
 from hf_pm.cli import main
-from hf_pm.config import PlannedRecipe, Recipe
+from hf_pm.config import PlannedRecipe, PMConfig, Recipe
 from hf_pm.errors import UserError
 from hf_pm.loading import build_trainer
-from hf_pm.plan import format_plan, plan_recipe
+from hf_pm.plan import format_plan, method_bytes, plan_recipe
 from hf_pm.probe import Seconds, line_through, padded, unknown_because
 from hf_pm.store.environment import SHARDED
 from hf_pm.store.ledger import write_json
@@ -89,6 +91,46 @@ def test_factored_state_is_small_and_constant_once_its_rank_is_full(recipe):
     dense, factored = (plan_recipe(recipe(curvature_estimator=name)) for name in ("diagonal", "factored"))
     assert factored.merge_memory < dense.merge_memory
     assert plan_recipe(recipe(method="sequential")).state == 0
+
+
+def test_the_sums_of_a_method_are_those_that_it_measures(tmp_path):
+    def bytes_of(method):
+        config = PMConfig(str(tmp_path), method=method, use_cpu=True)
+        return method_bytes({"one": (100, 200), "two": (50, 200)}, config).measured
+
+    # 4 bytes a number; sums of such small sides are whole.
+    gradients, inputs = 4 * (100**2 + 200**2 + 50**2 + 200**2), 4 * (200**2 + 200**2)
+    assert bytes_of("kronecker") == bytes_of("subspace") == gradients
+    assert bytes_of("gram") == gradients + inputs
+    assert bytes_of("regmean") == inputs
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory of a process is read from /proc")
+def test_a_spectral_merge_takes_the_memory_that_is_planned(tmp_path):
+    shape, program = (
+        (900, 1200),
+        """
+import sys, torch
+from hf_pm.weights import kronecker
+from hf_pm.weights.merging import LowRank
+def merge(out, columns):
+    pairs = [tuple(kronecker.Cut(torch.randn(n, 8), torch.rand(n) + 0.1) for n in (out, columns)) for _ in range(2)]
+    kronecker.spectral(LowRank(torch.randn(out, 4), torch.randn(4, columns)), *pairs)
+def peak():
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) * 1024
+torch.set_num_threads(1)
+merge(50, 60)
+before = peak()
+merge(*map(int, sys.argv[1:]))
+print(peak() - before)
+""",
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, *map(str, shape)], capture_output=True, text=True, check=True
+    )
+    config = PMConfig(str(tmp_path), method="spectral", use_cpu=True)
+    planned = method_bytes({"one": shape}, config)
+    assert 0.5 < int(done.stdout) / (planned.merge_memory - planned.measured) < 1.05
 
 
 @pytest.mark.parametrize(("room", "same"), [(0, "diagonal"), (-1, "factored")])

@@ -408,7 +408,8 @@ class Merge(Part):
     began, so that `Start.on_trained` makes sense. `expert`: whether its payload is an expert, which joins those of the
     entries before. `reweights`: whether it also changes what is kept of the entries before (`Merged.earlier`).
     `runs_model`: whether `solve` runs the model. Then every process calls it; otherwise the main process alone does,
-    and sends the others `Merged.shared`.
+    and sends the others `Merged.shared`. `squares`: how many float64 matrices of (out, out), and as many of (in, in),
+    solving one matrix holds at once.
     """
 
     dense: ClassVar[bool] = False
@@ -418,6 +419,7 @@ class Merge(Part):
     expert: ClassVar[bool] = False
     reweights: ClassVar[bool] = False
     runs_model: ClassVar[bool] = False
+    squares: ClassVar[int] = 0
 
     def solve(self, ended: Ended) -> Merged:
         raise NotImplementedError

@@ -139,14 +139,13 @@ def expert_name(name: str, expert: int) -> str:
     return f"{name}[{expert}]"
 
 
-def moment_bytes(shapes: Mapping[str, Sequence[int]], rank: int) -> int:
+def moment_bytes(shapes: Mapping[str, Sequence[int]], rank: int, wanted: Collection[str]) -> int:
     """Bytes of the sums of [`Moments`] in one process, for matrices of these shapes (..., out, in) that share no
     input."""
     numbers = 0
     for *experts, rows, columns in shapes.values():
-        sizes = [
-            n * (n if kronecker.summed_whole(n, rank) else kronecker.sketch_size(rank) + 1) for n in (rows, columns)
-        ]
+        sides = ([rows, columns] if "kronecker" in wanted else []) + ([columns] if "inputs" in wanted else [])
+        sizes = [n * (n if kronecker.summed_whole(n, rank) else kronecker.sketch_size(rank) + 1) for n in sides]
         numbers += math.prod(experts) * sum(sizes)
     return 4 * numbers
 

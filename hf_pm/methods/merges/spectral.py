@@ -15,10 +15,12 @@ class Spectral(KroneckerState, Merge):
     P&M's closed form (arXiv 2505.22389) keeps alpha D, the best point of a line; here every direction has its own
     coefficient, 1 / (1 + mu g_i a_j) in the generalized eigenbases of (G_old, G_t) and (A_old, A_t). `spectral_mu`
     weighs the old tasks, `kronecker_damping` (relative to the mean diagonal) bounds what the new task leaves open. D'
-    has full rank, so the payload is dense.
+    has full rank, so the payload is dense, and the factors of each matrix are decomposed whole, which takes the cube
+    of its sides: for models whose layers are a few thousand wide, take `subspace`.
     """
 
     dense = True
+    squares = 11  # measured: the peak of `weights.kronecker.spectral`
     settings = KroneckerState.settings | {
         "spectral_mu": Setting(1.0, "must be at least 0", lambda value: value >= 0),
         "kronecker_damping": DAMPING,
