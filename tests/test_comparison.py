@@ -21,6 +21,7 @@ from pages import (
 from hf_pm.config import RUN_INVARIANT_FIELDS
 from hf_pm.report.comparison import compare, write_comparison
 from hf_pm.report.groups import PER_RUN_SETTINGS, T_QUANTILES
+from hf_pm.store.results import DASH
 
 
 def aa(value: float, **changes: Any) -> dict[str, Any]:
@@ -209,6 +210,66 @@ def test_general_text_is_compared(tmp_path):
     # Not measured after the last task: the change so far is not that of the whole run.
     partial = compare([write_run(tmp_path / "partial", aa(0.5, panel=[panel[0], panel[1] | {"after": 1}]))])
     assert partial.rows[0]["panel_change"]["n"] == 0 and "General text" not in partial.markdown
+
+
+def costly(method: str, seed: int, tasks: int, **costs: Any) -> dict[str, Any]:
+    """Results with `costs` of every task, times its number."""
+    names = [f"task {t}" for t in range(1, tasks + 1)]
+    records = [
+        {"name": name, **{key: value * t for key, value in costs.items()}} for t, name in enumerate(names, start=1)
+    ]
+    matrix = [[0.5] * t for t in range(1, tasks + 1)]
+    return make_results(names, matrix, method=method, seed=seed, per_task=records)
+
+
+def test_costs_stand_beside_the_scores(tmp_path):
+    folders = [
+        write_run(
+            tmp_path / f"pm-{seed}",
+            costly("pm", seed, 3, train_seconds=10.0 + seed, curvature_seconds=2.0, merge_seconds=0.5,
+                   peak_memory_bytes=1e9, state_bytes=25_700_000),
+        )
+        for seed in (0, 1)
+    ]  # fmt: skip
+    results = costly(HOSTILE, 0, 3, train_seconds=10.0, curvature_seconds=0.0, state_bytes=0)
+    results["per_task"][1] |= {"curvature_seconds": None, "state_bytes": HOSTILE}
+    folders.append(write_run(tmp_path / "other", results))
+    comparison = compare(folders)
+    table = comparison.tables[-1]
+    states = [f"State after {t}" for t in (1, 2, 3)]
+    assert table.title == "Costs"
+    assert table.header == ["Method", "Training", "Curvature", "Merge", "Peak memory", *states]
+    # Sums of 1 + 2 + 3 times the first task's, means over two seeds; a sum that lacks a task is none.
+    pm = ["pm", "1 min 03 s", "12.0 s", "3.0 s", "3 GB", "25.7 MB", "51.4 MB", "77.1 MB"]
+    assert table.rows == [pm, [HOSTILE, "1 min 00 s", DASH, DASH, DASH, "0 B", DASH, "0 B"]]
+    assert values(comparison, "pm")["peak_memory_bytes"] == {"mean": 3e9, "std": 0.0, "n": 2}
+    assert f"| {' | '.join(pm)} |" in comparison.markdown and "**Costs**" in comparison.markdown
+    assert "Costs are means over runs" in comparison.legend
+    page = Page(comparison.html)
+    assert pm in page.table(f"table-1-{len(comparison.tables)}")
+    assert_self_contained(comparison.html)
+    assert "<script" not in comparison.markdown
+    lines = [line for line in csv.DictReader(comparison.csv.splitlines()) if line["label"] == "pm"]
+    kept = {line["task"]: line["mean"] for line in lines if line["quantity"] == "state_bytes"}
+    assert kept == {"task 1": "25700000.0", "task 2": "51400000.0", "task 3": "77100000.0"}
+    assert {"curvature_seconds", "merge_seconds", "peak_memory_bytes"} <= {line["quantity"] for line in lines}
+    # A column that no run has a value for is left out, and so is the table if only the time of training is known.
+    assert compare(folders[2:]).tables[-1].header == ["Method", "Training", states[0], states[2]]
+    plain = compare([write_run(tmp_path / "plain", aa(0.5))])
+    assert "Costs" not in plain.markdown + plain.html and "Training time" in plain.markdown
+
+
+def test_the_state_of_a_long_stream_is_shown_after_a_few_tasks(tmp_path):
+    comparison = compare([write_run(tmp_path / "run", costly("inflora", 0, 50, state_bytes=1e6))])
+    assert comparison.tables[-1].header[1:] == [f"State after {t}" for t in (1, 11, 21, 30, 40, 50)]
+    assert comparison.tables[-1].rows == [["inflora", "1 MB", "11 MB", "21 MB", "30 MB", "40 MB", "50 MB"]]
+    assert comparison.csv.count("state_bytes") == 50
+    # One model for all tasks has one state, which is that after none of them.
+    joint = make_results(["a", "b"], [[None], [0.8, 0.9]], method="joint", per_task=[{"name": "joint"}])
+    joint["per_task"][0] |= {"train_seconds": 9.0, "merge_seconds": 1.0, "state_bytes": 8}
+    folders = [write_run(tmp_path / "joint", joint)]
+    folders.append(write_run(tmp_path / "pm", joint | {"method": "pm", "per_task": None}))
+    assert compare(folders).tables[-1].rows == [["joint", "9.0 s", "1.0 s"], ["pm", DASH, DASH]]
 
 
 def test_scores_of_a_quantized_base_say_of_which_model_they_are(tmp_path):

@@ -10,7 +10,7 @@ from ..errors import UserError, choose
 from ..metrics.continual import FORMULAS
 from ..store.ledger import write_bytes
 from ..store.results import DASH, METRICS, read_run
-from . import tables
+from . import costs, tables
 from .figures import Plot
 from .groups import (
     COMPARED,
@@ -54,8 +54,9 @@ class Comparison:
     Parameters:
         rows (`list[dict[str, Any]]`):
             One per label and group of comparable runs: `group` (from 1), `label`, `method`, `runs` (names), `seeds`,
-            `n`, `baseline`; per metric, and for `train_seconds` and `panel_change`, a summary `{"mean", "std", "n"}`;
-            `scores` (of the last row of the matrix) and `coefficients`, one summary per task; for a quantized base
+            `n`, `baseline`; per metric, and for `panel_change`, `train_seconds`, `curvature_seconds`, `merge_seconds`
+            and `peak_memory_bytes`, a summary `{"mean", "std", "n"}`; `scores` (of the last row of the matrix),
+            `coefficients` and `state_bytes` (kept after it), one summary per task; for a quantized base
             `quantized`, the form of the weights that were scored, and `released_average` and `released_scores`, the
             summaries of what its releases score at the end as they are loaded; and `paired`, for each
             metric with a shared seed a summary of the difference to the baseline, with `low` and `high` of its 95 %
@@ -207,6 +208,13 @@ def _tables(rows: Sequence[Mapping[str, Any]], tasks: Sequence[str], prefix: str
             ]
             title = f"{prefix}Score per task at the end, difference to {others[0]['baseline']}, same seeds"
             made.append(_table(title, others, columns)._replace(signed=True))
+    if found := costs.cost_columns(rows):
+        columns = []
+        for title, held, number in found:
+            # Without the spread: it says more about the machine than about the methods.
+            texts = [_summary_text(x | {"std": None}, row["n"], number) for x, row in zip(held, rows, strict=True)]
+            columns.append(Column(title, texts, [each["mean"] for each in held]))
+        made.append(_table(f"{prefix}Costs", rows, columns))
     return made
 
 
@@ -218,9 +226,10 @@ def _differences(title: str, found: Sequence[Mapping[str, Any] | None], pairs: S
 def _csv(rows: Iterable[Mapping[str, Any]], tasks: Mapping[int, Sequence[str]]) -> str:
     lines = []
     for row in rows:
-        single = (*COMPARED, "released_average", "train_seconds", "panel_change")
+        single = (*COMPARED, "released_average", *costs.TOTALS, "panel_change")
         quantities = [(name, "", row[name]) for name in single]
         by_task = {"score": "scores", "released_score": "released_scores", "coefficient": "coefficients"}
+        by_task |= {"state_bytes": "state_bytes"}
         for name, key in by_task.items():
             quantities += [(name, tasks[row["group"]][j], summary) for j, summary in enumerate(row[key])]
         differences = dict(row["paired"] or {})
@@ -326,7 +335,8 @@ def compare(
         for label, scored in values.items():
             repeats = [run for run, _ in scored]
             notes += notes_on_group(label, repeats) + note_on_weights(label, repeats)
-            own_rows.append({"group": number, "baseline": base, **row_of(label, scored, values[base])})
+            row = row_of(label, scored, values[base]) | costs.cost_row(repeats)
+            own_rows.append({"group": number, "baseline": base, **row})
             source = f"mean of {len(repeats)} runs" if len(repeats) > 1 else repeats[0].name
             form = quantized_to(repeats)
             title = f"{label} ({source})" + (f", weights quantized to {form}" if form else "")
@@ -355,6 +365,7 @@ def compare(
     if any(table.best for table in made):
         legend += BEST_LEGEND + (BOUND_LEGEND if any(row["method"] in REFERENCES for row in rows) else "")
     legend += REFERENCE_LEGEND if set(shown) - set(PAIRED) else ""
+    legend += costs.LEGEND if any(table.title.endswith("Costs") for table in made) else ""
     drawn_legend = legend + (BEST_ROW_LEGEND if any(table.best_rows for table in made) else "")
     template = template_environment().get_template("compare.html.jinja")
     return Comparison(

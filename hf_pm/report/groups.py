@@ -17,7 +17,6 @@ from ..store.results import (
     as_number,
     as_record,
     base_row_of,
-    costs_of,
     entry_of,
     grid_of,
     matrix_of,
@@ -140,7 +139,7 @@ Scored = tuple[Run, dict[str, float | None]]  # a run and its metrics
 # Numbers
 
 
-def _summary(values: Iterable[Any]) -> dict[str, Any]:
+def summary(values: Iterable[Any]) -> dict[str, Any]:
     """Mean, sample standard deviation (from two values on) and count of the values that exist."""
     known = [number for value in values if (number := as_number(value)) is not None]
     return {
@@ -198,12 +197,12 @@ def paired(
     ]
     if not differences:
         return None
-    summary = _summary(differences)
-    n, half = summary["n"], None
+    found = summary(differences)
+    n, half = found["n"], None
     if n > 1:
-        half = T_QUANTILES[min(n - 1, len(T_QUANTILES)) - 1] * summary["std"] / math.sqrt(n)
-    low, high = (None, None) if half is None else (summary["mean"] - half, summary["mean"] + half)
-    return summary | {"low": low, "high": high}
+        half = T_QUANTILES[min(n - 1, len(T_QUANTILES)) - 1] * found["std"] / math.sqrt(n)
+    low, high = (None, None) if half is None else (found["mean"] - half, found["mean"] + half)
+    return found | {"low": low, "high": high}
 
 
 def _mean_cells(rows: Iterable[Sequence[float | None]]) -> list[float | None]:
@@ -259,20 +258,19 @@ def row_of(label: str, group: Sequence[Scored], baseline: Sequence[Scored]) -> d
         "runs": [run.name for run in runs],
         "seeds": [run.seed for run in runs],
         "n": len(runs),
-        **{name: _summary(values[name] for _, values in group) for name in COMPARED},
-        "scores": [_summary(row[j] for row in last) for j in range(done)],
+        **{name: summary(values[name] for _, values in group) for name in COMPARED},
+        "scores": [summary(row[j] for row in last) for j in range(done)],
         "quantized": quantized_to(runs) or None,
-        "released_average": _summary(continual.average_accuracy([row]) for row in releases if row),
+        "released_average": summary(continual.average_accuracy([row]) for row in releases if row),
         "released_scores": [
-            _summary(row[j] for row in releases) for j in range(done) if any(map(released_matrix, runs))
+            summary(row[j] for row in releases) for j in range(done) if any(map(released_matrix, runs))
         ],
         "coefficients": [
-            _summary(entry_of(run.results, "coefficients", j) for run in runs)
+            summary(entry_of(run.results, "coefficients", j) for run in runs)
             for j in range(done)
             if all(len(alpha) == done for alpha in alphas)
         ],
-        "train_seconds": _summary(costs_of(run.results)["total"]["train_seconds"] for run in runs),
-        "panel_change": _summary(_panel_change(run) for run in runs),
+        "panel_change": summary(_panel_change(run) for run in runs),
         "paired": None
         if group is baseline
         else {name: held for name, held in differences.items() if held is not None},
