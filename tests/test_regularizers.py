@@ -118,6 +118,18 @@ def test_a_strength_of_zero_is_sequential_to_the_bit(name, zero, model, stream, 
     assert logged and not any(logged)
 
 
+@pytest.mark.parametrize("name", ["replay", "rehearsal"])
+def test_a_share_that_rounds_to_no_row_is_sequential_to_the_bit(name, model, stream, tokenizer, lora, config):
+    """With dropout: neither choosing rows nor writing them draws from the generator of the training."""
+    lora.lora_dropout = 0.1
+    settings = {"release": "none", "num_train_epochs": 1}
+    plain = config(output_dir=config().output_dir + "-plain", method="sequential", **settings)
+    trained(again(model), stream, tokenizer, lora, plain)
+    args = config(method=name, method_kwargs={"replay_share": 0.01}, **settings)  # of 48 rows, 0.48 of one
+    trainer, _ = trained(again(model), stream, tokenizer, lora, args)
+    assert trainer.parts.replay.kept and weights_of(args.output_dir) == weights_of(plain.output_dir)
+
+
 REFUSED = [
     (
         {"method": "der", "replay": "none"},

@@ -52,11 +52,11 @@ class Buffer(Replay):
         self.kept = [kept[name] for name in sorted(kept)]
 
     def join(self, rows: Dataset) -> Dataset:
-        if not self.kept:
+        wanted = self._wanted(len(rows))
+        if not self.kept or not wanted:
             return rows
         buffer = concatenate_datasets(self.kept)
         generator = torch.Generator().manual_seed(self.seed)
-        wanted = self._wanted(len(rows))
         rounds = [torch.randperm(len(buffer), generator=generator) for _ in range(math.ceil(wanted / len(buffer)))]
         return concatenate_datasets([rows, buffer.select(torch.cat(rounds)[:wanted].tolist())])
 
