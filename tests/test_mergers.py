@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import peft.utils.merge_utils
@@ -11,6 +12,7 @@ from conftest import MOOD, build, rows
 from reference import paper_coefficient
 from test_curvature import TASK_TYPES, adapted, batches, build_experts, single_rows
 from test_experts import EXPERTS, moe
+from test_parts import arguments
 from test_trainer import StopAt, again, comparable, digests, trained
 from transformers import AutoModelForCausalLM
 
@@ -18,6 +20,7 @@ from hf_pm import PMTrainer, Task, TaskStream, UserError
 from hf_pm.hub.releases import Releases
 from hf_pm.methods.curvature import measure_curvature
 from hf_pm.methods.merges.dare import drop
+from hf_pm.methods.merges.factors import Pic, flat
 from hf_pm.methods.merges.fisher import weight
 from hf_pm.methods.merges.isotropic import isotropic
 from hf_pm.methods.merges.magmax import larger
@@ -28,12 +31,14 @@ from hf_pm.report import page
 from hf_pm.runs.doctor import examine
 from hf_pm.runs.history import rollback
 from hf_pm.weights import adapters
+from hf_pm.weights.adapters import Update
 from hf_pm.weights.kronecker import Cut
 from hf_pm.weights.merging import Factored
 from hf_pm.weights.states import StoredState, state_bytes, write_state
 
 
 GENERATOR = torch.Generator().manual_seed(0)
+LAMBDA = 0.4
 VECTORS = torch.tensor([[0.9, -0.1, 0.5, 0.2], [-0.3, -0.8, 0.6, -0.05], [0.4, 0.7, -0.1, 0.3]])
 
 
@@ -197,6 +202,30 @@ def test_weights_of_fisher_and_cofima():
     assert torch.equal(weight(factored, 0.0, factored, 0.0, 0.0), torch.full((2, 3), 0.5))
 
 
+def pic_of(initial, tasks):
+    """The adapter that PIC leaves after `tasks`, adapters of one matrix that began as `initial`."""
+    part, state = Pic(arguments(method_kwargs={"task_arithmetic_scaling": LAMBDA})), {}
+    part.initial = flat({"m": initial})
+    for update in tasks:
+        sums = {key.removeprefix("pic_sum/"): total for key, total in state.items()}
+        before = SimpleNamespace(beside={"pic_sum": sums}.__getitem__)
+        ended = SimpleNamespace(updates={"m": update}, before=before)
+        merged, state = part.solve(ended), part.end(ended)
+    return merged.adapter["m"]
+
+
+def test_pic_is_task_arithmetic_where_all_tasks_share_a_frozen_A_and_knows_no_order():
+    initial = Update(draw(3, 7), torch.zeros(5, 3), 2.0, False)
+    trained = [initial._replace(A=initial.A + draw(3, 7), B=draw(5, 3)) for _ in range(4)]
+    shared = [update._replace(A=initial.A) for update in trained]
+    for tasks, equal in ((shared, True), (trained, False)):
+        weights = LAMBDA * sum(update.delta() for update in tasks)
+        assert torch.allclose(pic_of(initial, tasks).delta(), weights, atol=1e-5) == equal
+    for order in ((3, 1, 0, 2), (2, 3, 1, 0)):
+        found, expected = pic_of(initial, [trained[i] for i in order]), pic_of(initial, trained)
+        assert torch.allclose(found.A, expected.A, atol=1e-6) and torch.allclose(found.B, expected.B, atol=1e-6)
+
+
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_curvature_of_the_factors_is_that_of_the_row_loop(kind):
     """One backward pass a row, through the adapter itself."""
@@ -231,7 +260,6 @@ def test_a_square_matrix_of_the_inputs_is_checked_on_either_side(tmp_path):
 
 # ---- Whole runs -----------------------------------------------------------------------------------------------------
 
-LAMBDA = 0.4
 SETTINGS = {
     "task-arithmetic": {"task_arithmetic_scaling": LAMBDA},
     "pic": {"task_arithmetic_scaling": LAMBDA},

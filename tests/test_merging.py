@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from reference import paper_coefficient, surrogate_loss
 
 from hf_pm.errors import UserError
-from hf_pm.weights import merging
+from hf_pm.weights import kronecker, merging
 from hf_pm.weights.merging import (
     COEFFICIENTS,
     Factored,
@@ -94,6 +94,38 @@ def test_equal_curvature_is_uniform_averaging():
         assert alpha == pytest.approx(1 / number, abs=1e-5)
         state = update_state(state, fisher, delta, alpha)
         merged = merged + alpha * delta
+
+
+def test_running_averages_are_the_mean_of_independent_experts():
+    """Each expert is its own vector on the base, wherever the average of those before it lies."""
+    generator = torch.Generator().manual_seed(0)
+    experts = torch.randn(6, 3, 4, generator=generator, dtype=torch.float64)
+    merged = torch.zeros(3, 4, dtype=torch.float64)
+    for number, expert in enumerate(experts, start=1):
+        merged = merged + COEFFICIENTS["average"](None, number, None) * (expert - merged)
+        assert torch.allclose(merged, experts[:number].mean(0), atol=1e-12)
+
+
+def test_a_diagonal_does_not_see_that_two_tasks_live_in_orthogonal_subspaces():
+    """Gradients in two of them, each of 10 directions in a turned R^200: nothing is lost by keeping all of the second
+    update, alpha = 1, but the diagonals overlap everywhere."""
+    generator = torch.Generator().manual_seed(0)
+    found = []
+    for _ in range(20):
+        turned = torch.linalg.qr(torch.randn(200, 20, generator=generator, dtype=torch.float64)).Q
+        spaces = turned[:, :10], turned[:, 10:]
+        deltas = [(U @ torch.randn(10, generator=generator, dtype=torch.float64))[None] for U in spaces]
+        whole = [U @ U.T for U in spaces]
+        first, second = (F.diagonal()[None] for F in whole)
+        state = update_state(None, first, deltas[0], 1.0)
+        diagonal = pm_coefficient(matrix_terms(second, deltas[1], state), 2)
+        # Of a matrix of one row the factor of the inputs is the whole curvature, all 200 x 200 entries.
+        one = torch.ones(1, 1, dtype=torch.float64)
+        terms = kronecker.matrix_terms(LowRank(one, deltas[1]), (one, whole[0]), (one, whole[1]))
+        found.append((diagonal, pm_coefficient(terms, 2)))
+    diagonal, full = torch.tensor(found, dtype=torch.float64).T
+    assert diagonal.mean().item() == pytest.approx(0.54, abs=0.02) and diagonal.max() < 0.7
+    assert torch.allclose(full, torch.ones_like(full))
 
 
 def test_slope_is_orthogonal_to_an_unclipped_update():
