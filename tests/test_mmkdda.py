@@ -6,7 +6,7 @@ from conftest import build
 from peft import LoraConfig
 from test_parts import arguments, step_of
 from test_regularizers import Keeps, no_pictures  # noqa: F401 - the second is a fixture
-from test_trainer import trained
+from test_trainer import again, trained
 from torch.nn.functional import cross_entropy
 
 from hf_pm import PMSeq2SeqConfig, PMSeq2SeqTrainer, UserError
@@ -170,3 +170,36 @@ def test_the_rate_is_averaging_at_power_one_and_whole_at_zero():
             ended = Ended(number, "a", None, {}, StoredState(None), (), None, None, 0)
             assert part.solve(ended).alpha == COEFFICIENTS[rule](None, number, None)
     assert Reptile(arguments(method_kwargs={"reptile_power": 2.0})).solve(ended).alpha == pytest.approx(1 / 25)
+
+
+@pytest.fixture
+def learn(model, stream, tokenizer, lora, config, no_pictures):  # noqa: F811
+    """A factory: the merged weights that both tasks leave, by matrix."""
+
+    def make(name, settings, **overrides):
+        args = config(output_dir=f"{config().output_dir}-{name}", method_kwargs=settings, **overrides)
+        args.release, args.num_train_epochs, args.max_eval_samples = "none", 1, 4
+        trainer, _ = trained(again(model), stream, tokenizer, lora, args)
+        return {matrix: trainer.run.folder.merged(matrix) for matrix in trainer.run.folder.names}
+
+    return make
+
+
+def test_a_whole_step_is_replay_with_this_penalty_to_the_bit(learn):
+    """gamma = 1: experience replay and distillation."""
+    settings = {"replay_fraction": 0.2, "mmkdda_mixup": 0.0}
+    ours = learn("ours", settings | {"reptile_power": 0.0}, method="mmkdda", replay="buffer")
+    plain = learn("plain", settings, method="replay", penalty="mmkdda")
+    assert all(torch.equal(ours[name], weight) for name, weight in plain.items())
+
+
+def test_without_distillation_and_mixture_it_replays_as_der_does(learn):
+    """Two ways to one loss, on so few kept rows that both draw all of them."""
+    common = {"replay_fraction": 0.1}
+    mmkdda = {"mmkdda_mixup": 0.0, "mmkdda_strength": 0.0, "mmkdda_replay": 0.7, "reptile_power": 0.0}
+    ours = learn("ours", common | mmkdda, method="mmkdda")
+    der = learn("der", common | {"der_alpha": 0.0, "der_beta": 0.7}, method="der")
+    plain = learn("plain", None, method="sequential")
+    for name, weight in der.items():
+        torch.testing.assert_close(ours[name], weight, rtol=1e-4, atol=1e-5)
+    assert max((plain[name] - weight).abs().max() for name, weight in der.items()) > 0.01

@@ -621,6 +621,31 @@ def test_matrices_that_hurt_kept_rows_go_back(model, stream, tokenizer, lora, co
         assert 0 < entry.terms["conflicting"] and not [f for f in examine(args.output_dir) if f.problem]
 
 
+def test_with_beta_one_the_old_model_stays_where_every_matrix_hurts_kept_rows(model, stream, tokenizer, lora, config):
+    """Every matrix goes up the slope of their loss. Where one does not, it keeps its update: see the test before."""
+
+    class Climbs(PMTrainer):
+        def _merge(self, number, measured):
+            if number == 2:
+                merge = self.parts.merge
+                factors = [layer.lora_B[ADAPTER].weight for layer in lora_layers(self.model).values()]
+                for B in factors:
+                    B.data.zero_()
+                slopes = torch.autograd.grad(merge.cross_entropy(merge.rows), factors)
+                for B, slope in zip(factors, slopes, strict=True):
+                    B.data.copy_(0.01 * slope / slope.norm())
+            super()._merge(number, measured)
+
+    settings = {"selective_beta": 1.0, "replay_fraction": 0.1}
+    args = config(method="sril", method_kwargs=settings, release="none", num_train_epochs=1)
+    trainer, results = trained(model, stream, tokenizer, lora, args, cls=Climbs)
+    entry, folder = Ledger(args.output_dir).entries[1], trainer.run.folder
+    assert entry.terms["confidence_before"] > entry.terms["confidence"]  # the gate is open by itself
+    assert set(entry.coefficients.values()) == {0.0} and entry.terms["conflicting"] == len(folder.names)
+    assert all(torch.equal(folder.merged(name, 2), folder.merged(name, 1)) for name in folder.names)
+    assert results["matrix"][1][0] == results["matrix"][0][0]
+
+
 # ---- Rehearsal ------------------------------------------------------------------------------------------------------
 
 

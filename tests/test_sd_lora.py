@@ -130,6 +130,30 @@ def test_magnitudes_of_one_are_sequential_to_the_bit(run, monkeypatch):  # noqa:
     assert all(torch.equal(*(folder.merged(name) for folder in folders)) for name in folders[0].names)
 
 
+def test_normalized_magnitudes_at_the_norm_of_their_direction_are_sequential(run, lora, monkeypatch):  # noqa: F811
+    """alpha_i = s |B_i| |A_i|. It is a number a task, and that of one matrix: here there is no other one."""
+    lora.target_modules = r".*layers\.1\.mlp\.up_proj"
+    join, norms = adapters.join_directions, []
+
+    def joins(model, directions, gains, offsets, begin):
+        ((gain,), (own,)) = gains.values(), directions.values()
+        found = [u.scale * float(u.B.norm() * u.A.norm()) for u in own]
+        assert gain.tolist() == pytest.approx([1 / norm for norm in found])
+        norms.append(found)
+        join(model, directions, gains, offsets, torch.cat([torch.tensor(found), begin[-1:]]))
+        adapters.magnitudes(model).requires_grad_(False)
+
+    monkeypatch.setattr(adapters, "join_directions", joins)
+    plain = run("plain", method="sequential")
+    ours = run("ours", method="sd-lora", method_kwargs={"sd_lora_normalize": 1, "sd_lora_magnitude": 1.0})
+    assert [len(found) for found in norms] == [0, 1, 2] and abs(norms[2][0] - norms[2][1]) > 0.1
+    folders = ours.trainer.run.folder, plain.trainer.run.folder
+    (name,) = folders[0].names
+    for number in (1, 2, 3):
+        torch.testing.assert_close(*(folder.merged(name, number) for folder in folders), rtol=1e-5, atol=1e-6)
+        assert not torch.allclose(folders[1].merged(name, number), folders[1].merged(name, number - 1), atol=1e-2)
+
+
 @pytest.mark.slow
 def test_the_first_task_is_lora_at_the_scale_of_its_magnitude(run, lora, monkeypatch):  # noqa: F811
     frozen(monkeypatch)
