@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from statistics import median
 from types import SimpleNamespace
 
 import peft.utils.merge_utils
@@ -20,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from test_cli import environment, recipe  # noqa: F401
 from test_trainer import StopAt, again, comparable, digests, trained
 
-from hf_pm import PMTrainer, UserError
+from hf_pm import PMTrainer, UserError, methods
 from hf_pm.cli import main
 from hf_pm.evaluation.answers import predict
 from hf_pm.hub.releases import Releases
@@ -557,6 +558,21 @@ def test_every_row_resolves_and_every_part_is_named_by_its_key(config):
     for part in {part for kind in PARTS.values() for part in kind.values()}:
         for setting, meaning in part.settings.items():
             assert settings.setdefault(setting, meaning) is meaning
+
+
+def test_a_part_fits_on_a_page_or_two():
+    """150 lines a module at most, the median below 80. What several parts share lies one folder up, and SMILE's model
+    code, which its releases carry, among the weights."""
+    kinds = ("merges", "penalties", "starts", "optimizers", "serves")
+    folders = [Path(methods.__file__).parent / kind for kind in kinds]
+    lines = {
+        f"{folder.name}/{path.name}": len(path.read_text(encoding="utf-8").splitlines())
+        for folder in folders
+        for path in folder.glob("*.py")
+        if path.name != "__init__.py"
+    }
+    assert len(lines) > 25 and {name: count for name, count in lines.items() if count > 150} == {}
+    assert median(lines.values()) < 80
 
 
 def test_hf_pm_methods_prints_the_table(capsys):
