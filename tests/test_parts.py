@@ -513,6 +513,18 @@ def test_senseless_combinations_are_refused_before_loading(overrides, message, r
     assert not (tmp_path / "run").exists()
 
 
+def test_a_rank_that_no_matrix_reaches_is_refused_before_anything_is_written(recipe, tmp_path, capsys):  # noqa: F811
+    """The largest of the pico Llama has 32 rows or columns."""
+    path, values = recipe
+    path.write_text(yaml.safe_dump(values | {"method": "gram", "method_kwargs": {"kronecker_rank": 33}}))
+    before = sorted(tmp_path.rglob("*"))
+    assert main(["run", str(path)]) == 2
+    said = capsys.readouterr().err
+    message = r"`kronecker_rank` in `method_kwargs` is 33, but the largest adapted matrix has 32 .*Use 32 to keep"
+    assert re.search(message, said) and said.count("\n") == 1
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 @pytest.mark.parametrize(
     "overrides",
     [
