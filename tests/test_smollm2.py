@@ -1,4 +1,5 @@
-"""SmolLM2-135M-Instruct: its fetching without a network, and a stream on it where `HF_PM_SMOLLM2_DIR` names it."""
+"""SmolLM2-135M-Instruct: its fetching without a network, and a stream on it where it is: in the folder that
+`HF_PM_SMOLLM2_DIR` names, or where scripts/fetch_smollm2.py puts it."""
 
 import json
 import os
@@ -14,6 +15,15 @@ from hf_pm.cli import main
 
 ROOT = Path(__file__).parent.parent
 RECIPE = ROOT / "recipes" / "smollm2-135m-instruct" / "formats" / "kronecker.yaml"
+
+
+@pytest.fixture
+def smollm2() -> Path:
+    """The model, where it is."""
+    folder = Path(os.environ.get("HF_PM_SMOLLM2_DIR") or ROOT / "models" / "smollm2-135m-instruct")
+    if not (folder / "model.safetensors").is_file():
+        pytest.skip(f"{folder} does not hold what scripts/fetch_smollm2.py makes; HF_PM_SMOLLM2_DIR may name another")
+    return folder
 
 
 @pytest.fixture
@@ -43,15 +53,29 @@ def test_a_model_that_is_there_is_not_overwritten(fetch, tmp_path):
     assert (tmp_path / "model.safetensors").read_bytes() == b"mine"
 
 
+TOPIC = "Which topic does this text have: World, Sports, Business or Technology? Answer in one word.\n\nText: {}"
+TEXTS = {
+    "Sports": "The striker scored twice in the second half, and the team won the league for the third time in a row.",
+    "Business": "Shares of the bank fell by six percent after it said that its quarterly profit would be lower.",
+}
+
+
 @pytest.mark.slow
-def test_two_formats_on_a_real_language_model(bench_dir, tmp_path):
+def test_the_model_answers(smollm2):
+    """Less than a minute on one core."""
+    answer = load_script("fetch_smollm2").answer
+    assert "Paris" in answer(smollm2)
+    for topic, text in TEXTS.items():
+        said = answer(smollm2, TOPIC.format(text))
+        assert [other for other in TEXTS if other in said] == [topic], said
+
+
+@pytest.mark.slow
+def test_two_formats_on_a_real_language_model(smollm2, bench_dir, tmp_path):
     """The first two tasks of the recipe as it is; about eight minutes on one core."""
-    folder = os.environ.get("HF_PM_SMOLLM2_DIR")
-    if not folder or not (Path(folder) / "model.safetensors").is_file():
-        pytest.skip("HF_PM_SMOLLM2_DIR does not name what scripts/fetch_smollm2.py makes")
     recipe = RECIPE.read_text().replace("../../../../shared/bench/data", str(bench_dir / "data"))
     (tmp_path / "recipe.yaml").write_text(recipe.split("  - name: json")[0])
-    words = ["--model_name_or_path", folder, "--output_dir", str(tmp_path / "run"), "--disable_tqdm", "true"]
+    words = ["--model_name_or_path", str(smollm2), "--output_dir", str(tmp_path / "run"), "--disable_tqdm", "true"]
     assert main(["run", str(tmp_path / "recipe.yaml"), *words]) == 0
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     # Nobody tells the model which letter a topic has, nor in which word to judge: only training does.
