@@ -11,11 +11,9 @@ text, the state that penalties read from the second task on, and whatever else t
 
 import copy
 import random
-import re
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -29,6 +27,7 @@ from .loading import build_trainer
 from .methods.contract import Task
 from .methods.measuring import measure, measure_inputs
 from .metrics.task_metrics import TASK_METRICS
+from .store.environment import available_memory
 from .tasks.encoding import IGNORE_INDEX, by_length
 from .tasks.rows import Stage
 from .tasks.stream import subset
@@ -106,17 +105,10 @@ def unknown_because(recipe: Recipe, base: BaseCheckpoint) -> str | None:
     # A sparse file has a header and a size, and holes where its weights would be.
     if sum(file.st_blocks * 512 for file in files) < 0.9 * size:
         return f"the files in {str(base.folder)!r} hold no weights"
-    free = torch.cuda.mem_get_info()[0] if recipe.device.type == "cuda" else _free_memory()
+    free = torch.cuda.mem_get_info()[0] if recipe.device.type == "cuda" else available_memory()
     if free is not None and size > free and not (recipe.load_in_4bit or recipe.load_in_8bit):
         return f"the base has {size / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB of memory are free"
     return None
-
-
-def _free_memory() -> int | None:
-    """Bytes of host memory that a process can get; `None` where the system is not Linux."""
-    path = Path("/proc/meminfo")
-    found = re.search(r"MemAvailable: *(\d+) kB", path.read_text()) if path.is_file() else None
-    return None if found is None else int(found[1]) * 1024
 
 
 def probe_recipe(recipe: Recipe) -> Seconds:

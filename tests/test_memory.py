@@ -23,7 +23,8 @@ from test_sharding import FSDP2, said
 from test_trainer import again, comparable, digests, trained
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
-from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM, TrainerCallback
+from transformers.core_model_loading import MergeModulelist
 
 from hf_pm import PMTrainer, Task, TaskStream
 from hf_pm.cli import main
@@ -35,6 +36,7 @@ from hf_pm.methods import measuring, parity
 from hf_pm.methods.dry_pass import dry_pass
 from hf_pm.methods.line_search import _mean_loss
 from hf_pm.methods.measuring import NoMemory, measure
+from hf_pm.store.environment import available_memory
 from hf_pm.store.ledger import Ledger
 
 
@@ -259,6 +261,147 @@ def test_a_run_goes_on_without_certificates(model, stream, tokenizer, lora, conf
         assert task["parity"]["folded"] is task["parity"]["reloaded"] is None
     release = Path(config().output_dir) / "releases" / "task-02-mood"
     assert "mood" in (release / "README.md").read_text()
+
+
+def bytes_of(model):
+    return sum(parameter.nbytes for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("missing", [0, 1])
+def test_a_release_is_loaded_where_the_host_has_memory_for_it(
+    model, stream, tokenizer, lora, config, monkeypatch, caplog, missing
+):
+    """To the byte: who takes more is killed, and no handler of errors sees it."""
+    size, loaded = bytes_of(model), []
+    monkeypatch.setattr(parity, "available_memory", lambda: size - missing)
+
+    def counted(*args, go=parity.load_release, **kwargs):
+        loaded.append(args[0])
+        return go(*args, **kwargs)
+
+    monkeypatch.setattr(parity, "load_release", counted)
+    trainer, results = trained(model, stream, tokenizer, lora, config(max_steps=1, report_examples=0))
+    assert len(loaded) == (0 if missing else 2)
+    for task in results["per_task"]:
+        assert task["parity"]["folded"] is not None
+        assert (task["parity"]["reloaded"] is None) == bool(missing)
+    trainer.parity.score_release(2, trainer.run.path / "releases" / "task-02-mood")
+    assert len(loaded) == (0 if missing else 3)
+    assert ("released" in results["per_task"][1]) != bool(missing)
+    said = [record.message for record in caplog.records if "of host memory" in record.message]
+    assert len(said) == (3 if missing else 0)
+    monkeypatch.setattr(parity, "available_memory", lambda: 3 << 29)
+    monkeypatch.setattr(parity, "release_bytes", lambda *args: 5 << 30)
+    trainer.parity.score_release(2, trainer.run.path / "releases" / "task-02-mood")
+    words = "No scores of the release for task 'mood': the release takes 5.0 GiB of host memory, and 1.5 GiB are"
+    assert caplog.records[-1].message == f"{words} available."
+    # As `None` is where nobody says what is available.
+    monkeypatch.setattr(parity, "available_memory", lambda: None)
+    assert trainer.parity._fits(2, trainer.run.path, "auto")
+
+
+def test_all_processes_of_a_machine_load_a_release_at_once(opened, monkeypatch):
+    """Those that load it: with shards, and where all of them score it. Of two machines with two processes each."""
+    trainer = opened()
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setattr(type(trainer.args), "world_size", 4)
+    monkeypatch.setattr(parity, "release_bytes", lambda *args: 10)
+
+    def least():
+        def fits(free):
+            monkeypatch.setattr(parity, "available_memory", lambda: free)
+            return trainer.parity._fits(1, trainer.run.path, "auto")
+
+        return next(free for free in range(30) if fits(free))
+
+    assert least() == 10
+    trainer.sharded = True
+    assert least() == 2 * 3  # a quarter is 2.5
+    trainer.sharded = False
+    trainer.run.results["quantized"] = "nf4"
+    assert least() == 20
+
+
+def test_bytes_of_a_release_are_those_of_the_loaded_model(model, stream, tokenizer, lora, config, tmp_path):
+    model.to(torch.bfloat16).save_pretrained(tmp_path / "narrow")
+    model = LlamaForCausalLM.from_pretrained(tmp_path / "narrow")
+    trainer, _ = trained(model, stream, tokenizer, lora, config(max_steps=1, release="both", report_examples=0))
+    base, host = trainer.run.folder.base, torch.device("cpu")
+    merged = trainer.run.path / "releases" / "task-01-colour"
+    for release in (merged, merged / "adapter"):
+        for dtype in ("auto", torch.bfloat16, torch.float32):
+            loaded = parity.load_release(release, base.folder, "CAUSAL_LM", host, dtype=dtype)
+            if release == merged:
+                assert parity.release_bytes(release, base, dtype) == bytes_of(loaded)
+            else:  # factors stay in the dtype of the adapter
+                assert parity.release_bytes(release, base, dtype) == pytest.approx(bytes_of(loaded), rel=0.3)
+
+
+def test_a_device_with_memory_of_its_own_is_loaded_to_directly(model, monkeypatch):
+    """Without a second model on the host: `meta` stands for a GPU."""
+    places, folder = [], Path(model.name_or_path)
+
+    def loaded(*args, **kwargs):
+        found = LlamaForCausalLM.from_pretrained(*args, **kwargs)
+        places.append({parameter.device.type for parameter in found.parameters()})
+        return found
+
+    monkeypatch.setitem(parity.ARCHITECTURES, "CAUSAL_LM", SimpleNamespace(from_pretrained=loaded))
+    for kind in ("meta", "cpu"):
+        parity.load_release(folder, folder, "CAUSAL_LM", torch.device(kind), dtype="auto")
+    assert places == [{"meta"}, {"cpu"}]
+
+
+def test_memory_that_is_used_up_while_experts_are_stacked_skips_it(opened, monkeypatch, tmp_path, caplog):
+    """transformers does not hand that error on, but raises one that does not name it."""
+    size = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "num_local_experts": 4, "pad_token_id": 0}
+    MixtralForCausalLM(MixtralConfig(**size, **heads)).save_pretrained(tmp_path / "experts")
+
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError(FULL)
+
+    def load():
+        return parity.load_release(tmp_path / "experts", tmp_path, "CAUSAL_LM", torch.device("cpu"), dtype="auto")
+
+    trainer = opened()
+    assert trainer.parity._spared(1, load) is not None
+    monkeypatch.setattr(MergeModulelist, "convert", full)
+    with pytest.raises(RuntimeError, match=parity.CONVERSION):
+        load()
+    assert trainer.parity._spared(1, load) is None
+    assert "No parity certificate for task 'colour': there is not enough memory for it." in caplog.text
+
+
+def test_available_memory_is_what_the_machine_and_its_containers_allow(tmp_path):
+    proc, groups = tmp_path / "proc", tmp_path / "cgroup"
+    (proc / "self").mkdir(parents=True)
+
+    def group(folder, names, limit, used, stat):
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, text in zip((*names, "memory.stat"), (f"{limit}\n", f"{used}\n", stat), strict=True):
+            (folder / name).write_text(text)
+
+    assert available_memory(proc, groups) is None  # no Linux
+    (proc / "meminfo").write_text("MemTotal:  9000 kB\nMemFree:  10 kB\nMemAvailable:     5000 kB\n")
+    assert available_memory(proc, groups) == 5000 * 1024
+    # Version 2, a job in a slice; files that can be given back do not count, other pages do.
+    second, files = ("memory.max", "memory.current"), "anon 7\nfile 900\ninactive_file 400\nactive_file 500\n"
+    (proc / "self" / "cgroup").write_text("0::/slice/job\n")
+    group(groups / "slice", second, "max", 10**9, files)
+    assert available_memory(proc, groups) == 5000 * 1024
+    group(groups / "slice" / "job", second, 10**6, 3 * 10**5, files)
+    assert available_memory(proc, groups) == 7 * 10**5 + 900
+    group(groups / "slice", second, 8 * 10**5, 3 * 10**5, files)
+    assert available_memory(proc, groups) == 5 * 10**5 + 900
+    # Version 1, within a container, where the path is that of its host.
+    first = ("memory.limit_in_bytes", "memory.usage_in_bytes")
+    (proc / "self" / "cgroup").write_text("9:name=systemd:/\n4:memory:/docker/ab\n0::/\n")
+    group(groups / "memory", first, 10**6, 10**5, files + "total_inactive_file 30\ntotal_active_file 4\n")
+    assert available_memory(proc, groups) == 9 * 10**5 + 34
+    group(groups / "memory", first, 2**63 - 4096, 10**5, files)
+    assert available_memory(proc, groups) == 5000 * 1024
+    assert available_memory() is None or available_memory() > 2**20
 
 
 # ---- Before the first task ------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ The release of a run on a quantized base is another model than the live one; all
 import gc
 import logging
 import math
+import os
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -21,13 +22,14 @@ from torch import nn
 
 from ..evaluation.answers import probe_logits
 from ..evaluation.scoring import Scorer
-from ..store.environment import memory_is_used_up
+from ..store.environment import available_memory, memory_is_used_up
 from ..store.tensorfiles import read_header, read_tensor
 from ..weights import sharding
 from ..weights.adapters import StoredAdapter, restore
+from ..weights.bases import BaseCheckpoint
 from ..weights.heads import HEADS
 from .contract import Merged
-from .measuring import NoMemory
+from .measuring import NoMemory, has_own_memory
 from .perturbation import scaled_update
 
 
@@ -35,10 +37,14 @@ logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 PROBE_ROWS = 8
+CERTIFICATE = "parity certificate"
 # Logits of each model that are compared at a time.
 SLICE = 1 << 15
 # Largest difference of a logit over the largest logit that is not worth a warning, in float32 and with any rounding.
 TOLERANCE = {"exact": 1e-5, "rounded": 0.1}
+# All that transformers raises of an operation on weights that failed, a lack of memory included; the log has the rest.
+# The base was loaded by the same operations.
+CONVERSION = "automatic conversion of the weights"
 ARCHITECTURES = {
     "CAUSAL_LM": transformers.AutoModelForCausalLM,
     "SEQ_2_SEQ_LM": transformers.AutoModelForSeq2SeqLM,
@@ -144,6 +150,27 @@ def _judge(record: dict[str, Any], key: str, what: str, other: str, task_name: s
         )
 
 
+def release_bytes(release: Path, base: BaseCheckpoint, dtype: torch.dtype | str) -> int:
+    """Bytes of the weights that [`load_release`] loads.
+
+    Args:
+        release (`Path`): A merged checkpoint, or an adapter for `base`.
+        base (`BaseCheckpoint`): What an adapter is loaded into.
+        dtype (`torch.dtype` or `str`): To load in; `auto` is that of the files.
+    """
+    headers = [read_header(file).tensors for file in release.glob("*.safetensors")]
+    if _is_adapter(release):
+        headers += base.headers.values()
+    tensors = [tensor for header in headers for tensor in header.values()]
+    if isinstance(dtype, torch.dtype):
+        return sum(math.prod(tensor.shape) * dtype.itemsize for tensor in tensors)
+    return sum(tensor.end - tensor.begin for tensor in tensors)
+
+
+def _is_adapter(release: Path) -> bool:
+    return (release / "adapter_config.json").is_file() and not (release / "config.json").is_file()
+
+
 def load_release(
     release: Path,
     base: Path,
@@ -155,7 +182,8 @@ def load_release(
     code: bool = False,
     sharded: bool = False,
 ) -> nn.Module:
-    """A release on disk, loaded as a user would.
+    """A release on disk, loaded as a user would; onto a device with memory of its own a weight at a time, so that the
+    host holds no second model.
 
     Args:
         release (`Path`): A merged checkpoint, or an adapter for `base`.
@@ -167,11 +195,13 @@ def load_release(
         code (`bool`, *optional*, defaults to `False`): Run the code that came with the model.
         sharded (`bool`, *optional*, defaults to `False`): Spread the weights over all processes, which all call.
     """
-    adapter = (release / "adapter_config.json").is_file() and not (release / "config.json").is_file()
+    adapter = _is_adapter(release)
     architecture = ARCHITECTURES[task_type]
     loading = {"dtype": dtype, "attn_implementation": attention, "trust_remote_code": code}
     if sharded:
         loading |= sharding.loading()
+    elif has_own_memory(device):
+        loading["device_map"] = {"": device}
     model = architecture.from_pretrained(base if adapter else release, **loading)
     if adapter:
         model = PeftModel.from_pretrained(model, release)
@@ -282,7 +312,8 @@ class Parity:
 
         # Shards of two models would be as large as one whole model where there are two ranks.
         with sharding.parked(trainer.model, trainer.run.path) if trainer.sharded else nullcontext():
-            found = self._spared(number, compare) if folded is not None else None
+            fits = self._fits(number, release, trainer.model.get_base_model().dtype)
+            found = self._spared(number, compare) if fits and folded is not None else None
             if trainer.sharded:
                 gc.collect()  # a model has circles, and its rows would be here when the live ones come back
         if found is None:
@@ -319,7 +350,7 @@ class Parity:
 
     def score_release(self, number: int, release: Path) -> None:
         """Score a release that is not the live model (whose base is quantized) on every task that the live model was
-        scored on, as plain transformers loads it; all ranks call. Where there is no memory for it, nothing is said."""
+        scored on, as plain transformers loads it; all ranks call. Where there is no memory for it, there are none."""
         trainer, stage = self.trainer, self.trainer.stages[number - 1]
         base, device = trainer.run.folder.base.folder, trainer.accelerator.device
         heads = trainer.task_type == "SEQ_CLS"
@@ -335,7 +366,8 @@ class Parity:
                 found.append(scorer.share(t))
             return next(p.dtype for p in model.parameters() if p.is_floating_point()), found
 
-        found = self._spared(number, shares, "scores of the release")
+        what = "scores of the release"
+        found = self._spared(number, shares, what) if self._fits(number, release, "auto", what) else None
         # A rank without memory has no share, and the others must not wait for it.
         if not bool(trainer.accelerator.gather(torch.tensor([int(found is not None)], device=device)).all()):
             return
@@ -348,7 +380,31 @@ class Parity:
         trainer.run.results["per_task"][number - 1]["released"] = record
         trainer.run.write_results()
 
-    def _spared(self, number: int, found: Callable[[], Result], what: str = "parity certificate") -> Result | None:
+    def _fits(self, number: int, release: Path, dtype: torch.dtype | str, what: str = CERTIFICATE) -> bool:
+        """Whether there is memory for a release beside the live model. On the host that has to be seen beforehand: who
+        takes too much of it is killed, and so is every restart. What another device has no room for is caught."""
+        trainer = self.trainer
+        if has_own_memory(trainer.accelerator.device):
+            return True
+        size, free = release_bytes(release, trainer.run.folder.base, dtype), available_memory()
+        if trainer.sharded:
+            size = math.ceil(size / trainer.args.world_size)
+        if trainer.sharded or "quantized" in trainer.run.results:  # all processes of the machine load it
+            size *= int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
+        fits = free is None or size <= free
+        if not fits:
+            logger.warning(
+                "No %s for task %r: the release takes %.1f GiB of host memory, and %.1f GiB are available.",
+                what,
+                trainer.stages[number - 1].name,
+                size / 2**30,
+                free / 2**30,
+            )
+        if trainer.sharded:  # all or none
+            fits = bool(trainer.accelerator.gather(torch.tensor([int(fits)])).all())
+        return fits
+
+    def _spared(self, number: int, found: Callable[[], Result], what: str = CERTIFICATE) -> Result | None:
         """What `found` gives; `None` if memory is used up. The task is trained and committed, and a certificate that
         ends the run would end every restart of it too. The other ranks of a sharded model wait for this one in the
         middle of a layer, where no rank can tell them to leave: there the run ends, and goes on without a certificate.
@@ -360,7 +416,7 @@ class Parity:
         try:
             return found()
         except (MemoryError, RuntimeError) as error:
-            if not memory_is_used_up(error):
+            if not (memory_is_used_up(error) or CONVERSION in str(error)):
                 raise
             if self.trainer.sharded:
                 problem = NoMemory(f"There is not enough memory for the {what} of task {name!r} ({error}).")

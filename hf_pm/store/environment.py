@@ -32,6 +32,40 @@ def memory_is_used_up(error: BaseException) -> bool:
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or CPU_MEMORY in str(error)
 
 
+def available_memory(proc: Path = Path("/proc"), groups: Path = Path("/sys/fs/cgroup")) -> int | None:
+    """Bytes of host memory that this process can still get, where who takes more is killed; `None` where the system is
+    not Linux.
+
+    Args:
+        proc (`Path`, *optional*): What the kernel says of the machine, and in which groups this process is.
+        groups (`Path`, *optional*): Limits of containers and jobs: control groups, of version 1 or 2.
+    """
+    if not (proc / "meminfo").is_file():
+        return None
+    room = [int(kib) * 1024 for kib in re.findall(r"MemAvailable: *(\d+) kB", (proc / "meminfo").read_text())]
+    own = proc / "self" / "cgroup"
+    for line in own.read_text().splitlines() if own.is_file() else []:
+        _, kinds, path = line.split(":", 2)
+        if not kinds:
+            root, limit, used, total = groups, "memory.max", "memory.current", ""
+        elif "memory" in kinds.split(","):
+            root, limit, used, total = groups / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"
+        else:
+            continue
+        # A limit above counts too. Within a container its own group may be what is mounted as the root.
+        place = root / path.lstrip("/")
+        for group in (place, *place.parents[: len(place.parts) - len(root.parts)]):
+            names = (limit, used, "memory.stat")
+            if not all((group / name).is_file() for name in names):
+                continue
+            most, now, stat = ((group / name).read_text() for name in names)
+            if most.strip().isdigit():  # "max" is no limit
+                # Pages of files count as used, and are taken back when others are needed.
+                files = sum(map(int, re.findall(rf"^{total}(?:in)?active_file (\d+)$", stat, re.MULTILINE)))
+                room.append(int(most) - int(now) + files)
+    return min(room, default=None)
+
+
 def cpu_has_bf16() -> bool:
     """Whether this CPU has instructions for products of bfloat16 numbers; torch emulates them where it has none.
 
