@@ -340,9 +340,10 @@ def plan_record(plan: Plan, gpu_memory: int | None = None) -> dict[str, Any]:
 
 
 def _pushed_state(plan: Plan) -> str:
+    limit = _bytes(STATE_LIMIT)
     if plan.state > STATE_LIMIT:
-        return f"a state of {_bytes(plan.state)} is left out, as all over {_bytes(STATE_LIMIT)}"
-    return f"`hub_curvature: false` leaves out the {_bytes(plan.state)} of the state"
+        return f"a state of {_bytes(plan.state)} is left out, as all over {limit}"
+    return f"`hub_curvature: false` leaves out the {_bytes(plan.state)} of the state; one over {limit} always is"
 
 
 def format_plan(plan: Plan, gpu_memory: int | None = None) -> str:

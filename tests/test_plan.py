@@ -164,6 +164,12 @@ def test_memory_is_that_of_the_device_that_the_recipe_names(recipe):
     assert "It fits a GPU" in format_plan(plan_recipe(recipe()), 10**10)  # whoever asks about a GPU plans for one
 
 
+def test_the_largest_state_that_is_pushed_is_told(recipe):
+    plan = plan_recipe(recipe())
+    assert "of the state; one over 18.6 GiB always is" in format_plan(plan)
+    assert "a state of 18.6 GiB is left out, as all over 18.6 GiB" in format_plan(plan._replace(state=20 * 10**9 + 1))
+
+
 def test_a_full_disk_is_announced(recipe):
     text = format_plan(plan_recipe(recipe())._replace(free=10))
     assert "The disk is too small" in text and "curvature_history: last" in text
