@@ -28,10 +28,14 @@ The host of a GPU, for each process:
 | what | bytes |
 |---|---|
 | imports | `IMPORTS`, measured without a GPU |
-| loading | the whole base in the live dtype; the largest file of one that is quantized, an N-th of it for shards |
+| loading | the whole base in the live dtype; the files of one that is quantized, an N-th of them for shards |
 | staging | pinned, to fold weights in: a matrix for each worker, for each power of two that sizes round up to |
 | measured | what the curvature pass summed up: all processes hold it until the task is merged |
 | merging | on the main process: what is kept of the largest matrix, before and after, and its dense updates |
+| certificate | the files of the release, an N-th of them for shards |
+
+Files are mapped until the last weight is copied to the GPU: their pages count, and the system can take them back. A
+release whose base is neither sharded nor quantized is loaded by the main process alone.
 """
 
 import inspect
@@ -130,11 +134,12 @@ class Host(NamedTuple):
     staging: int
     measured: int
     merging: int
+    certificate: int
 
     def needed(self, main: bool) -> int:
         """The most that a process has at once. Staging memory is kept from the first fold to the end of the run."""
-        at_the_end = self.staging + self.measured + (self.merging if main else 0)
-        return self.imports + max(self.loading, at_the_end)
+        merging = self.measured + (self.merging if main else 0)
+        return self.imports + max(self.loading, self.staging + max(merging, self.certificate))
 
 
 def host_of(
@@ -142,7 +147,7 @@ def host_of(
     sizes: Sizes,
     shapes: Mapping[str, Sequence[int]],
     *,
-    largest_file: int,
+    files: int,
     measured: int,
     merging: int,
 ) -> Host:
@@ -152,15 +157,16 @@ def host_of(
         recipe (`Recipe`): The settings.
         sizes (`Sizes`): Of the model.
         shapes (`Mapping`): Adapted matrix -> shape.
-        largest_file (`int`): Bytes of the largest weight file.
+        files (`int`): Bytes of the weight files of the base; those of a release are about as large.
         measured (`int`): Bytes that a measuring pass leaves on the host.
         merging (`int`): Bytes that a merge adds on the main process.
     """
     shards = sizes.processes if sizes.sharded else 1
     loading = (sizes.plain + sizes.quantizable) * sizes.itemsize
     if recipe.load_in_4bit or recipe.load_in_8bit or sizes.sharded:
-        loading = math.ceil(largest_file / shards)
-    return Host(IMPORTS, loading, staging_bytes(shapes, sizes.itemsize, shards), measured, merging)
+        loading = math.ceil(files / shards)
+    certificate = math.ceil(files / shards) if sizes.releases else 0
+    return Host(IMPORTS, loading, staging_bytes(shapes, sizes.itemsize, shards), measured, merging, certificate)
 
 
 def staging_bytes(shapes: Mapping[str, Sequence[int]], itemsize: int, shards: int = 1) -> int:

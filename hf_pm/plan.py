@@ -38,9 +38,9 @@ class Plan(NamedTuple):
     largest one, by the main process. `protect` says which text is protected, `windows`
     and `protected_tokens` how many of its windows and tokens (at most, where the base generates them) are read forward
     and backward before the first task. `sizes` and `choice` are what the memory of a GPU follows from (`memory.py`);
-    `push` is what the first task sends to the Hub, `shard` the largest file of the base. `seconds` is the estimate of
-    `probe.py`; `untimed` says why there is none. `released_rows` are scored once more, on the releases of a quantized
-    base. With `use_cpu` the memory is told as that of the machine. `host` is the memory of a process beside its GPU.
+    `push` is what the first task sends to the Hub. `seconds` is the estimate of `probe.py`; `untimed` says why there
+    is none. `released_rows` are scored once more, on the releases of a quantized base. With `use_cpu` the memory is
+    told as that of the machine. `host` is the memory of a process beside its GPU.
     """
 
     tasks: list[str]
@@ -67,7 +67,6 @@ class Plan(NamedTuple):
     windows: int = 0
     protected_tokens: int = 0
     push: int = 0
-    shard: int = 0
     released_rows: int = 0
     sizes: Sizes | None = None
     choice: Choice | None = None
@@ -148,12 +147,11 @@ def plan_recipe(recipe: Recipe, probe: bool = False) -> Plan:
     encoder = Encoder(tokenizer, recipe.task_type, recipe.max_length, recipe.prompt)
     rows = StreamRows(stream, encoder, recipe.resolved_method().stream, recipe)
     plan = estimate(recipe, rows, shapes, base_bytes=_size(base), adapter_bytes=_trainable(model))
-    shard = max((base.folder / file).stat().st_size for file in base.files)
     sizes = sizes_of(recipe, model, shapes, _predictions(recipe, rows))
-    plan = plan._replace(shard=shard, sizes=sizes, choice=choice_of(recipe), use_cpu=recipe.use_cpu)
+    plan = plan._replace(sizes=sizes, choice=choice_of(recipe), use_cpu=recipe.use_cpu)
     if sizes is not None:
         merging = plan.merge_memory - plan.measured
-        host = host_of(recipe, sizes, shapes, largest_file=shard, measured=plan.measured, merging=merging)
+        host = host_of(recipe, sizes, shapes, files=plan.base, measured=plan.measured, merging=merging)
         plan = plan._replace(host=host)
     if (recipe.load_in_4bit or recipe.load_in_8bit) and recipe.release != "none":
         plan = plan._replace(released_rows=plan.scored_rows - sum(plan.test_rows))
@@ -266,21 +264,25 @@ def _memory_lines(plan: Plan, on_cpu: bool) -> list[tuple[str, str]]:
     told = ", ".join(f"{name} {_bytes(size)}" for name, size in stages.items() if size)
     listed = ", ".join(f"{name} {_bytes(size)}" for name, size in parts.items())
     merging = _bytes(plan.merge_memory - plan.measured)
+    skipped = "the certificate and the scores of releases are" if plan.released_rows else "the certificate is"
+    skipped = f"without room for the release, {skipped} left out"
     if on_cpu:
         return [
             ("memory", f"of each process: {listed}"),
             ("stages", f"{told}, one after another; {_bytes(plan.measured)} of what was measured until the task is "
-             f"merged, and {merging} on the main process while merging; {_bytes(IMPORTS)} of imports on top"),
+             f"merged, and {merging} on the main process while merging; {_bytes(IMPORTS)} of imports on top "
+             f"({skipped})"),
             *_unspread(plan),
         ]  # fmt: skip
     host = plan.host
     return [
         ("memory", f"of each process's GPU: {listed}"),
         ("stages", f"{told}; a GPU of {_bytes(found.needed())} is enough" + (
-         "" if plan.sizes.sharded else " (without room for it, the certificate is left out)")),
+         "" if plan.sizes.sharded else f" ({skipped})")),
         ("host", f"of each process: {_bytes(host.imports)} of imports, {_bytes(host.loading)} while loading, "
          f"{_bytes(host.staging)} pinned to fold weights in, {_bytes(host.measured)} of what was measured until the "
-         f"task is merged; on the main process {merging} while merging; without a GPU, the stages come on top"),
+         f"task is merged; on the main process {merging} while merging; {_bytes(host.certificate)} while the release "
+         "is loaded; without a GPU, the stages come on top"),
         *_unspread(plan),
     ]  # fmt: skip
 

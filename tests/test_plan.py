@@ -170,6 +170,18 @@ def test_the_largest_state_that_is_pushed_is_told(recipe):
     assert "a state of 18.6 GiB is left out, as all over 18.6 GiB" in format_plan(plan._replace(state=20 * 10**9 + 1))
 
 
+def test_what_is_left_out_without_room_for_a_release_is_told(recipe):
+    plan = plan_recipe(recipe())
+    quantized = plan_recipe(recipe(load_in_4bit=True))
+    for gpu_memory in (None, 10**9):
+        assert "(without room for the release, the certificate is left out)" in format_plan(plan, gpu_memory)
+        told = format_plan(quantized, gpu_memory)
+        assert "(without room for the release, the certificate and the scores of releases are left out)" in told
+    size = next(Path(recipe().model_name_or_path).glob("*.safetensors")).stat().st_size
+    assert plan.host.certificate == size
+    assert f"{size / 1024:.1f} KiB while the release is loaded" in format_plan(plan, 10**9)
+
+
 def test_a_full_disk_is_announced(recipe):
     text = format_plan(plan_recipe(recipe())._replace(free=10))
     assert "The disk is too small" in text and "curvature_history: last" in text
@@ -456,15 +468,20 @@ def test_the_host_of_a_gpu(recipe):
     shapes = {"w": (1024, 512)}
 
     def host(sizes, **overrides):
-        return counted.host_of(recipe(**overrides), sizes, shapes, largest_file=10**9, measured=30, merging=4)
+        return counted.host_of(recipe(**overrides), sizes, shapes, files=10**9, measured=30, merging=4)
 
     whole = host(SIZES)
-    assert whole == (counted.IMPORTS, 16 * 10**9, 2**20, 30, 4)  # the model is loaded on the host, and then moved
+    # The model is loaded on the host, and then moved; its release is not.
+    assert whole == (counted.IMPORTS, 16 * 10**9, 2**20, 30, 4, 10**9)
     assert whole.needed(main=True) == counted.IMPORTS + 16 * 10**9
+    assert host(SIZES, load_in_4bit=True).loading == 10**9
     shards = host(SHARDS)
-    assert shards.loading == 10**9 // 4 and shards.staging == 2**18
+    assert shards.loading == shards.certificate == 10**9 // 4 and shards.staging == 2**18
     small = shards._replace(loading=0)
+    assert small.needed(main=True) == small.needed(main=False) == counted.IMPORTS + 2**18 + 10**9 // 4
+    small = small._replace(certificate=0)
     assert small.needed(main=True) == small.needed(main=False) + 4 == counted.IMPORTS + 2**18 + 34
+    assert host(SIZES._replace(releases=False)).certificate == 0
 
 
 def test_a_plan_for_more_processes_than_this_one(recipe, tmp_path, capsys):

@@ -182,7 +182,7 @@ def load_release(
     code: bool = False,
     sharded: bool = False,
 ) -> nn.Module:
-    """A release on disk, loaded as a user would; onto a device with memory of its own a weight at a time, so that the
+    """A release on disk, loaded as a user would; onto a device with memory of its own weight by weight, so that the
     host holds no second model.
 
     Args:
