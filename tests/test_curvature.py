@@ -319,8 +319,9 @@ def bytes_held(model, forward) -> int:
     return sum(size for place, size in storages.items() if place not in own)
 
 
+@pytest.mark.parametrize("moments", [(), ("kronecker",), ("kronecker", "inputs")], ids=["", "kronecker", "inputs"])
 @pytest.mark.parametrize("estimator", curvature.ESTIMATORS)
-def test_curvature_keeps_no_more_than_checkpointed_training(estimator, monkeypatch):
+def test_curvature_keeps_no_more_than_checkpointed_training(estimator, moments, monkeypatch):
     model = adapted("llama", "CAUSAL_LM")
     ids = torch.randint(4, 60, (4, 48), generator=torch.Generator().manual_seed(0))
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
@@ -332,7 +333,7 @@ def test_curvature_keeps_no_more_than_checkpointed_training(estimator, monkeypat
 
     def measure(look):
         monkeypatch.setattr(curvature, "row_losses", lambda *args: look())
-        measure_curvature(model, [batch], estimator=estimator)
+        measure_curvature(model, [batch], estimator=estimator, moments=Moments(2, wanted=moments) if moments else None)
 
     whole = bytes_held(model, measure)
     model.activation_checkpointing_enable({"use_reentrant": False})
