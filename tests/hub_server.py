@@ -1,6 +1,7 @@
 """A stand-in for the Hugging Face Hub on 127.0.0.1, for tests with the real client.
 
-It keeps model repositories in memory and speaks the plain LFS protocol: start the client with `HF_HUB_DISABLE_XET=1`.
+It keeps model repositories in memory, which can be read as datasets too, and speaks the plain LFS protocol: start the
+client with `HF_HUB_DISABLE_XET=1`.
 It can be made to fail the way a real one does: error answers, answers that get lost, slow connections, rival commits.
 """
 
@@ -352,6 +353,7 @@ def _entry(path: str, blob: Blob) -> dict[str, Any]:
 
 
 _REPO = r"([\w.-]+/[\w.-]+)"
+_READ = rf"/api/(?:models|datasets)/{_REPO}"
 # (methods, pattern of the path before unquoting, method of the server, is a write)
 ROUTES = [
     ("GET", r"/api/whoami-v2", HubServer.whoami, True),
@@ -367,11 +369,11 @@ ROUTES = [
     ("DELETE", rf"/api/models/{_REPO}/tag/([^/]+)", HubServer.delete_tag, True),
     ("GET", rf"/api/models/{_REPO}/refs", HubServer.refs, False),
     ("GET", rf"/api/models/{_REPO}/commits/([^/]+)", HubServer.history, False),
-    ("GET", rf"/api/models/{_REPO}/tree/([^/]+)(?:/(.+))?", HubServer.tree, False),
+    ("GET", rf"{_READ}/tree/([^/]+)(?:/(.+))?", HubServer.tree, False),
     ("POST", rf"/api/models/{_REPO}/paths-info/([^/]+)", HubServer.paths_info, False),
-    ("GET", rf"/api/models/{_REPO}(?:/revision/([^/]+))?", HubServer.info, False),
+    ("GET", rf"{_READ}(?:/revision/([^/]+))?", HubServer.info, False),
 ]
-RESOLVE = re.compile(rf"/{_REPO}/resolve/([^/]+)/(.+)")
+RESOLVE = re.compile(rf"(?:/datasets)?/{_REPO}/resolve/([^/]+)/(.+)")
 
 
 class _Handler(BaseHTTPRequestHandler):

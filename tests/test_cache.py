@@ -10,6 +10,7 @@ from collections import Counter
 import datasets
 import pytest
 from datasets import Dataset, IterableDataset, IterableDatasetDict
+from hub_server import Blob, HubServer, connect
 from reference import encode_by_row
 from test_encoding import TALK, chat_tokenizer
 from transformers import PreTrainedTokenizerFast
@@ -343,6 +344,42 @@ def test_a_file_is_streamed_as_it_is_read(tmp_path, tokenizer, config, folder, m
     table.write_text(table.read_text().replace("007", "008"))
     os.utime(table, ns=(1, 1))
     assert task.load("train", most={"train": 9})["label"] == ["008"] * 9
+
+
+def test_a_dataset_of_the_hub_is_streamed_at_its_revision(tmp_path, folder, monkeypatch):
+    """By the real client, from a stand-in for the Hub: no more than the file's first rows are taken."""
+
+    def lines(word, count):
+        rows = ({"text": f"{word} {i}", "label": "x", "other": i} for i in range(count))
+        return Blob("".join(json.dumps(row) + "\n" for row in rows).encode())
+
+    with HubServer() as hub:
+        connect(hub, monkeypatch, tmp_path / "hub")
+        monkeypatch.setattr(datasets.config, "HF_ENDPOINT", hub.endpoint)
+        monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+        hub.create_repo(json.dumps({"organization": "you", "name": "claims"}).encode())
+        repo = hub.repos["you/claims"]
+        first = repo.commit("main", "rows", {"train.jsonl": lines("old", 5000), "test.jsonl": lines("test", 9)})
+        repo.commit("main", "other rows", {"train.jsonl": lines("new", 3), "test.jsonl": lines("test", 9)})
+
+        def load(revision, split="train", **most):
+            task = Task("claims", "you/claims", streaming=True, revision=revision, test_samples=4)
+            return task.load(split, most=most)
+
+        rows = load(first.oid, train=7)
+        assert rows["text"] == [f"old {i}" for i in range(7)]
+        assert not any(word in path for path in hub.requests for word in ("main", "test.jsonl"))
+        # A whole commit hash names its rows for good: what was taken is found, and not written anew.
+        stored = rows.cache_files[0]["filename"]
+        written = os.stat(stored).st_ino
+        assert load(first.oid, train=7).cache_files == rows.cache_files and os.stat(stored).st_ino == written
+        assert len(load(first.oid, train=8)) == 8  # another number is
+        assert load("main", train=7)["text"] == ["new 0", "new 1", "new 2"]
+        repo.commit("main", "newer rows", {"train.jsonl": lines("newest", 9), "test.jsonl": lines("test", 9)})
+        assert load("main", train=2)["text"] == ["newest 0", "newest 1"]
+        assert len(load(first.oid, "test")) == 4
+        with pytest.raises(UserError, match="Cannot load the train rows of task 'claims' from 'you/claims'"):
+            load("nowhere", train=7)
 
 
 def recording(function, results):
