@@ -52,13 +52,13 @@ def tensors(tree):
 
 class Device(TorchDispatchMode):
     """Takes the parameters of a model and all that is computed from them for a device's, until `Tensor.cpu`; collects
-    the operations that make float64 of it there."""
+    the operations that make float64 of it there, and counts copies and single numbers that go to the host."""
 
     def __init__(self, model, monkeypatch):
         super().__init__()
         self.kept = list(model.parameters())  # a storage that is freed may give its name to another
         self.there = {parameter.untyped_storage()._cdata for parameter in self.kept}
-        self.wide, self.copies = [], 0
+        self.wide, self.copies, self.numbers = [], 0, 0
         cpu = torch.Tensor.cpu
 
         def to_host(tensor):
@@ -71,6 +71,7 @@ class Device(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         if any(t.untyped_storage()._cdata in self.there for t in tensors((args, kwargs))):
+            self.numbers += func is torch.ops.aten._local_scalar_dense.default
             for tensor in tensors(out):
                 self.kept.append(tensor)
                 self.there.add(tensor.untyped_storage()._cdata)
@@ -100,6 +101,26 @@ def test_nothing_is_float64_before_it_is_on_the_host(what, model, stream, tokeni
             measure(trainer, few, {"curvature", "kronecker", "gradient"}, "colour", 5)
     assert device.wide == [] and len(device.kept) > 100
     assert device.copies or what == "exact match"
+
+
+@pytest.mark.parametrize("labels", ["empirical", "sampled"])
+@pytest.mark.parametrize("estimator", ["diagonal", "factored", "directional"])
+def test_a_measuring_pass_copies_to_the_host_once_a_batch(
+    estimator, labels, model, stream, tokenizer, lora, config, monkeypatch
+):
+    """And looks twice whether its numbers are finite, whatever the number of layers; the sums come at the end."""
+    args = config(method="kronecker", method_kwargs={"kronecker_rank": 2}, curvature_labels=labels)
+    args.curvature_estimator = estimator
+    trainer = PMTrainer(model, args, stream=stream, processing_class=tokenizer, peft_config=lora)
+    few, found = trainer.rows.encoded_train(trainer.stages[0]).select(range(12)), []
+    for size in (1, 3, 12):
+        args.curvature_batch_size = size
+        with monkeypatch.context() as patch, Device(trainer.model, patch) as device:
+            measure(trainer, few, {"curvature", "kronecker", "inputs", "factors"}, "colour", 5)
+        found.append((12 // size, device.copies, device.numbers))
+    for batches, copies, numbers in found:
+        assert copies - batches == found[-1][1] - 1
+        assert numbers - 2 * batches == found[-1][2] - 2
 
 
 def test_scores_of_several_ranks_are_gathered_bit_by_bit():
