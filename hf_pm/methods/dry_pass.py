@@ -32,8 +32,9 @@ COUNTED = ("_penalties", "_metrics", "_total_train_tokens")
 def dry_pass(trainer: Any, number: int) -> None:
     """Probe memory where [`has_own_memory`] says so, and leave in `curvature_batch_size` what fits on every process.
 
-    Not in it: the wrapper of the engine that `Trainer` puts around the model, the penalties of later tasks, and the
-    release that the certificate loads, for which there is none yet.
+    Not in it: the wrapper of the engine that `Trainer` puts around the model, the penalties of later tasks, the merge,
+    which is computed on the host where the device has no room for it, and the release that the certificate loads,
+    which is not there yet and is skipped without room for it.
 
     Args:
         trainer (`PMTrainerMixin`): Task `number` is begun, and nothing of it is trained.
