@@ -5,7 +5,9 @@ Llama-3.1-8B.
     python scripts/check_gpu.py --tiny --output tiny.json     # the same code with tiny models, on a CPU
 
 It needs no network, and 16 GB of disk for the weights of that size. Every section runs in a process and within
-a limit of its own; one that fails says why and does not stop the others. `--only step curvature` picks sections.
+a limit of its own; one that fails says why and does not stop the others. `--only step curvature` picks sections:
+`same` needs the three streams in the same call. The limits sum to 26 minutes. `--within 570` gives each section its
+share of 570 seconds, and what one leaves to those after it.
 Ratios are medians of pairs timed in turn, A B A B ..., the device synchronized after each. On a GPU `targets` in the
 report says which of them, and which sizes and bits, are as they should be, and the exit code is 1 if one is not.
 """
@@ -14,6 +16,7 @@ import argparse
 import gc
 import importlib.metadata
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -21,7 +24,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -454,6 +457,12 @@ def targets(report: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return found
 
 
+def seconds_for(sections: Sequence[str], left: float) -> float:
+    """Seconds that the first of the sections still to run may take of those that are left for all of them."""
+    limits = [SECTIONS[name] for name in sections]
+    return min(limits[0], max(0.0, left) * limits[0] / sum(limits))
+
+
 def run_section(name: str, folder: Path, tiny: bool) -> None:
     """In a process of its own; the result is in FOLDER/NAME.json."""
     quiet()
@@ -468,9 +477,11 @@ def run_section(name: str, folder: Path, tiny: bool) -> None:
 
 
 def main() -> int:
+    started = time.monotonic()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS))
+    parser.add_argument("--within", type=float, default=math.inf, metavar="SECONDS")
     parser.add_argument("--output", type=Path)
     parser.add_argument("--section", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -490,12 +501,13 @@ def main() -> int:
     if options.tiny:
         environment |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     with tempfile.TemporaryDirectory(prefix="hf-pm-gpu-") as folder:
-        for name in options.only:
+        for place, name in enumerate(options.only):
+            seconds = seconds_for(options.only[place:], options.within - (time.monotonic() - started))
             command = [sys.executable, __file__, "--section", name, folder, *(["--tiny"] if options.tiny else [])]
             try:
-                done = subprocess.run(command, env=environment, stdout=sys.stderr, timeout=SECTIONS[name]).returncode
+                done = subprocess.run(command, env=environment, stdout=sys.stderr, timeout=seconds).returncode
             except subprocess.TimeoutExpired:
-                done = f"ran longer than {SECTIONS[name]} s"
+                done = f"ran longer than {seconds:.0f} s"
             told = Path(folder) / f"{name}.json"
             report[name] = json.loads(told.read_text()) if told.is_file() else {"ok": False, "error": done}
             print(f"{name}: {'ok' if report[name]['ok'] else report[name]['error']}", file=sys.stderr, flush=True)

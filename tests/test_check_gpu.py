@@ -89,6 +89,25 @@ def test_the_script_writes_one_report(tmp_path):
     assert "release: ok" in done.stderr
 
 
+def test_a_budget_is_shared_by_what_is_still_to_run(module, monkeypatch, tmp_path):
+    every = list(module.SECTIONS)
+    limits = [module.SECTIONS[name] for name in every]
+    assert module.seconds_for(every, math.inf) == module.seconds_for(every, 2 * sum(limits)) == limits[0]
+    left, given = sum(limits) / 2, []
+    for place in range(len(every)):  # each takes all that it may: half of its limit
+        given.append(module.seconds_for(every[place:], left))
+        left -= given[-1]
+    assert given == pytest.approx([limit / 2 for limit in limits]) and left == pytest.approx(0)
+    # What one leaves goes to those after it, up to their limits.
+    assert module.seconds_for(every[-1:], 100) == 100 and module.seconds_for(every[-2:], 1000) == limits[-2]
+    assert module.seconds_for(every, -1) == 0
+    words = ["check_gpu.py", "--tiny", "--only", "release", "merge", "--within", "1", "--output"]
+    monkeypatch.setattr(sys, "argv", [*words, str(tmp_path / "tiny.json")])
+    assert module.main() == 1
+    report = json.loads((tmp_path / "tiny.json").read_text())
+    assert all(report[name]["error"].startswith("ran longer than ") for name in ("release", "merge"))
+
+
 def test_targets_hold_or_not(module):
     report = {
         "device": "some GPU",
