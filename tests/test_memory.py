@@ -643,6 +643,7 @@ def limited(go, where, rows):
 
 dry_pass.has_own_memory = lambda device: "PROBED" in os.environ
 parity.probe_logits = limited(parity.probe_logits, "certificate", None)
+parity.available_memory = lambda: 0 if fails("host") else None
 curvature.predict = limited(curvature.predict, "curvature", 3)
 PMTrainer.compute_loss = limited(PMTrainer.compute_loss, "training", 1)
 go = PMTrainerMixin._train
@@ -673,6 +674,7 @@ def test_two_ranks_agree_on_what_fits_and_go_on_without_a_certificate(recipe, tm
         job("shards-again", "--parity_certificate", "false", FULL="certificate", PROBED="1", **FSDP2),
         job("whole", "--release", "merged"),
         job("spread", "--release", "merged", PROBED="1", **FSDP2),
+        job("short", "--release", "merged", FULL="host", **FSDP2),
     ]
     (tmp_path / "jobs.json").write_text(json.dumps(jobs))
     script = tmp_path / "full.py"
@@ -683,7 +685,8 @@ def test_two_ranks_agree_on_what_fits_and_go_on_without_a_certificate(recipe, tm
     codes = {job["name"]: json.loads((tmp_path / f"{job['name']}.json").read_text()) for job in jobs}
     told = {name: said(tmp_path, name) for name in codes}
     expected = {"agreed": [0, 0], "refused": [2, 2], "shards": [1, 1], "shards-early": [1, 1], "shards-again": [0, 0]}
-    assert codes == expected | {"whole": [0, 0], "spread": [0, 0]}, told["shards-again"][-3000:]
+    expected |= {"whole": [0, 0], "spread": [0, 0], "short": [0, 0]}
+    assert codes == expected, told["shards-again"][-3000:]
     # One rank has memory for 8 rows, the other for 2.
     sizes = sorted(line for line in told["agreed"].splitlines() if line.startswith("SIZE"))
     assert sizes == ["SIZE 0 2"] * 2 + ["SIZE 1 2"] * 2
@@ -701,3 +704,8 @@ def test_two_ranks_agree_on_what_fits_and_go_on_without_a_certificate(recipe, tm
     assert [part["folded"] for part in certificates["shards"]] == [None, None]
     assert certificates["spread"] == certificates["whole"]
     assert all(part["reloaded"]["argmax_agreement"] == 1 for part in certificates["whole"])
+    # One rank's host has no memory for the release: neither loads it, and neither waits.
+    short = json.loads((tmp_path / "short" / "results.json").read_text())
+    assert comparable(short) == comparable(found["whole"])
+    for task, whole in zip(short["per_task"], certificates["whole"], strict=True):
+        assert task["parity"] == whole | {"reloaded": None}
