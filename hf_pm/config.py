@@ -172,7 +172,8 @@ class PMConfig(TrainingArguments):
 
     Args:
         coefficient_scope (`str`, *optional*, defaults to `"global"`):
-            One alpha for all matrices (`global`, the paper) or one for each (`module`).
+            One alpha for all matrices (`global`, the paper) or one for each (`module`, as the row `pm-modules` has it
+            whatever this key says).
         coefficient_first_order (`bool`, *optional*, defaults to `False`):
             Correct for training that stopped before its gradient was zero; one more pass over the curvature rows.
         coefficient_search (`str`, *optional*, defaults to `"off"`):

@@ -56,8 +56,9 @@ def pieces(trainer):
     return ledger, names, deltas, [load_file(run / entry.state) for entry in ledger.entries]
 
 
-def test_alpha_of_each_matrix_is_the_papers_for_that_matrix(train):
-    trainer, results = train(coefficient_scope="module")
+@pytest.mark.parametrize("overrides", [{"coefficient_scope": "module"}, {"method": "pm-modules"}], ids=["key", "row"])
+def test_alpha_of_each_matrix_is_the_papers_for_that_matrix(train, overrides):
+    trainer, results = train(**overrides)
     ledger, names, deltas, states = pieces(trainer)
     first, second = ledger.entries
     assert set(first.coefficients.values()) == {1.0} and first.coefficient == 1.0

@@ -29,6 +29,7 @@ from hf_pm.methods.contract import Measured, Task
 from hf_pm.methods.curvature import measure_curvature
 from hf_pm.methods.moments import Moments, expert_name, random_signs, row_seed
 from hf_pm.methods.penalties.kronecker import Gram, Kronecker
+from hf_pm.methods.perturbation import TaskVector
 from hf_pm.runs.doctor import examine
 from hf_pm.store.ledger import Ledger
 from hf_pm.weights import kronecker
@@ -467,6 +468,23 @@ def test_a_penalty_and_a_merge_keep_one_state(model, stream, tokenizer, lora, co
     with safe_open(Path(alone.output_dir) / "curvature" / "state-02.safetensors", "pt") as file:
         assert names == set(file.keys())
     assert len(results["matrix"]) == 2 and digests(Path(args.output_dir))
+
+
+def test_pm_kronecker_keeps_what_penalty_and_merge_share_once(model, stream, tokenizer, lora, config):
+    args = config(method="pm-kronecker", num_train_epochs=1, logging_steps=1, release="none")
+    trainer, results = trained(model, stream, tokenizer, lora, args)
+    assert [part.name for part in trainer.parts.penalties] == ["kronecker"]
+    assert trainer.parts.keeps() == {"G": "rows", "A": "columns", "R": "low_rank"}
+    names = load_file(Path(args.output_dir) / "curvature" / "state-02.safetensors").keys()
+    assert {name.split("/")[0] for name in names} == {"G_whole", "A_whole", "R_left", "R_right", "kronecker_prices"}
+    prices = trainer.run.read_state().beside("kronecker_prices")
+    assert list(prices) == ["tasks"] and len(prices["tasks"]) == 2  # of each task one, though two parts ask for it
+    assert prices["tasks"].tolist() == pytest.approx([terms["price"] for terms in results["coefficient_terms"]])
+    # All three parts are at work: steps are perturbed, the second task pays for the first, and M is not the identity.
+    logged = trainer.state.log_history
+    assert any(log.get("penalty/kronecker", 0.0) > 0 for log in logged)
+    assert type(trainer.parts.perturbation) is TaskVector
+    assert results["coefficient_terms"][1]["largest_norm"] != 1.0
 
 
 def test_parts_with_other_factors_keep_prices_of_their_own(model, stream, tokenizer, lora, config):

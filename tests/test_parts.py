@@ -593,4 +593,6 @@ def test_hf_pm_methods_prints_the_table(capsys):
     blocks = re.split(r"(?m)^(?=\S)", said)[1:]
     assert [block.split()[0] for block in blocks] == list(METHODS)
     (replay,) = [block for block in blocks if block.startswith("replay")]
+    (both,) = [block for block in blocks if block.startswith("pm-kronecker")]
+    assert both.count("two cut square matrices") == 1  # of the penalty and of the merge
     assert "1902.10486" in replay and re.search(r"rows kept +yes", replay) and "replay_fraction 0.02" in replay

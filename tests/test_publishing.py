@@ -277,6 +277,7 @@ def test_card_of_an_earlier_task_reads_nothing_later():
         ("fixed", "`merge_coefficient`"),
         ("last", "kept whole"),
         ("search", "line search"),
+        ("pm_modules", "mean over matrices"),
     ],
 )
 def test_card_says_how_alpha_was_found(merge, words):

@@ -32,6 +32,8 @@ ALPHA = {
     "pm": "the closed form (q + l - g) / (q + p), clipped to [0, 1].\n"
     "q is the curvature of the new task along its update, p that of all tasks before, l the slope of theirs, and g "
     "that of\nthe new task (0 unless it is corrected for).",
+    "pm_modules": "the mean over matrices, each with an\nalpha of its own: the closed form (q + l - g) / (q + p) of "
+    "its own terms, clipped to [0, 1].",
     "search": "where a line search found the least loss\non held-out rows; the terms are those of the closed form.",
     "average": "uniform averaging, 1/t.",
     "fixed": "the constant `merge_coefficient` of the\nrecipe; the first task is kept whole.",

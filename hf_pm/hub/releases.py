@@ -103,7 +103,7 @@ class Facts:
             stages=stages,
             names=folder.names,
             kind=args.release,
-            merge="search" if search and method.merge == "pm" else method.merge,
+            merge="search" if search and method.merge in ("pm", "pm_modules") else method.merge,
             keeps_rows=Parts(method, args).keeps_rows,
             base_model=args.base_model_id or (base.model_id if on_hub(base.model_id) else None),
             base_name=last_part(base.model_id),

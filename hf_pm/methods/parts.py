@@ -13,7 +13,7 @@ from ..errors import UserError, choose
 from ..weights import adapters
 from ..weights.states import Value
 from .contract import Ended, Measured, Merged, Optimizer, Part, Penalty, Perturbation, Replay, Serve, Start, Step, Task
-from .merges.coefficients import Average, Became, ClosedForm, Fixed, Last
+from .merges.coefficients import Average, Became, ClosedForm, Fixed, Last, MatrixClosedForm
 from .merges.dare import Dare
 from .merges.experts import Experts
 from .merges.factors import FactorClosedForm, Pic
@@ -91,6 +91,7 @@ PARTS: dict[str, dict[str, type[Part]]] = {
     "optimizer": {"optim": Optimizer, "badam": Badam},
     "merge": {
         "pm": ClosedForm,
+        "pm_modules": MatrixClosedForm,
         "last": Last,
         "average": Average,
         "fixed": Fixed,
@@ -340,6 +341,9 @@ def describe() -> list[dict[str, str]]:
             for part in (chosen[field] if isinstance(chosen[field], tuple) else [chosen[field]])
         ]
         settings = {name: setting for part in classes for name, setting in part.settings.items()}
+        grown = dict.fromkeys(part.growth for part in classes if part.growth)
+        # What two parts keep is there once: one that keeps more begins with the words of the other.
+        grown = [own for own in grown if not any(other != own and other.startswith(own) for other in grown)]
         special = {
             field: ", ".join(value) if isinstance(value, tuple) else value
             for field, value in (chosen | {"stream": row.stream}).items()
@@ -351,7 +355,7 @@ def describe() -> list[dict[str, str]]:
                 "paper": row.paper,
                 "parts": "; ".join(f"{field} {value}" for field, value in special.items()),
                 "settings": ", ".join(f"{name} {s.default:g}" for name, s in settings.items()) or "none of its own",
-                "keeps": "; ".join(part.growth for part in classes if part.growth) or "nothing beside the adapters",
+                "keeps": "; ".join(grown) or "nothing beside the adapters",
                 "rows kept": "yes"
                 if any(part.keeps_rows for part in classes)
                 else "no, the model writes rows"

@@ -36,6 +36,7 @@ METHODS: dict[str, Method] = {
     # Its ablations: the closed form without perturbation, and isotropic noise of the same norm.
     "merge-only": Method("LoRA-M in arXiv 2505.22389", "none", "pm"),
     "gaussian": Method("LoRA-M with Gaussian noise in arXiv 2505.22389", "gaussian", "pm"),
+    "pm-modules": Method("P&M with one alpha a matrix, arXiv 2505.22389", "task_vector", "pm_modules"),
     # Its curvature in the entries of A and B, with one adapter for all tasks (and without perturbation).
     "pm-factors": Method("LoRA-M with curvature of A and B, arXiv 2505.22389", merge="pm_factors", start="continued"),
     # Every update is kept whole: what people do today.
@@ -63,6 +64,12 @@ METHODS: dict[str, Method] = {
     "gram": Method("its inputs' second moments alone", penalties=("gram",)),
     "subspace": Method("P&M's closed form over (r, r) matrices, with such curvature", merge="subspace"),
     "spectral": Method("P&M's closed form over every update, with such curvature", merge="spectral"),
+    "pm-kronecker": Method(
+        "P&M's perturbation and subspace merge with a Kronecker penalty",
+        "task_vector",
+        merge="subspace",
+        penalties=("kronecker",),
+    ),
     # Updates that keep out of each other's way.
     "olora": Method("O-LoRA, arXiv 2310.14152", penalties=("olora",)),
     "n-lora": Method("N-LoRA, arXiv 2410.10179", penalties=("l1",)),

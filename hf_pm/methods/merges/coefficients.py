@@ -1,25 +1,11 @@
 """Merges that keep the fraction alpha of the update: the closed form of P&M, and fixed rules."""
 
-import logging
-import math
 from typing import Any, ClassVar
 
-from ...weights.merging import (
-    COEFFICIENTS,
-    State,
-    Terms,
-    add_curvature,
-    matrix_terms,
-    pm_coefficient,
-    sum_terms,
-    trace,
-    update_state,
-)
-from ...weights.states import StoredState, Value
-from ..contract import Ended, Measured, Merge, Merged, curvature_form
-
-
-logger = logging.getLogger(__name__)
+from ...weights.merging import COEFFICIENTS, add_curvature, update_state
+from ...weights.states import Value
+from ..contract import Ended, Merge, Merged, curvature_form
+from .closed_form import closed_form, state_of
 
 
 class Coefficient(Merge):
@@ -70,12 +56,16 @@ class ClosedForm(Coefficient):
     def measures(self) -> frozenset[str]:
         return frozenset({"curvature", "gradient"} if self.args.coefficient_first_order else {"curvature"})
 
+    @property
+    def scope(self) -> str:
+        return self.args.coefficient_scope
+
     def keeps(self) -> dict[str, str]:
         form = curvature_form(self.args)
         return {"S": form, "R": "dense" if form == "dense" else "low_rank"}
 
     def solve(self, ended: Ended) -> Merged:
-        return closed_form(ended.measured, ended.before, ended.number, ended.name, self.args.coefficient_scope)
+        return closed_form(ended.measured, ended.before, ended.number, ended.name, self.scope)
 
     def end_matrix(self, ended: Ended, name: str) -> dict[str, Value]:
         measured = ended.measured
@@ -87,6 +77,16 @@ class ClosedForm(Coefficient):
             measured.gradient.get(name),
         )
         return {"S": state.S, "R": state.R}
+
+
+class MatrixClosedForm(ClosedForm):
+    """The same with an alpha for each matrix, whatever `coefficient_scope` says (an ablation of arXiv 2505.22389).
+
+    With a diagonal curvature the surrogate has no term between matrices: these are its minimizers over all of them.
+    """
+
+    rule = "pm_modules"
+    scope = "module"
 
 
 class Became(ClosedForm):
@@ -106,45 +106,3 @@ class Became(ClosedForm):
 
     def end_matrix(self, ended: Ended, name: str) -> dict[str, Value]:
         return {"S": add_curvature(ended.before.get("S", name), ended.measured.curvature[name])}
-
-
-def state_of(stored: StoredState, name: str) -> State | None:
-    """S and R of a matrix; `None` before the first task."""
-    S = stored.get("S", name)
-    return None if S is None else State(S, stored.get("R", name))
-
-
-def closed_form(measured: Measured, before: StoredState, number: int, task_name: str, scope: str) -> Merged:
-    """alpha for all matrices together (`scope="global"`) or for each (`"module"`).
-
-    Args:
-        measured (`Measured`): Of the task.
-        before (`StoredState`): S and R of the tasks before.
-        number (`int`): Of the task, counted from 1.
-        task_name (`str`): For messages.
-        scope (`str`): `global` or `module`.
-    """
-    terms: dict[str, Terms] = {
-        name: matrix_terms(fisher, measured.delta(name), state_of(before, name), measured.gradient.get(name))
-        for name, fisher in measured.curvature.items()
-    }
-    together = sum_terms(terms.values())
-    if together.q + together.p <= 0:
-        logger.warning(
-            "Task %r has no curvature (a frozen adapter, or rows without answers): its update is merged with 1/%d, as "
-            "uniform averaging would.",
-            task_name,
-            number,
-        )
-    alpha = pm_coefficient(together, number)
-    record = together._asdict() | {
-        "uniform": 1 / number,
-        "unclipped": pm_coefficient(together, number, clip=False),
-        "curvature_trace": math.fsum(trace(fisher) for fisher in measured.curvature.values()),
-        "q_exact": measured.exact,
-        "calibration": measured.calibration,
-    }
-    if scope == "global":
-        return Merged(alpha, None, record)
-    per_matrix = {name: pm_coefficient(each, number) for name, each in terms.items()}
-    return Merged(math.fsum(per_matrix.values()) / len(per_matrix), per_matrix, record | {"global": alpha})
