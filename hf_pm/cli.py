@@ -110,7 +110,7 @@ def _parser() -> argparse.ArgumentParser:
     text = "plan for so many; with `fsdp: true` in the recipe, for shards of the base"
     plan.add_argument("--processes", type=int, metavar="N", help=text)
     plan.add_argument("--probe", action="store_true", help="time a few steps here, and estimate the stream's time")
-    methods = add("methods", methods_command, "List the methods: paper, parts, what each keeps between tasks.")
+    methods = add("methods", methods_command, "List the methods: paper, parts, what each keeps and costs, and when.")
     methods.add_argument("--markdown", action="store_true", help="as a table of Markdown, as the documentation has it")
     streams = add("streams", streams_command, "List the published streams: tasks, where their rows are, papers.")
     streams.add_argument("stream", nargs="?", help="id of a stream: list its tasks")

@@ -26,14 +26,14 @@ from hf_pm.cli import main
 from hf_pm.evaluation.answers import predict
 from hf_pm.hub.releases import Releases
 from hf_pm.methods import curvature, measuring
-from hf_pm.methods.contract import Ended, Step, Task
+from hf_pm.methods.contract import PHASES, Ended, Step, Task
 from hf_pm.methods.curvature import measure_curvature
 from hf_pm.methods.merges.ties import disjoint_mean, kth_largest, trim
 from hf_pm.methods.parts import PARTS, Parts, resolve
 from hf_pm.methods.penalties.ewc import Ewc
 from hf_pm.methods.penalties.lwf import Lwf
 from hf_pm.methods.replay import Buffer
-from hf_pm.methods.table import METHODS
+from hf_pm.methods.table import METHODS, WHEN
 from hf_pm.runs.doctor import examine
 from hf_pm.runs.history import rollback
 from hf_pm.store.ledger import Ledger, sha256_file
@@ -594,5 +594,18 @@ def test_hf_pm_methods_prints_the_table(capsys):
     assert [block.split()[0] for block in blocks] == list(METHODS)
     (replay,) = [block for block in blocks if block.startswith("replay")]
     (both,) = [block for block in blocks if block.startswith("pm-kronecker")]
-    assert both.count("two cut square matrices") == 1  # of the penalty and of the merge
+    assert both.count("two cut square matrices") == both.count("one curvature pass") == 1  # of penalty and merge
+    assert re.search(r"cost +step: two thin products a matrix; end: one curvature pass, and", both)
     assert "1902.10486" in replay and re.search(r"rows kept +yes", replay) and "replay_fraction 0.02" in replay
+    assert re.search(r"when +rows may be kept", replay)
+
+
+def test_every_row_says_when_to_use_it_and_every_part_what_it_costs():
+    assert list(WHEN) == list(METHODS)
+    assert all(text[0].islower() and text[-1] != "." and len(text) <= 90 for text in WHEN.values())
+    for kind, parts in PARTS.items():
+        for name, part in parts.items():
+            assert part.cost.keys() <= set(PHASES) and all(part.cost.values()), name
+            if part.measures:  # a forward pass at the least
+                assert "pass" in part.cost["end"], name
+            assert kind != "penalty" or part.cost["step"], name

@@ -264,21 +264,27 @@ class Setting(NamedTuple):
     holds: Callable[[float], bool]
 
 
+# Before the first step of a task, every step, after the last one, and wherever the result is used.
+PHASES = ("start", "step", "end", "inference")
+
+
 class Part:
     """One answer to one question of the table.
 
     `settings`: its own knobs, under names that no other part has. `measures`: what it wants of the measuring pass, out
-    of `measuring.MEASURES`. `growth`: how what it keeps grows, in words. `cut_rank`: rank of the square matrices
-    that it keeps, if any. `keeps_rows`: whether rows of earlier tasks are trained on again. `writes_rows`: whether
-    rows are that the model wrote itself. `sums_updates`: whether it needs what is kept of every update as an adapter
-    (`Merged.kept`). `protects`: whether it takes the curvature of the text of `protect` as that of a task before the
-    first, by `protect_matrix`; it then measures `kronecker`. `temperature`: `curvature_temperature` where the recipe
-    has none; the largest of a method's parts counts, since there is one pass for all.
+    of `measuring.MEASURES`. `growth`: how what it keeps grows, in words. `cost`: what it adds to plain LoRA in each of
+    `PHASES`, in words. `cut_rank`: rank of the square matrices that it keeps, if any. `keeps_rows`: whether rows of
+    earlier tasks are trained on again. `writes_rows`: whether rows are that the model wrote itself. `sums_updates`:
+    whether it needs what is kept of every update as an adapter (`Merged.kept`). `protects`: whether it takes the
+    curvature of the text of `protect` as that of a task before the first, by `protect_matrix`; it then measures
+    `kronecker`. `temperature`: `curvature_temperature` where the recipe has none; the largest of a method's parts
+    counts, since there is one pass for all.
     """
 
     settings: ClassVar[dict[str, Setting]] = {}
     measures: ClassVar[frozenset[str]] = frozenset()
     growth: ClassVar[str] = ""
+    cost: ClassVar[dict[str, str]] = {}
     cut_rank: int = 0
     keeps_rows: ClassVar[bool] = False
     writes_rows: ClassVar[bool] = False

@@ -51,6 +51,7 @@ class KroneckerState(Part):
     keys = ("G", "A")
     prices_key = "kronecker_prices"
     growth = "constant: two cut square matrices for every matrix"
+    cost = {"end": "one curvature pass"}
     protects = True
 
     def needs_merged_start(self, merge: str, method: Any) -> str | None:

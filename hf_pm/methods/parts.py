@@ -3,7 +3,7 @@
 To add a part: one class in a file of its own, one line here; then a row in `table.py` may name it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -12,7 +12,21 @@ from peft import PeftModel
 from ..errors import UserError, choose
 from ..weights import adapters
 from ..weights.states import Value
-from .contract import Ended, Measured, Merged, Optimizer, Part, Penalty, Perturbation, Replay, Serve, Start, Step, Task
+from .contract import (
+    PHASES,
+    Ended,
+    Measured,
+    Merged,
+    Optimizer,
+    Part,
+    Penalty,
+    Perturbation,
+    Replay,
+    Serve,
+    Start,
+    Step,
+    Task,
+)
 from .merges.coefficients import Average, Became, ClosedForm, Fixed, Last, MatrixClosedForm
 from .merges.dare import Dare
 from .merges.experts import Experts
@@ -48,7 +62,7 @@ from .starts.continued import Continued
 from .starts.inflora import InfLora
 from .starts.sd_lora import SdLora, TrainedMagnitudes
 from .starts.slao import Orthonormal, TimeAware
-from .table import METHODS, Method
+from .table import METHODS, WHEN, Method
 
 
 class OnBase(Start):
@@ -341,9 +355,7 @@ def describe() -> list[dict[str, str]]:
             for part in (chosen[field] if isinstance(chosen[field], tuple) else [chosen[field]])
         ]
         settings = {name: setting for part in classes for name, setting in part.settings.items()}
-        grown = dict.fromkeys(part.growth for part in classes if part.growth)
-        # What two parts keep is there once: one that keeps more begins with the words of the other.
-        grown = [own for own in grown if not any(other != own and other.startswith(own) for other in grown)]
+        costs = {phase: _once(part.cost.get(phase, "") for part in classes) for phase in PHASES}
         special = {
             field: ", ".join(value) if isinstance(value, tuple) else value
             for field, value in (chosen | {"stream": row.stream}).items()
@@ -355,12 +367,20 @@ def describe() -> list[dict[str, str]]:
                 "paper": row.paper,
                 "parts": "; ".join(f"{field} {value}" for field, value in special.items()),
                 "settings": ", ".join(f"{name} {s.default:g}" for name, s in settings.items()) or "none of its own",
-                "keeps": "; ".join(grown) or "nothing beside the adapters",
+                "keeps": "; ".join(_once(part.growth for part in classes)) or "nothing beside the adapters",
                 "rows kept": "yes"
                 if any(part.keeps_rows for part in classes)
                 else "no, the model writes rows"
                 if any(part.writes_rows for part in classes)
                 else "no",
+                "cost": "; ".join(f"{phase}: {', '.join(found)}" for phase, found in costs.items() if found) or "none",
+                "when": WHEN.get(name, ""),
             }
         )
     return records
+
+
+def _once(texts: Iterable[str]) -> list[str]:
+    """What several parts say alike, once: of two texts, the one that the other begins with is left out."""
+    found = dict.fromkeys(text for text in texts if text)
+    return [own for own in found if not any(other != own and other.startswith(own) for other in found)]

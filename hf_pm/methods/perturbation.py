@@ -98,6 +98,8 @@ class TaskVector(Perturbation):
 class Gaussian(TaskVector):
     """Noise of the update's own norm times epsilon in place of the update: the paper's ablation."""
 
+    cost = {"step": "if perturbed, a copy of the adapted weights, and as much noise"}
+
     def perturbed(self, size: float, task_number: int, step: int) -> AbstractContextManager[None]:
         key = f"noise/{self.args.seed}/{task_number}/{step}".encode()
         return gaussian_noise(

@@ -32,6 +32,7 @@ class Buffer(Replay):
     }
     growth = "8 bytes a kept row; the rows stay where they are"
     keeps_rows = True
+    cost = {"step": "1 / (1 - `replay_share`) times as many of them"}
 
     def check(self, method: Any, task_type: str) -> str | None:
         replay = method.replay
@@ -79,6 +80,7 @@ class Memory(Buffer):
     """A buffer whose rows join no batch: penalties draw from it (`rows_state.RowsState`)."""
 
     settings = {"replay_fraction": FRACTION}
+    cost = {}
 
     def check(self, method: Any, task_type: str) -> str | None:
         if not method.penalties:

@@ -51,6 +51,7 @@ class ClosedForm(Coefficient):
 
     rule = "pm"
     growth = "constant: S and R of every matrix"
+    cost = {"end": "one curvature pass"}
 
     @property
     def measures(self) -> frozenset[str]:

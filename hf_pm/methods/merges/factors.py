@@ -41,6 +41,7 @@ class Pic(VectorMerge):
     mixes = True
     from_base = True
     growth = "constant: a sum of adapters"
+    cost = {}
 
     def begin(self, task: Task) -> None:
         adapters.reset(task.model, self.args.seed)
@@ -73,6 +74,7 @@ class FactorClosedForm(Merge):
     mixes = True
     measures = frozenset({"factors"})
     growth = "constant: S and R of A and B, two adapters"
+    cost = {"end": "one curvature pass"}
 
     def attach(self, model: PeftModel) -> None:
         experts = [name for name, layer in adapters.lora_layers(model).items() if adapters.is_experts(layer)]

@@ -24,6 +24,7 @@ class Fisher(VectorMerge):
     settings = {"fisher_floor": Setting(1e-6, "must be at least 0", lambda value: value >= 0)}
     measures = frozenset({"curvature"})
     growth = VectorMerge.growth + ", and the sum of the curvatures, constant"
+    cost = {"end": "one curvature pass"}
 
     def keeps(self) -> dict[str, str]:
         return {"S": curvature_form(self.args)}
@@ -59,6 +60,7 @@ class Cofima(Merge):
     dense = True
     measures = frozenset({"curvature"})
     growth = VectorMerge.growth + ", and the last curvature, constant"
+    cost = {"end": "one curvature pass"}
 
     def check(self, method: Any, task_type: str) -> str | None:
         if method.start == "base" or method.stream != "sequence":

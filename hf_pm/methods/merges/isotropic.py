@@ -18,6 +18,7 @@ class IsoC(VectorMerge):
 
     settings = {"iso_c_scaling": Setting(1.0, "must be more than 0", lambda value: value > 0)}
     from_base = True
+    cost = {"end": "the updates of all tasks so far made dense, and one SVD of every matrix"}
 
     def solve(self, ended: Ended) -> Merged:
         def dense(name: str) -> torch.Tensor:

@@ -24,6 +24,7 @@ class Opcm(VectorMerge):
 
     settings = {"opcm_alpha": Setting(0.5, "must lie in [0, 1)", lambda value: 0 <= value < 1)}
     from_base = True
+    cost = {"end": "two SVDs of every matrix"}
 
     def solve(self, ended: Ended) -> Merged:
         undo = ended.entries[-1].terms["rescaled_by"] if ended.entries else 1.0

@@ -32,6 +32,7 @@ class RegMean(VectorMerge):
     }
     measures = frozenset({"inputs"})
     growth = VectorMerge.growth + ", and one square matrix for every matrix, constant"
+    cost = {"end": "one forward pass over the curvature rows, and a linear system a matrix"}
 
     @property
     def cut_rank(self) -> int:

@@ -21,6 +21,7 @@ class Selective(RowsState, Merge):
     """
 
     runs_model = True
+    cost = {"end": "three passes over the kept rows, one of them with gradients"}
     uses_rows_for = "asks for the confidence on rows of earlier tasks"
     settings = {
         "selective_beta": Setting(0.5, "must lie in [0, 1]", lambda value: 0 <= value <= 1),

@@ -20,6 +20,7 @@ class Spectral(KroneckerState, Merge):
     """
 
     dense = True
+    cost = {"end": "one curvature pass, and four eigendecompositions of whole sides a matrix"}
     squares = 11  # measured: the peak of `weights.kronecker.spectral`
     settings = KroneckerState.settings | {
         "spectral_mu": Setting(1.0, "must be at least 0", lambda value: value >= 0),

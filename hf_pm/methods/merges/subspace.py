@@ -22,6 +22,7 @@ class Subspace(KroneckerState, Merge):
     """
 
     mixes = True
+    cost = {"end": "one curvature pass, and eigendecompositions of (r, r) matrices"}
     growth = KroneckerState.growth + f", and R, whose rank grows to at most {MAX_RANK}"
     settings = KroneckerState.settings | {
         "subspace_mu": Setting(1.0, "must be at least 0", lambda value: value >= 0),

@@ -17,6 +17,7 @@ class TaskArithmetic(VectorMerge):
     adds = True
     from_base = True
     growth = ""
+    cost = {}
 
     def solve(self, ended: Ended) -> Merged:
         return Merged(self["task_arithmetic_scaling"])

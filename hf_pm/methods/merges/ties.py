@@ -23,6 +23,7 @@ class Ties(VectorMerge):
         "ties_density": Setting(0.2, "must lie in (0, 1]", lambda value: 0 < value <= 1),
         "ties_scaling": Setting(1.0, "must be more than 0", lambda value: value > 0),
     }
+    cost = {"end": "dense work on the updates of all tasks so far"}
 
     def solve(self, ended: Ended) -> Merged:
         names, density = list(ended.updates), self["ties_density"]

@@ -19,6 +19,7 @@ class VectorMerge(Merge):
     vectors = True
     from_base: ClassVar[bool] = False
     growth = "a dense update of every matrix a task, 4 bytes a weight"
+    cost = {"end": "dense work on every matrix"}
 
     def check(self, method: Any, task_type: str) -> str | None:
         name = method.merge

@@ -32,6 +32,7 @@ class Badam(Optimizer):
         "badam_sigma": Setting(0.01, "must be more than 0", lambda value: value > 0),
         "badam_moments": Setting(1, "must be 0 or 1", lambda value: value in (0, 1)),
     }
+    cost = {"step": "a draw of the adapter's weights"}
     growth = "constant: a standard deviation for every weight of one adapter"
 
     def __init__(self, args: Any) -> None:

@@ -30,6 +30,10 @@ class Der(RowsState, Penalty):
         "der_beta": Setting(0.5, "must be at least 0", lambda value: value >= 0),
         "der_top_k": Setting(64, "must be a whole number of at least 1", lambda v: v >= 1 and v == int(v)),
     }
+    cost = {
+        "step": "two forward and backward passes over drawn rows",
+        "end": "one forward pass over the rows that are kept",
+    }
     growth = "8 bytes for each of `der_top_k` logits at each answer token of a kept row"
 
     def begin(self, task: Task) -> None:

@@ -17,6 +17,7 @@ class Ella(Penalty):
     """
 
     name = "ella"
+    cost = {"step": "the dense update of every matrix, beside a dense matrix of each in memory"}
     settings = {
         "ella_strength": Setting(1e-2, "must be at least 0", lambda value: value >= 0),
         "ella_normalize": Setting(1, "must be 0 or 1", lambda value: value in (0, 1)),

@@ -24,6 +24,7 @@ class Ewc(Penalty):
     }
     measures = frozenset({"curvature"})
     growth = "constant: Omega of every matrix"
+    cost = {"step": "the dense update of every matrix", "end": "one curvature pass"}
 
     @property
     def key(self) -> str:

@@ -24,6 +24,7 @@ class Kronecker(KroneckerState, Penalty):
     settings = KroneckerState.settings | {
         "kronecker_strength": Setting(100.0, "must be at least 0", lambda value: value >= 0),
     }
+    cost = KroneckerState.cost | {"step": "two thin products a matrix"}
 
     def begin(self, task: Task) -> None:
         # Matrices of one shape are one product a step: a model has a few shapes in many layers.

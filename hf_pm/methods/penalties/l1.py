@@ -15,6 +15,7 @@ class L1(Penalty):
     """
 
     name = "l1"
+    cost = {"step": "the dense update of every matrix"}
     settings = {"l1_strength": Setting(1e-5, "must be at least 0", lambda value: value >= 0)}
 
     def loss(self, step: Step) -> torch.Tensor | None:

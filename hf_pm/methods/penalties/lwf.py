@@ -20,6 +20,7 @@ class Lwf(Penalty):
     """
 
     name = "lwf"
+    cost = {"step": "one forward pass"}
     reads_outputs = True
     active = False  # before the first task
     settings = {

@@ -40,6 +40,7 @@ class Mmkdda(RowsState, Penalty):
     """
 
     name = "mmkdda"
+    cost = {"step": "over twice the rows of the batch a forward and backward pass, and a forward pass"}
     reads_rows = True
     uses_rows_for = "mixes rows of earlier tasks with new ones"
     settings = {

@@ -16,6 +16,7 @@ class OLora(Penalty):
     """
 
     name = "olora"
+    cost = {"step": "one thin product a matrix with A of all tasks so far"}
     settings = {
         "olora_strength": Setting(0.5, "must be at least 0", lambda value: value >= 0),
         "olora_power": Setting(1, "must be 1 or 2", lambda value: value in (1, 2)),

@@ -29,6 +29,7 @@ class Sril(RowsState, Penalty):
     """
 
     name = "sril"
+    cost = {"step": "a forward pass over the batch, and over drawn rows one more and a forward and backward pass"}
     reads_outputs = True
     reads_rows = True
     uses_rows_for = "distills features on rows of earlier tasks"

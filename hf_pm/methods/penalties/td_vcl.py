@@ -36,6 +36,10 @@ class TdVcl(RowsState, Penalty):
         "td_vcl_lambda": Setting(0.5, "must lie in [0, 1]", lambda value: 0 <= value <= 1),
     }
     measures = frozenset({"curvature"})
+    cost = {
+        "step": "the dense update of every matrix, and a forward and backward pass over drawn rows",
+        "end": "one curvature pass",
+    }
     growth = "constant: S of every matrix after each of the last `td_vcl_steps` tasks"
 
     @property

@@ -12,6 +12,8 @@ from ..contract import Serve
 class Routed(Serve):
     """The mixture of `merge: experts`, live in the model while no task is trained."""
 
+    cost = {"inference": "in every layer the routers of all tasks, and `smile_top_k` experts a token"}
+
     def check(self, method: Any, task_type: str) -> str | None:
         if method.merge == "experts":
             return None

@@ -29,6 +29,7 @@ class InfLora(Start):
 
     settings = {"inflora_threshold": Setting(0.95, "must lie in (0, 1]", lambda value: 0 < value <= 1)}
     measures = frozenset({"inputs"})
+    cost = dict.fromkeys(("start", "end"), "one forward pass over the curvature rows, one eigendecomposition a layer")
     growth = "the directions of the old inputs of every layer, at most a square matrix"
     cut_rank = 1024
 

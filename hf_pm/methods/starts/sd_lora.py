@@ -38,6 +38,7 @@ class SdLora(Start):
     """
 
     settings = SETTINGS
+    cost = {"step": "the adapters of all tasks so far, forward and backward"}
 
     def check(self, method: Any, task_type: str) -> str | None:
         if method.merge != "magnitudes" or method.stream != "sequence":

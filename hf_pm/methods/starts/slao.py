@@ -16,6 +16,7 @@ class Orthonormal(Continued):
     trained A, (Q sign(diag R))^T with Q R = A^T; B goes on from the last trained B, not from the merged one."""
 
     merges = ("slao",)
+    cost = {"start": "a QR decomposition of every A"}
 
     def factors(self, task: Task, name: str, last: adapters.Update) -> tuple[torch.Tensor, torch.Tensor]:
         left, right = task.before.get("trained", name)
