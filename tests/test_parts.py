@@ -600,6 +600,17 @@ def test_hf_pm_methods_prints_the_table(capsys):
     assert re.search(r"when +rows may be kept", replay)
 
 
+def test_every_part_says_its_paper_what_it_keeps_and_whence_its_defaults():
+    for kind, parts in PARTS.items():
+        for name, part in parts.items():
+            if part.__module__.endswith("contract"):  # what plain LoRA does
+                continue
+            text = part.__doc__
+            assert re.search(r"arXiv\s+\d{4}\.\d{5}", text), f"{kind} {name}: no paper"
+            assert "Keeps" in text, f"{kind} {name}: what is kept"
+            assert not part.settings or re.search(r"[Dd]efaults?\b", text), f"{kind} {name}: whence the defaults"
+
+
 def test_every_row_says_when_to_use_it_and_every_part_what_it_costs():
     assert list(WHEN) == list(METHODS)
     assert all(text[0].islower() and text[-1] != "." and len(text) <= 90 for text in WHEN.values())

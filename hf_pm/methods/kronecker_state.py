@@ -36,6 +36,9 @@ class KroneckerState(Part):
     divergence in nats per token of the protected text that an update D makes between the base and the changed model.
     There is no update to undo: c_0 = `protect_tolerance`, the divergence that costs as much as undoing one task.
     Factors leave out what matrices do together, so the true divergence can be several times the estimate.
+
+    Keeps both sums of every matrix, cut, and one price a task. Defaults: all are ours; docs/results.md has what they
+    were chosen by.
     """
 
     settings = {

@@ -66,13 +66,15 @@ from .table import METHODS, WHEN, Method
 
 
 class OnBase(Start):
-    """Every task begins on the untouched base."""
+    """Every task begins on the untouched base, as task arithmetic (Ilharco et al. 2022, arXiv 2212.04089) does. Keeps
+    nothing."""
 
     on_base = True
 
 
 class OnTrained(Start):
-    """Every task begins on the weights that the task before ended its training with, before its merge."""
+    """Every task begins on the weights that the task before ended its training with, before its merge, as MagMax
+    (Marczak et al. 2024, arXiv 2407.06322) does. Keeps nothing: the adapters so far give them."""
 
     on_trained = True
 

@@ -74,8 +74,13 @@ def gaussian_noise(layers: list[LoraLayer], factor: float, seed: int) -> Iterato
 
 
 class TaskVector(Perturbation):
-    """The update scaled by 1 + epsilon, 1 - epsilon or 1 (arXiv 2505.22389): a one-pass estimate of the loss plus
-    probability * epsilon^2 * delta' H delta."""
+    """The update scaled by 1 + epsilon, 1 - epsilon or 1 (Qiu et al. 2025, arXiv 2505.22389): a one-pass estimate of
+    the loss plus probability * epsilon^2 * delta' H delta.
+
+    Backward sees the scale as forward does, so that a factor's gradient has it, too: the paper scales LoRA's product,
+    which gives that, but whether its code does was not found. Keeps nothing: a draw is a function of the step.
+    Defaults: epsilon 0.5, 1/3 for each of the three, and one draw a step are the paper's.
+    """
 
     def attach(self, model: PeftModel) -> None:
         self.layers = list(lora_layers(model).values())
@@ -96,7 +101,8 @@ class TaskVector(Perturbation):
 
 
 class Gaussian(TaskVector):
-    """Noise of the update's own norm times epsilon in place of the update: the paper's ablation."""
+    """Noise N in the place of the scale: an ablation of arXiv 2505.22389. How large it is was not found there; ours is
+    |N| = epsilon |delta| for each matrix, as far from the update as the scaled one. Keeps nothing."""
 
     cost = {"step": "if perturbed, a copy of the adapted weights, and as much noise"}
 

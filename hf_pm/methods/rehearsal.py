@@ -23,9 +23,9 @@ class Rehearsal(Buffer):
     When a task ends, its merged model writes `rehearsal_fraction` as many rows as the task has: after the tokens with
     which all prompts of the task begin (its instruction) a text is sampled at `rehearsal_temperature`, as long as that
     of a random row; then come the tokens with which all prompts end, and the most likely answer. Rows whose answer
-    does not end are dropped. They are kept as token ids, so that a resumed run trains on the same ones, and join later
+    does not end are dropped. Keeps them as token ids, so that a resumed run trains on the same ones, and join later
     tasks as those of `replay: buffer` do. The paper shows the model a few rows as examples; here the texts are what it
-    writes after an instruction, and no better than that.
+    writes after an instruction, and no better than that. All defaults are ours.
     """
 
     settings = {

@@ -26,19 +26,23 @@ class Coefficient(Merge):
 
 
 class Last(Coefficient):
-    """alpha = 1: every update is kept whole."""
+    """alpha = 1: every update is kept whole, as IncLoRA does, a baseline in arXiv 2310.14152. Keeps nothing."""
 
     rule = "last"
 
 
 class Average(Coefficient):
-    """alpha_t = 1/t: running model averaging."""
+    """alpha_t = 1/t: the running mean of the tasks' weights, a baseline in arXiv 2505.22389, whose closed form it is
+    where all tasks have the same curvature. Keeps nothing: t is the length of the ledger."""
 
     rule = "average"
 
 
 class Fixed(Coefficient):
-    """alpha_t = `merge_coefficient` from the second task on (CoMA, Marouf et al., ECCV 2024)."""
+    """alpha_t = `merge_coefficient` from the second task on: CoMA (Marouf et al. 2024, arXiv 2312.08977).
+
+    Keeps nothing. Default: 0.5 is ours; the authors' configurations of CoFiMA have 0.4.
+    """
 
     rule = "fixed"
 
@@ -46,7 +50,10 @@ class Fixed(Coefficient):
 class ClosedForm(Coefficient):
     """alpha of P&M (arXiv 2505.22389): the minimizer of the summed quadratic surrogates of all tasks so far.
 
-    Keeps S, the sum of the tasks' curvatures, and R, minus the gradient of their surrogates at the merged weights.
+    Keeps S, the sum of the tasks' curvatures, and R, minus the gradient of their surrogates at the merged weights: two
+    numbers a weight whatever the number of tasks; if factored, S is a number a row and column, and R of low rank.
+    Defaults: one alpha for all matrices, clipped to [0, 1], the diagonal, and the labels of the data are the paper's.
+    Ours: 256 curvature rows (the paper's number was not found), and `factored` above 625 M weights.
     """
 
     rule = "pm"
@@ -81,9 +88,10 @@ class ClosedForm(Coefficient):
 
 
 class MatrixClosedForm(ClosedForm):
-    """The same with an alpha for each matrix, whatever `coefficient_scope` says (an ablation of arXiv 2505.22389).
+    """The same with an alpha for each matrix, whatever `coefficient_scope` says: an ablation of arXiv 2505.22389.
 
-    With a diagonal curvature the surrogate has no term between matrices: these are its minimizers over all of them.
+    With a diagonal curvature the surrogate has no term between matrices, so that these minimize it over all of them.
+    Keeps S and R, as for one alpha.
     """
 
     rule = "pm_modules"
@@ -95,7 +103,7 @@ class Became(ClosedForm):
 
     It is P&M's with R = 0: the old tasks' gradient is taken as 0 where the task begins. In the paper that is because a
     first stage, which is no part of this row, trains with gradients projected off the old tasks' inputs. Keeps S, the
-    sum of the tasks' curvatures.
+    sum of the tasks' curvatures, constant in their number.
     """
 
     rule = "became"

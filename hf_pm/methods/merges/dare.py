@@ -15,7 +15,8 @@ class Dare(VectorMerge):
     `task_arithmetic_scaling`. Dropped are entries of the update B A and not of its factors, whose product would not
     keep its expectation. The mask is a function of seed, task and matrix: the same in every process, and no draw from
     the global generator, which `peft.utils.merge_utils.random_pruning`, the same rule, takes its mask from. Keeps
-    nothing of its own: the update so far is in the ledger.
+    nothing of its own: the update so far is in the ledger. Defaults: p = 0.9 is the paper's, lambda = 0.3 that of task
+    arithmetic.
     """
 
     settings = {

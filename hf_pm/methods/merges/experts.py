@@ -13,11 +13,14 @@ COUNT = "must be a whole number of at least 1", lambda value: value >= 1 and val
 
 
 class Experts(Merge):
-    """The payload of a task is its trained adapter as an expert of a mixture (SMILE, arXiv 2408.10174).
+    """The payload of a task is its trained adapter as an expert of a mixture: SMILE (Tang et al. 2024, arXiv
+    2408.10174).
 
     Nothing is computed from data: the router's vectors follow from the adapters when the mixture is built (see
     `weights.mixture`). `smile_top_k` experts answer for a token, and `smile_router_rank` singular vectors of each
-    decide which; both go into the ledger, so that base + ledger give the whole model.
+    decide which; both go into the ledger, so that base + ledger give the whole model. Keeps nothing beside the
+    adapters, but every one of them goes into the model, which grows by r * (in + out) numbers a matrix and task.
+    Defaults: 1 and 8 are those of the authors' code for a language model (Mistral).
     """
 
     settings = {

@@ -33,7 +33,7 @@ class Pic(VectorMerge):
     with another's A, and the result stays an adapter of rank r, which is what is committed. With weights in the place
     of adapters it is `merge: task_arithmetic`. The paper may also start an adapter from the previous task's;
     phi_i - phi_0 would then hold the earlier tasks once more, and it is not done here. Keeps the sum, as large as an
-    adapter.
+    adapter. Default: lambda = 0.3 is that of task arithmetic; the paper's was not found.
     """
 
     settings = {"task_arithmetic_scaling": SCALING}

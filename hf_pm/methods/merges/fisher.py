@@ -16,9 +16,10 @@ class Fisher(VectorMerge):
 
     It is the minimum of the summed quadratic surrogates that P&M (arXiv 2505.22389) looks for along the update only.
     F_i has a floor of `fisher_floor` times its mean entry, so that an entry that no task needs is averaged; a floor
-    that does not follow F's unit would be all or nothing. The mean of the tasks before is in the ledger, and only the
-    sum of their curvatures is kept. A task counts as much as its F is large: `curvature_normalization: trace` makes
-    that the same for each.
+    that does not follow F's unit would be all or nothing. Keeps the sum of the curvatures, constant in the number of
+    tasks: the mean of the tasks before is in the ledger. A task counts as much as its F is large:
+    `curvature_normalization: trace` makes that the same for each. Default: 1e-6 is the usual floor of public code,
+    there an absolute one.
     """
 
     settings = {"fisher_floor": Setting(1e-6, "must be at least 0", lambda value: value >= 0)}
@@ -49,11 +50,13 @@ class Fisher(VectorMerge):
 
 
 class Cofima(Merge):
-    """CoFiMA (Marouf et al., ECCV 2024): ((1 - a) F_{t-1} theta_{t-1} + a F_t theta_t) / ((1 - a) F_{t-1} + a F_t).
+    """CoFiMA (Marouf et al. 2024, arXiv 2312.08977): entry by entry
+    ((1 - a) F_{t-1} theta_{t-1} + a F_t theta_t) / ((1 - a) F_{t-1} + a F_t).
 
     theta_{t-1} is the merged model that task t began with, theta_t what it was trained to, and a `merge_coefficient`:
     with equal curvatures it is `merge: fixed` (CoMA). No entry of F counts for more than `cofima_cap`, as in the
-    authors' code, whose F is of squared batch gradients and thus smaller. Keeps F of the last task alone.
+    authors' code, whose F is of squared batch gradients and thus smaller. Keeps F of the last task alone. Defaults:
+    the cap, 1e-4, is that of the authors' code; a = 0.5 is ours (theirs is 0.4).
     """
 
     settings = {"cofima_cap": Setting(1e-4, "must be more than 0", lambda value: value > 0)}

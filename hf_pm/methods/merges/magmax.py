@@ -13,7 +13,7 @@ class MagMax(VectorMerge):
     tau_i is the weights after training task i minus the base, and the tasks are trained one after another
     (`start: trained`): task t begins with the weights that task t - 1 ended with, not with the merged ones. lambda is
     `magmax_scaling`. Keeps nothing of its own: the maximum so far is in the ledger, and the weights that task t begins
-    with are the sum of t - 1 adapters there.
+    with are the sum of t - 1 adapters there. Default: 0.5 is that of the authors' code.
     """
 
     settings = {"magmax_scaling": Setting(0.5, "must be more than 0", lambda value: value > 0)}

@@ -20,6 +20,7 @@ class Opcm(VectorMerge):
     n_t the mean of ||tau_1|| .. ||tau_t|| and n'_t = ||Z||, over all matrices together. Beyond the rank of tau_m the
     singular vectors are arbitrary, and LoRA's first tau_m has a low one: the diagonal is left alone there, so that the
     result is a function of tau_m. Keeps nothing but these norms, in the ledger. Two SVDs of every matrix a task.
+    Default: 0.5 is that of the authors' code.
     """
 
     settings = {"opcm_alpha": Setting(0.5, "must lie in [0, 1)", lambda value: 0 <= value < 1)}

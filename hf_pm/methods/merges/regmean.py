@@ -22,8 +22,9 @@ class RegMean(VectorMerge):
     C_i is A_i, the mean of x x^T over the task's tokens at its trained weights, with what is off its diagonal times
     `regmean_alpha`; it takes forward passes alone. A mean and not a sum: every task counts the same, however many its
     tokens. With the base inside every W_i the same holds of task vectors, and sum_i tau_i C_i of the tasks before is
-    tau_m sum_i C_i with their merged vector tau_m, so that only sum_i A_i is kept: one square matrix of the layer's
-    inputs, whole up to `regmean_rank` + 1 columns, else cut to as many eigenpairs and a diagonal.
+    tau_m sum_i C_i with their merged vector tau_m. Keeps sum_i A_i alone: one square matrix of the layer's
+    inputs, whole up to `regmean_rank` + 1 columns, else cut to as many eigenpairs and a diagonal. Defaults: 0.9 is the
+    paper's for most models, the rank is ours.
     """
 
     settings = {

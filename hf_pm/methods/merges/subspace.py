@@ -15,10 +15,12 @@ class Subspace(KroneckerState, Merge):
     """D' = left M right for an update D = left right, with the (r, r) matrix M of each layer that minimizes
     mu (1/2 <D', F_old D'> - <R, D'>) + 1/2 <D' - D, F_t (D' - D)>, F = G (x) A.
 
-    M = alpha I is P&M's closed form (arXiv 2505.22389); this one can keep a direction and drop another, and costs
-    r^2 numbers. R, minus the gradient of the old tasks' surrogates at the merged weights, is kept at low rank.
+    M = alpha I is P&M's closed form (arXiv 2505.22389); this one can keep a direction and drop another, and costs r^2
+    numbers. R, minus the gradient of the old tasks' surrogates at the merged weights, is kept at low rank.
     `subspace_mu` weighs the old tasks; `kronecker_damping`, relative to the mean diagonal, keeps M at I where neither
-    side has curvature. What is committed is the adapter with M in it.
+    side has curvature. What is committed is the adapter with M in it. The rule is ours. Keeps what `KroneckerState`
+    does, constant in the number of tasks, and R. Defaults: mu = 1 weighs a task as P&M does; the damping, 1e-3, is
+    ours.
     """
 
     mixes = True

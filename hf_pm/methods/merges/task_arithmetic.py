@@ -9,7 +9,8 @@ class TaskArithmetic(VectorMerge):
 
     lambda is `task_arithmetic_scaling`; 1/T is the mean of T experts. The payload is the adapter at alpha = lambda,
     added to those of the tasks before, so that the model is one LoRA adapter of summed rank, and one task can be left
-    out again. Keeps nothing of its own.
+    out again. Keeps nothing of its own. Default: 0.3 is that of FusionBench; the paper takes what is best on held-out
+    rows.
     """
 
     settings = {"task_arithmetic_scaling": SCALING}

@@ -13,7 +13,8 @@ class Ella(Penalty):
     data is looked at. With `merge: last` P is the sum of the earlier updates. P's entries are small: with
     `ella_normalize: 1` P^2 is divided by its mean over all matrices, so that a strength means the same in every model;
     0 is the paper's.
-    Keeps nothing: P follows from the ledger. One dense matrix of every layer in memory while a task trains.
+    Keeps nothing: P follows from the ledger. One dense matrix of every layer in memory while a task trains. Defaults:
+    both are ours; the paper's strength was not found.
     """
 
     name = "ella"

@@ -18,6 +18,10 @@ class Kronecker(KroneckerState, Penalty):
     F_old = G_old (x) A_old, so that <D, F_old D> = tr((B' G_old B)(A_l A_old A_l')) s^2: two thin products for each
     matrix and r^2 numbers, no product with the tokens. The old tasks' gradient is taken as 0 at the merged weights.
     With `kronecker_normalize` the strength is the price, in nats, of undoing an average task.
+
+    It is online structured Laplace (Ritter, Botev and Barber 2018, arXiv 1805.07810) on LoRA updates, for which Chen
+    and Garner (2024, arXiv 2402.12220) keep what the base knows by such a penalty. Keeps G_old and A_old, as
+    `KroneckerState` says: constant in the number of tasks. Default: the strength is ours (docs/results.md).
     """
 
     name = "kronecker"
@@ -53,7 +57,12 @@ class Kronecker(KroneckerState, Penalty):
 
 class Gram(Kronecker):
     """The same where only the inputs tell directions apart: the trace of each matrix's curvature, spread over outputs
-    evenly and over inputs as the second moments of its tokens are."""
+    evenly and over inputs as the second moments of its tokens are.
+
+    So gradients are measured as well: of G its mean diagonal counts, of A nothing. Inputs alone are what gradient
+    projection memory (arXiv 2103.09762) protects; this form is ours. Keeps the two sums, constant in the number of
+    tasks, under keys of its own. Defaults: as above.
+    """
 
     name = "gram"
     measures = frozenset({"kronecker", "inputs"})

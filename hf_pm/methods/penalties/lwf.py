@@ -16,7 +16,8 @@ class Lwf(Penalty):
     loss + `lwf_strength` * T^2 * KL(p_old || p_new), the mean over answer tokens, with both distributions softened by
     the temperature T (`lwf_temperature`). The old model is the live one with its adapter at scale 0, so that no second
     copy is held; it costs one more forward pass a step, without gradients and in evaluation mode. Before the first
-    task there is nothing to remember, and the term is absent.
+    task there is nothing to remember, and the term is absent. Keeps nothing: the old model is in the ledger. Defaults:
+    T = 2 is the paper's, 0.5 that of the benchmark mammoth.
     """
 
     name = "lwf"

@@ -25,9 +25,10 @@ class Mmkdda(RowsState, Penalty):
     """The loss of MMKDDA (Han and Liu 2022, arXiv 2209.06107), carried over to language models.
 
     The paper's equations could not be checked: this follows its abstract, and is a reconstruction. It is about images
-    in an online stream; the reading for text is ours. As many kept rows as a micro-batch has are drawn, and each is
-    paired with a row of the batch. The embeddings of both prompts, aligned at their ends, are mixed with the share
-    lambda ~ Beta(a, a) of the new one, a = `mmkdda_mixup`, drawn for each step; the answers are not mixed. To the loss
+    in an online stream; the reading for text is ours, and so are all defaults. As many kept rows as a micro-batch has
+    are drawn, and each is paired with a row of the batch. The embeddings of both prompts, aligned at their ends, are
+    mixed with the share lambda ~ Beta(a, a) of the new one, a = `mmkdda_mixup`, drawn for each step; the answers are
+    not mixed. To the loss
 
         `mmkdda_replay` * (lambda CE(new answer | mixed) + (1 - lambda) CE(old answer | mixed))
         + `mmkdda_strength` * sum over scales of mean |P(f - f')|^2 / |P(f')|^2
@@ -35,8 +36,8 @@ class Mmkdda(RowsState, Penalty):
     is added. f is what a block of the model gives for the mixed rows, f' the same in the merged model before the task
     (the live one with its adapter at scale 0), P the mean over windows of 1, 4, 16, .. tokens, `mmkdda_scales` of
     them; the mean is over windows and blocks. `mmkdda_mixup: 0` has lambda = 0, the kept rows as they are: replay and
-    distillation. One scale is pointwise distillation.
-    Costs a pass over twice the rows of a batch with gradients, in evaluation mode, and one without.
+    distillation. One scale is pointwise distillation. Costs a pass over twice the rows of a batch with gradients, in
+    evaluation mode, and one without. Keeps nothing but the rows of its `replay`.
     """
 
     name = "mmkdda"

@@ -13,6 +13,7 @@ class OLora(Penalty):
     default). The term is not invariant to the scale of A, and the outputs of old tasks and new (B) may still overlap.
     Every update is kept whole, as the row's `merge: last` does.
     Keeps nothing beside the adapters: A_old is read from the ledger, r * in numbers a matrix and task in memory.
+    Defaults: 0.5 and 1 are those of the authors' code, which for long streams has one strength a task.
     """
 
     name = "olora"

@@ -24,8 +24,9 @@ class Sril(RowsState, Penalty):
 
     gamma of a new row is 1 where <dCE/df, f - f'>, summed over its answer, is at least 0: both losses move f to the
     same side (pattern completion); else 0 (pattern separation). `sril_release: 0` has gamma = 1 everywhere, which is
-    plain feature distillation. The paper's equations are for classes; these are a reconstruction from its text.
-    Costs a forward pass of the batch without gradients, and of as many kept rows with and without.
+    plain feature distillation. The paper's equations are for classes; these are a reconstruction from its text. Costs
+    a forward pass of the batch without gradients, and of as many kept rows with and without. Keeps nothing but the
+    rows that its `replay` keeps. Defaults: 1 and 1 are ours: not found in the paper.
     """
 
     name = "sril"

@@ -24,7 +24,8 @@ class TdVcl(RowsState, Penalty):
     with n = `td_vcl_steps` (fewer while there are fewer posteriors) and k, w of [`mixture`]. n = 1 is `penalty: ewc`
     without decay. loss_{t-i} is the loss on kept rows of task t - i: older posteriors do not know these tasks. One
     draw of rows serves all of them, tasks in proportion to w.
-    Keeps S of the last n tasks, and the sums of the last 1 to n - 1 kept updates as low-rank factors.
+    Keeps S of the last n tasks, and the sums of the last 1 to n - 1 kept updates as low-rank factors. Defaults: lambda
+    0.5 is the paper's; n = 3 (5 to 10 there) and the strength (that of EWC) are ours.
     """
 
     name = "td-vcl"

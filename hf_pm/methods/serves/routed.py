@@ -10,7 +10,8 @@ from ..contract import Serve
 
 
 class Routed(Serve):
-    """The mixture of `merge: experts`, live in the model while no task is trained."""
+    """The mixture of `merge: experts` (SMILE, arXiv 2408.10174), live in the model while no task is trained. Keeps
+    nothing: it is built from base and ledger."""
 
     cost = {"inference": "in every layer the routers of all tasks, and `smile_top_k` experts a token"}
 

@@ -16,7 +16,7 @@ class Continued(Start):
     of the ledger takes the place of those before it, and a release as an adapter has the rank of one task.
     `start: merged` is IncLoRA: a fresh adapter for every task, all of them summed. With a merge of task vectors
     (`ties`, `magmax`, `fisher`, `regmean`) the fine-tuned adapters of all tasks are merged, while the training goes on
-    from the last. A classifier's head starts afresh. Keeps nothing.
+    from the last. A classifier's head starts afresh. Keeps nothing: the last adapter is in the ledger.
     """
 
     on_base = True

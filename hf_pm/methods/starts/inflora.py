@@ -24,7 +24,8 @@ class InfLora(Start):
     directions; there, the threshold may also rise from task to task.
     Keeps M of every layer, (in, k) with k at most in: it grows until the old inputs are covered. Costs two forward
     passes over `curvature_num_samples` rows and two eigendecompositions a layer and task. C is summed up whole up to
-    a side of 2048; of wider layers the leading 1024 directions count.
+    a side of 2048; of wider layers the leading 1024 directions count. Default: 0.95 is the authors' for CIFAR-100, of
+    squared eigenvalues.
     """
 
     settings = {"inflora_threshold": Setting(0.95, "must lie in (0, 1]", lambda value: 0 < value <= 1)}

@@ -34,7 +34,7 @@ class SdLora(Start):
     next task begins).
     Keeps one number a task beside the adapters; all of them are read from the ledger, r * (in + out) numbers a matrix
     and task in memory, and pass forward and backward in every step. The paper's two variants that save ranks are not
-    part of it.
+    part of it. Defaults: 0.8 is that of the authors' code; that norms are kept and magnitudes go on is ours.
     """
 
     settings = SETTINGS
@@ -76,7 +76,8 @@ class SdLora(Start):
 
 
 class TrainedMagnitudes(Merge):
-    """The merge of SD-LoRA: what was trained is kept, alpha_t of the new update and alpha_i of the earlier ones."""
+    """The merge of SD-LoRA (arXiv 2501.13198): what was trained is kept, alpha_t of the new update and alpha_i of the
+    earlier ones. Keeps one number a task. Defaults: those of the start."""
 
     reweights = True
     settings = SETTINGS

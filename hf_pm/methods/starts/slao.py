@@ -13,7 +13,8 @@ from .continued import Continued
 
 class Orthonormal(Continued):
     """The start of SLAO (Qiao and Mahdavi 2025, arXiv 2512.23017): A is an orthonormal basis of the rows of the last
-    trained A, (Q sign(diag R))^T with Q R = A^T; B goes on from the last trained B, not from the merged one."""
+    trained A, (Q sign(diag R))^T with Q R = A^T; B goes on from the last trained B, not from the merged one. Keeps
+    nothing of its own: the merge keeps the trained pair."""
 
     merges = ("slao",)
     cost = {"start": "a QR decomposition of every A"}
@@ -24,7 +25,8 @@ class Orthonormal(Continued):
 
 
 class TimeAware(Merge):
-    """The merge of SLAO: A of the new task, and B <- B + (B_t - B) / sqrt(t), for A differs little between tasks.
+    """The merge of SLAO (arXiv 2512.23017): A of the new task, and B <- B + (B_t - B) / sqrt(t), for A differs little
+    between tasks.
 
     The model after task t is base + s B A_t: one adapter of rank r, which takes the place of all before it. After six
     tasks B_1 to B_6 weigh .020, .049, .094, .164, .265 and .408. Keeps the update of the last task as it was trained,
