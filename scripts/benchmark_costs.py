@@ -9,8 +9,8 @@ start of the second task, and times optimizer steps on the same batch in turn, A
 drifts: medians and quartiles of the ratio, in process CPU seconds and in wall seconds. What a method adds to the rows
 of a task shows in the number of steps. What follows `--` is passed to every run.
 
-The last column is what the papers lead to expect, where they say something about costs: r is the rank, T the number of
-tasks, d_in and d_out are the sides of a matrix.
+The last column is what the papers lead to expect, or that nothing about costs was found in them: r is the rank, T the
+number of tasks, d_in and d_out are the sides of a matrix.
 """
 
 import argparse
@@ -43,26 +43,36 @@ from hf_pm.store.ledger import read_json
 PLAIN = "sequential"
 # A fork has the imports already. Torch runs on one thread, so that nothing is lost in it.
 FORK = multiprocessing.get_context("fork")
-# Short, in the terms of the papers' own cost statements; nothing where none is known.
+# Short, in the terms of the papers' own cost statements.
 PREDICTED = {
     "pm": "no further pass in a step; one Fisher pass and elementwise work; S and R, constant in T",
     "merge-only": "as pm",
     "gaussian": "as pm",
+    "pm-modules": "as pm",
+    "pm-factors": "as pm, with S and R of r (d_in + d_out)",
+    "sequential": "plain LoRA: what the others are compared with",
+    "seq-lora": "one adapter",
     "average": "no state",
     "fixed": "no state",
     "cofima": "one Fisher pass; the last two Fishers",
     "became": "one Fisher pass; one accumulated diagonal",
+    "task-arithmetic": "nothing said",
     "pic": "no further pass; a running sum, constant in T",
+    "dare": "nothing said",
     "opcm": "a full SVD per matrix and task; the merged weights",
     "magmax": "a running maximum, constant in T",
     "regmean": "one forward pass; sums of x x^T (d_in, d_in), constant in T",
     "fisher": "one Fisher pass; sums of F theta and F",
+    "iso-c": "nothing said",
+    "ties": "nothing said",
     "smile": "no training cost; T experts of r (d_in + d_out)",
     "ewc": "elementwise penalty; one S, constant in T",
     "lwf": "one forward pass more in a step; no state",
     "kronecker": "step + r (d_in^2 + d_out^2) / (tokens d_in d_out); G and A, constant in T",
-    "gram": "as kronecker with A alone",
+    "gram": "as kronecker, with inputs' moments for A, and of G its mean diagonal",
     "subspace": "no step cost; r x r work a matrix",
+    "spectral": "no step cost; two generalized eigenproblems a matrix",
+    "pm-kronecker": "the step of kronecker, the merge of subspace",
     "olora": "two thin products a step; A of every task, T r d_in",
     "n-lora": "dense |B A| in a step; no state",
     "ella": "elementwise penalty; one (d_out, d_in) matrix",
@@ -70,12 +80,13 @@ PREDICTED = {
     "sd-lora": "T LoRA forward passes in a step; T r (d_in + d_out)",
     "slao": "a QR of d r^2; the last A and B and the merged B",
     "replay": "2 % of the rows of each task",
+    "rehearsal": "nothing said",
     "der": "separate draws of kept rows for two terms; rows and 64 logits a token",
     "sril": "one forward pass more in a step; kept rows",
     "td-vcl": "one draw a step, closed-form divergences; n posteriors and kept rows",
     "mmkdda": "twice the passes (teacher); a copy of the adapter and kept rows",
     "badam": "as many passes as draws; 4 tensors of the adapter's size",
-    "seq-lora": "one adapter",
+    "joint": "the same steps, on all rows",
     "single": "T adapters",
 }
 
@@ -224,14 +235,14 @@ def table(found: dict[str, dict[str, Any]]) -> Table:
                 low, high = step[clock]["quartiles"]
                 cells.append(f"{step[clock]['median']:.2f} ({low:.2f}–{high:.2f})")
         if own is None:
-            lines.append([*cells, *["failed"] * 7, PREDICTED.get(method, "")])
+            lines.append([*cells, *["failed"] * 7, PREDICTED[method]])
             continue
         between = own.get("measure", [0, 0])[0] + own["merge"][0], own.get("measure", [0, 0])[1] + own["merge"][1]
         cells += [str(own["steps"]), "{:.2f} ({:.2f})".format(*own["begin"]), "{:.2f} ({:.2f})".format(*between)]
         above = own["peak_bytes"] - plain["peak_bytes"]
         cells.append(size_text(plain["peak_bytes"]) if method == PLAIN else f"{above / 1e6:+.0f} MB")
         states = [size_text(size) for size in own["state_bytes"]]
-        cells += [*states, *["–"] * (2 - len(states)), size_text(own["dense_bytes"]), PREDICTED.get(method, "")]
+        cells += [*states, *["–"] * (2 - len(states)), size_text(own["dense_bytes"]), PREDICTED[method]]
         lines.append(cells)
     return Table("Costs beside plain LoRA; seconds are CPU (wall)", header, lines)
 

@@ -1,5 +1,6 @@
 """The parts of methods: identities that their equations imply, and what the harness does with what they keep."""
 
+import ast
 import json
 import re
 import shutil
@@ -620,3 +621,9 @@ def test_every_row_says_when_to_use_it_and_every_part_what_it_costs():
             if part.measures:  # a forward pass at the least
                 assert "pass" in part.cost["end"], name
             assert kind != "penalty" or part.cost["step"], name
+
+
+def test_the_benchmark_of_costs_says_of_every_row_what_to_expect():
+    script = Path(__file__).parent.parent / "scripts" / "benchmark_costs.py"
+    (said,) = re.findall(r"^PREDICTED = (\{.*?^\})", script.read_text(), re.DOTALL | re.MULTILINE)
+    assert ast.literal_eval(said).keys() == METHODS.keys()
