@@ -1,6 +1,7 @@
 """Parts of methods in combination: each either trains two tasks with finite results or is refused with a reason.
 
-All combinations of one part of each kind in the table of parts are judged. Those that are not refused are sampled so
+All combinations of one part of each kind in the table of parts are judged, in a row that folds updates (`sequential`),
+in one with another optimizer (`badam`) and in one that routes (`smile`). Those that are not refused are sampled so
 that every pair of parts that may stand together is trained at least once; a few of them by default, all as `slow`.
 """
 
@@ -21,22 +22,29 @@ from hf_pm import PMConfig, PMTrainer, Task, TaskStream, UserError
 from hf_pm.methods.parts import PARTS, Parts, resolve
 from hf_pm.store.ledger import Ledger
 from hf_pm.store.tensorfiles import read_tensor
+from hf_pm.weights.adapters import StoredAdapter
 
 
-KINDS = ("start", "perturbation", "penalty", "merge", "replay")
 # `method` says how the result is run (routed or folded) and which optimizer moves the adapter.
-OTHERS = ("serve", "optimizer", "stream", "method")
+BASES = ("sequential", "badam", "smile")
+# One with curvature between tasks beside one with rows.
+PAIR = ("kronecker", "der")
+KINDS = ("method", "start", "perturbation", "penalty", "merge", "replay")
+OTHERS = ("serve", "optimizer", "stream")
+
+
+def values_of(kind):
+    return {"method": BASES, "penalty": (None, *PARTS["penalty"], PAIR)}.get(kind) or tuple(PARTS[kind])
 
 
 def every_combination():
-    values = [[None, *PARTS[kind]] if kind == "penalty" else list(PARTS[kind]) for kind in KINDS]
-    return [dict(zip(KINDS, chosen, strict=True)) for chosen in itertools.product(*values)]
+    return [dict(zip(KINDS, chosen, strict=True)) for chosen in itertools.product(*map(values_of, KINDS))]
 
 
 def recipe_of(combination):
     """As a recipe says it: no penalty is an empty list."""
     penalty = combination["penalty"]
-    return combination | {"penalty": [] if penalty is None else penalty}
+    return combination | {"penalty": [] if penalty is None else list(penalty) if penalty == PAIR else penalty}
 
 
 def refusal(combination, plain):
@@ -89,18 +97,18 @@ def test_a_refused_combination_names_two_keys_that_do_not_fit(verdicts, allowed)
     for combination, message in verdicts:
         if message is not None:
             named = set(keys.findall(message))
-            own = {(key, str(value)) for key, value in combination.items()} | {("method", "sequential")}
+            own = {(key, ", ".join(v) if v == PAIR else str(v)) for key, v in combination.items()}
             assert len({key for key, _ in named}) >= 2 and named & own, message
             assert message.endswith(".") and "\n" not in message, message
     assert 1000 < len(allowed) < len(verdicts) / 3
 
 
 def test_no_part_is_refused_everywhere(allowed):
-    """But for the experts, which need a model that routes: `method: smile` alone says so."""
     for kind in KINDS:
-        missing = ({None} if kind == "penalty" else set()) | PARTS[kind].keys()
-        missing -= {combination[kind] for combination in allowed}
-        assert missing == ({"experts"} if kind == "merge" else set()), kind
+        assert {combination[kind] for combination in allowed} == set(values_of(kind)), kind
+    # The experts need a model that routes, which `method: smile` alone says, and that needs them.
+    assert {c["merge"] for c in allowed if c["method"] == "smile"} == {"experts"}
+    assert {c["method"] for c in allowed if c["merge"] == "experts"} == {"smile"}
 
 
 class World:
@@ -119,7 +127,7 @@ class World:
         """What is wrong with a run of the combination; `None` if every number that it leaves is finite."""
         folder = self.place / str(number)
         args = self.config(
-            output_dir=str(folder), method="sequential", release="none", max_steps=2, per_device_train_batch_size=4,
+            output_dir=str(folder), release="none", max_steps=2, per_device_train_batch_size=4,
             curvature_num_samples=4, logging_steps=1, method_kwargs=None, **recipe_of(combination),
         )  # fmt: skip
         try:
@@ -147,7 +155,9 @@ class World:
         if len(Ledger(folder)) != 2:
             return "has not committed two tasks"
         base, merged = trainer.run.folder.base, trainer.run.folder
-        moved = False
+        last = StoredAdapter(folder / Ledger(folder).entries[-1].adapter)
+        # The mixture stands beside the base, whose weights do not move.
+        moved = combination["method"] == "smile" and any(last.read(name).B.any() for name in last.names)
         for name in merged.names:
             path, where = base.where(merged.names[name])
             before, after = read_tensor(path, where).float(), merged.merged(name)
@@ -174,9 +184,11 @@ def problems(world, combinations):
 
 
 def test_a_sample_of_combinations_trains(world, allowed):
+    rare = [("method", "badam"), ("method", "smile"), ("penalty", PAIR)]  # few of those that are allowed
     sample = cover(allowed, most=8)
-    for kind in ("perturbation", "replay"):
-        assert {combination[kind] for combination in sample} == PARTS[kind].keys(), kind
+    sample += [c for kind, value in rare for c in cover([c for c in allowed if c[kind] == value], most=1)]
+    for kind in ("method", "perturbation", "replay"):
+        assert {combination[kind] for combination in sample} == set(values_of(kind)), kind
     assert problems(world, sample) == {}
 
 
