@@ -184,6 +184,7 @@ class PMTrainerMixin(TaskTraining):
                 train_dataset=train_dataset,
                 **kwargs,
             )
+        self._count_labels()
         self.add_callback(self.interruption)
         self.run: RunFolder | None = None
         if stream is not None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from datasets import Dataset
 from torch.utils.data import DataLoader
+from transformers import Trainer
 from transformers.trainer_utils import has_length, rotate_checkpoints
 
 from .errors import UserError
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
 else:
     _Trainer = object
 
+# What of a batch says which tokens are learned.
+LABELS = ("labels", "shift_labels")
+
 
 class TaskTraining(_Trainer):
     """Overrides of `Trainer` for one task, in front of it among the bases.
@@ -38,6 +42,7 @@ class TaskTraining(_Trainer):
     parts: Parts
     data_collator: Callable[..., Any]
     optimizer: torch.optim.Optimizer | None
+    model_accepts_loss_kwargs: bool  # whether steps count their labels
     task_number = 1
     _checkpoint_dir: Path | None = None  # of the task, inside a stream
     _starts_from = ""  # names the weights that the task began with
@@ -47,6 +52,7 @@ class TaskTraining(_Trainer):
     _last_step = -1
     _loss: torch.Tensor | None = None
     train_collator: Callable[..., Any] | None = None  # of training batches, where they have one of their own
+    _divides: bool | None = None  # whether the loss is that of a micro-batch as a part of its step; see `_share`
 
     def get_train_dataloader(self) -> DataLoader:
         """HF's, with `train_collator`."""
@@ -80,7 +86,7 @@ class TaskTraining(_Trainer):
         # A batch without padding is one row of labels for all of its examples.
         if not own or len(batches[-1]["labels"]) != size:
             return batches, items
-        for name in ("labels", "shift_labels"):
+        for name in LABELS:
             if name in batches[-1]:
                 batches[-1][name][max(0, own - size * args.process_index) :] = IGNORE_INDEX
         return batches, self._get_num_items_in_batch(batches, device)
@@ -114,6 +120,15 @@ class TaskTraining(_Trainer):
             self._loss = super().training_step(*args, **kwargs)
             return self._loss
 
+    def _count_labels(self) -> None:
+        """Have `Trainer` count the labels of every step, also for a model that takes no `num_items_in_batch`; not
+        where the loss is somebody else's, who has to say whether it looks at their number."""
+        if super().compute_loss.__func__ is not Trainer.compute_loss or self.compute_loss_func is not None:
+            self._divides = True
+        elif self.label_smoother is not None or not self.model_accepts_loss_kwargs:
+            self._divides = False
+            self.model_accepts_loss_kwargs = True
+
     def compute_loss(
         self,
         model: torch.nn.Module,
@@ -121,12 +136,13 @@ class TaskTraining(_Trainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        """HF's `compute_loss` plus the penalties of the method, while a task is trained."""
+        """HF's `compute_loss`, of every kind of model as a part of its step, plus the penalties of the method while a
+        task is trained."""
         if not (self.parts.penalties and self.model.training):
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            return self._part_of_step(model, inputs, return_outputs, num_items_in_batch)
         batch = dict(inputs)  # `Trainer` may take the labels out
         whole = return_outputs or any(penalty.reads_outputs for penalty in self.parts.penalties)
-        found = super().compute_loss(model, inputs, whole, num_items_in_batch)
+        found = self._part_of_step(model, inputs, whole, num_items_in_batch)
         loss, outputs = found if whole else (found, None)
         step = self.state.global_step, self._micro_step
         terms = self.parts.losses(self.model, batch, outputs, self.accelerator.autocast, *step)
@@ -134,6 +150,54 @@ class TaskTraining(_Trainer):
             self._penalties.setdefault(name, []).append(term.detach())
             loss = loss + term / self._micro_steps_in(num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
+
+    def _part_of_step(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool,
+        items: torch.Tensor | int | None,
+    ) -> Any:
+        """HF's `compute_loss`, and where that is a mean over the labels of a micro-batch, it is weighted by their
+        share of the step's labels.
+
+        transformers (5.23) takes every model whose `forward` has `**kwargs` for one that divides by
+        `num_items_in_batch`. Encoder-decoders and classifiers do not, and it would neither divide their losses by the
+        number of micro-batches nor by that of processes.
+        """
+        if items is not None and self._divides is None:
+            self._divides = self._loss_divides(inputs)
+        if items is None or self._divides:
+            return super().compute_loss(model, inputs, return_outputs, items)
+        share = self._share(inputs, items)
+        if not share:  # the mean over no labels is no number, also if it is multiplied by 0
+            inputs = {key: _last_known(value) if key in LABELS else value for key, value in inputs.items()}
+        found = super().compute_loss(model, inputs, return_outputs)
+        return (found[0] * share, found[1]) if return_outputs else found * share
+
+    @torch.no_grad()
+    def _loss_divides(self, inputs: dict[str, Any]) -> bool:
+        """Whether the model's loss is a sum divided by `num_items_in_batch`: then it is 0 for an infinite number.
+
+        One pass, in evaluation mode, so that no random number of the training is used; every label counts in it, so
+        that no batch is without.
+        """
+        batch = {key: value.clamp(min=0) if key in LABELS else value for key, value in inputs.items()}
+        with evaluating(self.model):
+            found = self.model(**batch, num_items_in_batch=torch.tensor(math.inf, device=self.args.device))
+        return not (found["loss"] if isinstance(found, dict) else found[0]).any()
+
+    def _share(self, inputs: dict[str, Any], items: torch.Tensor | int) -> torch.Tensor:
+        """Labels of a micro-batch as a part of the `items` of its step, times the processes whose gradients are
+        averaged: the weight that its mean loss has in the step."""
+        labels = inputs["shift_labels"] if "shift_labels" in inputs else inputs["labels"]
+        if "shift_labels" not in inputs and self._loss_shifts_labels:
+            labels = labels[..., 1:]
+        # `DataParallel` has a copy of the number for each device.
+        share = labels.ne(IGNORE_INDEX).sum() / torch.as_tensor(items, device=labels.device).max()
+        if not self.args.average_tokens_across_devices:  # its own labels are all that `items` counts
+            return share / max(1, self.args.n_gpu)
+        return share * (self.accelerator.num_processes // self.get_tp_size())
 
     def _micro_steps_in(self, num_items_in_batch: torch.Tensor | int | None) -> int:
         """Number of micro-batches to divide the mean over one of them by; 1 where `Trainer` divides the loss later."""
@@ -233,3 +297,8 @@ class TaskTraining(_Trainer):
         # A stream publishes finished tasks; a half-trained adapter on `main` would be neither.
         if self._checkpoint_dir is None:
             super()._push_from_checkpoint(checkpoint_folder)
+
+
+def _last_known(labels: torch.Tensor) -> torch.Tensor:
+    """`labels` with a class in the last place."""
+    return torch.cat([labels[..., :-1], torch.zeros_like(labels[..., -1:])], -1)

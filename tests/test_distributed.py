@@ -46,6 +46,24 @@ def test_the_same_steps_by_any_number_of_processes(recipe, tmp_path, method):  #
     assert max(map(max, one["matrix"])) > max(one["base_row"])
 
 
+@pytest.mark.parametrize(("kind", "task_type"), [("t5", "SEQ_2_SEQ_LM"), ("bert", "SEQ_CLS")])
+def test_the_same_steps_of_other_kinds_of_models(recipe, tmp_path, seq2seq_tokenizer, kind, task_type):  # noqa: F811
+    """Their losses are means over the labels of a micro-batch, and the second rank has none in the last step of an
+    epoch."""
+    path, values = recipe
+    model = build(kind)
+    if kind == "t5":
+        model.config.dropout_rate = 0.0
+    model.save_pretrained(tmp_path / kind)
+    seq2seq_tokenizer.save_pretrained(tmp_path / kind)
+    del values["per_device_train_batch_size"]
+    values |= {"model_name_or_path": kind, "task_type": task_type, "num_train_epochs": 6, "global_batch_size": 8}
+    path.write_text(yaml.safe_dump(values | {"max_train_samples": 18, "release": "none"}))
+    one = run_layouts(tmp_path, [str(path)], FOLDERS, 12 * [8, 8, 2])
+    assert 0.1 < one["coefficients"][1] < 0.9
+    assert max(map(max, one["matrix"])) > max(one["base_row"])
+
+
 def test_the_same_steps_on_real_text(bench_dir, tmp_path):
     """A pre-trained model of 8.5 M parameters and two of the bench's tasks, by its recipe of P&M in float32. Where a
     gradient is nothing but rounding, Adam makes a step of it: adapters are further apart than in the small model."""

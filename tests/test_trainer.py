@@ -20,6 +20,7 @@ from transformers import (
     pipeline,
     set_seed,
 )
+from transformers.loss.loss_utils import ForCausalLMLoss
 
 from hf_pm import PMConfig, PMSeq2SeqConfig, PMSeq2SeqTrainer, PMTrainer, Task, TaskStream, UserError
 from hf_pm.methods.contract import Perturbation
@@ -99,6 +100,89 @@ def test_epsilon_zero_is_plain_trainer_to_the_bit(tmp_path):
     assert not all(torch.equal(plain[name], perturbed[name]) for name in plain)
     factors = [log["perturbation_factor"] for log in trainer.state.log_history if "perturbation_factor" in log]
     assert len(factors) == 10 and set(factors) <= {1.0, 1.5, 0.5} and len(set(factors)) > 1
+
+
+class Gradient(TrainerCallback):
+    """Keeps the gradient of each step."""
+
+    def __init__(self):
+        self.steps = []
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        named = model.named_parameters()
+        self.steps.append({name: p.grad.clone() for name, p in named if p.requires_grad})
+
+
+def without_dropout(model):
+    for module in model.modules():
+        if isinstance(getattr(module, "dropout", None), float):
+            module.dropout = 0.0
+        elif isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    return model
+
+
+# Model -> whether its loss is divided by the number of labels that it is told; transformers believes it of all four.
+DIVIDES = {"llama": True, "deaf llama": False, "t5": False, "bert": False}
+
+
+@pytest.mark.parametrize("kind", DIVIDES)
+def test_the_step_of_two_micro_batches_is_that_of_one(kind, tmp_path):
+    """Gradients, and the losses that are logged. Answers have one to four tokens; the last step has six rows, of which
+    a micro-batch of four leaves two."""
+    generator = torch.Generator().manual_seed(0)
+    rows = []
+    for number in range(14):
+        ids = torch.randint(4, 40, (9,), generator=generator).tolist()
+        answer = ids[8 - number % 4 :]
+        labels = {"t5": answer, "bert": number % 3}.get(kind, [-100] * (9 - len(answer)) + answer)
+        rows.append({"input_ids": ids, "attention_mask": [1] * 9, "labels": labels})
+
+    def padded(features):
+        if kind != "bert":
+            longest = max(len(row["labels"]) for row in features)
+            features = [row | {"labels": row["labels"] + [-100] * (longest - len(row["labels"]))} for row in features]
+        return {key: torch.tensor([row[key] for row in features]) for key in features[0]}
+
+    found = []
+    for size, micro_steps in ((8, 1), (4, 2)):
+        model = without_dropout(build(kind.split()[-1]))
+        if kind == "deaf llama":
+            model.loss_function = lambda *args, num_items_in_batch=None, **kwargs: ForCausalLMLoss(*args, **kwargs)
+        model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear"))
+        settings = {"per_device_train_batch_size": size, "gradient_accumulation_steps": micro_steps}
+        args = PMConfig(
+            str(tmp_path), **COMMON | settings | {"num_train_epochs": 1, "max_grad_norm": 0.0, "optim": "sgd"}
+        )
+        trainer = PMTrainer(model=model, args=args, train_dataset=Dataset.from_list(rows), data_collator=padded)
+        gradient = Gradient()
+        trainer.add_callback(gradient)
+        trainer.train()
+        losses = [log["loss"] for log in trainer.state.log_history if "loss" in log]
+        found.append((gradient.steps, losses))
+    (one, losses), (two, others) = found
+    assert len(one) == len(two) == 2 and others == pytest.approx(losses, rel=1e-4)
+    for step, other in zip(one, two, strict=True):
+        assert step.keys() == other.keys()
+        whole, apart = (torch.cat([g[name].flatten() for name in step]) for g in (step, other))
+        assert float(whole.norm()) > 0.01 and float((apart - whole).norm()) <= 1e-5 * float(whole.norm())
+    assert trainer._divides is DIVIDES[kind]
+
+
+@pytest.mark.parametrize("kind", ["t5", "bert"])
+def test_a_micro_batch_without_labels_has_no_part_in_its_step(kind, tmp_path):
+    """On several processes the last one of a rank may have none: the mean over nothing would be no number."""
+    model = get_peft_model(build(kind), LoraConfig(r=4, target_modules="all-linear"))
+    trainer = PMTrainer(model=model, args=PMConfig(str(tmp_path), **COMMON), train_dataset=causal_rows())
+    labels = torch.full((2,) if kind == "bert" else (2, 3), -100)
+    batch = {"input_ids": torch.tensor([[4, 5, 6], [7, 8, 9]]), "labels": labels}
+    trainer.model.train()
+    assert torch.isnan(trainer.model(**batch).loss)
+    loss, outputs = trainer.compute_loss(trainer.model, batch, True, torch.tensor(6))
+    loss.backward()
+    assert float(loss) == 0 and torch.isfinite(outputs.logits).all() and bool((batch["labels"] == -100).all())
+    gradients = [p.grad for p in trainer.model.parameters() if p.requires_grad]
+    assert all(gradient is not None and not gradient.any() for gradient in gradients)
 
 
 def test_micro_steps_draw_for_themselves(tmp_path):
