@@ -12,7 +12,7 @@ from transformers import Trainer
 from transformers.trainer_utils import has_length, rotate_checkpoints
 
 from .errors import UserError
-from .evaluation.answers import evaluating, predict
+from .evaluation.answers import aligned, decoder_inputs, evaluating, predict
 from .methods.curvature import row_losses
 from .methods.parity import PROBE_ROWS
 from .methods.parts import Parts
@@ -167,13 +167,32 @@ class TaskTraining(_Trainer):
         """
         if items is not None and self._divides is None:
             self._divides = self._loss_divides(inputs)
-        if items is None or self._divides:
+        if self._divides:
             return super().compute_loss(model, inputs, return_outputs, items)
+        if items is None:
+            return self._mean_loss(model, inputs, return_outputs)
         share = self._share(inputs, items)
         if not share:  # the mean over no labels is no number, also if it is multiplied by 0
             inputs = {key: _last_known(value) if key in LABELS else value for key, value in inputs.items()}
-        found = super().compute_loss(model, inputs, return_outputs)
+        found = self._mean_loss(model, inputs, return_outputs)
         return (found[0] * share, found[1]) if return_outputs else found * share
+
+    def _mean_loss(self, model: torch.nn.Module, inputs: dict[str, Any], return_outputs: bool) -> Any:
+        """HF's `compute_loss`, the mean over the labels of a micro-batch.
+
+        With `label_smoothing_factor` its parts are put together here: HF's expects a logit for every position, which a
+        batch of a stream does not ask for, and gives an encoder-decoder model nothing to decode.
+        """
+        if self.label_smoother is None or "labels" not in inputs:
+            return super().compute_loss(model, inputs, return_outputs)
+        given = {key: value for key, value in inputs.items() if key not in LABELS}
+        decodes = self.model.config.is_encoder_decoder
+        if decodes and "decoder_input_ids" not in given:
+            given["decoder_input_ids"] = decoder_inputs(self.model, inputs["labels"])
+        outputs = model(**given)
+        logits, targets = aligned(outputs["logits"], inputs, decodes)
+        loss = self.label_smoother({"logits": logits}, targets)
+        return (loss, outputs) if return_outputs else loss
 
     @torch.no_grad()
     def _loss_divides(self, inputs: dict[str, Any]) -> bool:

@@ -11,6 +11,7 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from reference import paper_coefficient
 from safetensors.torch import load_file
+from torch.nn.functional import cross_entropy
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -23,6 +24,7 @@ from transformers import (
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from hf_pm import PMConfig, PMSeq2SeqConfig, PMSeq2SeqTrainer, PMTrainer, Task, TaskStream, UserError
+from hf_pm.evaluation.answers import predict
 from hf_pm.methods.contract import Perturbation
 from hf_pm.methods.perturbation import Gaussian
 from hf_pm.metrics import continual as cl_metrics
@@ -183,6 +185,25 @@ def test_a_micro_batch_without_labels_has_no_part_in_its_step(kind, tmp_path):
     assert float(loss) == 0 and torch.isfinite(outputs.logits).all() and bool((batch["labels"] == -100).all())
     gradients = [p.grad for p in trainer.model.parameters() if p.requires_grad]
     assert all(gradient is not None and not gradient.any() for gradient in gradients)
+
+
+@pytest.mark.parametrize("kind", ["llama", "t5", "bert"])
+def test_smoothed_labels_are_those_of_torch(kind, stream, tokenizer, seq2seq_tokenizer, lora, config):
+    """As a part of a step: here a third of its labels."""
+    words = tokenizer if kind == "llama" else seq2seq_tokenizer
+    args = config(label_smoothing_factor=0.2)
+    trainer = PMTrainer(
+        model=without_dropout(build(kind)), args=args, stream=stream, processing_class=words, peft_config=lora
+    )
+    batch = trainer.collated(trainer.rows.encoded_train(trainer.stages[0]).select(range(5)))
+    logits, targets = predict(trainer.model, batch)
+    assert kind != "llama" or logits.shape[1] < batch["input_ids"].shape[1]
+    expected = cross_entropy(logits.reshape(-1, logits.shape[-1]), targets.flatten(), label_smoothing=0.2)
+    trainer.model.train()
+    assert float(trainer.compute_loss(trainer.model, dict(batch))) == pytest.approx(float(expected), rel=1e-5)
+    items = 3 * (targets != -100).sum()
+    loss, outputs = trainer.compute_loss(trainer.model, batch, True, items)
+    assert float(loss) == pytest.approx(float(expected) / 3, rel=1e-5) and outputs.logits.requires_grad
 
 
 def test_micro_steps_draw_for_themselves(tmp_path):

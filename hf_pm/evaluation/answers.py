@@ -47,14 +47,14 @@ def predict(model: nn.Module, batch: Mapping[str, Any]) -> tuple[torch.Tensor, t
     """
     inputs = {key: value for key, value in batch.items() if key not in ("labels", "shift_labels")}
     if model.config.is_encoder_decoder:
-        inputs["decoder_input_ids"] = _decoder_inputs(model, batch["labels"])
+        inputs["decoder_input_ids"] = decoder_inputs(model, batch["labels"])
     # One pass needs no keys and values of another, and checkpointed layers would add theirs twice.
     if "use_cache" in inspect.signature(_plain(model).forward).parameters:
         inputs["use_cache"] = False
     return aligned(model(**inputs).logits, batch, model.config.is_encoder_decoder)
 
 
-def _decoder_inputs(model: nn.Module, labels: torch.Tensor) -> torch.Tensor:
+def decoder_inputs(model: nn.Module, labels: torch.Tensor) -> torch.Tensor:
     """Decoder inputs for teacher forcing: `labels` shifted one position to the right."""
     if hasattr(model, "prepare_decoder_input_ids_from_labels"):
         return model.prepare_decoder_input_ids_from_labels(labels=labels)
@@ -449,6 +449,6 @@ def _after_encoder(
     logits = model(
         encoder_outputs=BaseModelOutput(last_hidden_state=encoded.repeat_interleave(count, 0)),
         attention_mask=mask.repeat_interleave(count, 0),
-        decoder_input_ids=_decoder_inputs(model, targets.repeat(rows, 1)),
+        decoder_input_ids=decoder_inputs(model, targets.repeat(rows, 1)),
     ).logits
     return _log_likelihoods(logits, targets, rows)
