@@ -17,7 +17,7 @@ from .methods.curvature import row_losses
 from .methods.parity import PROBE_ROWS
 from .methods.parts import Parts
 from .runs import recovery
-from .tasks.encoding import IGNORE_INDEX
+from .tasks.encoding import IGNORE_INDEX, LABELS, FlatCollator, first_rows_learned
 from .weights import adapters
 
 
@@ -26,9 +26,6 @@ if TYPE_CHECKING:
     from transformers import Trainer as _Trainer
 else:
     _Trainer = object
-
-# What of a batch says which tokens are learned.
-LABELS = ("labels", "shift_labels")
 
 
 class TaskTraining(_Trainer):
@@ -51,13 +48,14 @@ class TaskTraining(_Trainer):
     _micro_step = 0
     _last_step = -1
     _loss: torch.Tensor | None = None
-    train_collator: Callable[..., Any] | None = None  # of training batches, where they have one of their own
+    train_collator: FlatCollator | None = None  # of training batches, where they have one of their own
     _divides: bool | None = None  # whether the loss is that of a micro-batch as a part of its step; see `_share`
 
     def get_train_dataloader(self) -> DataLoader:
         """HF's, with `train_collator`."""
         others = self.data_collator
-        self.data_collator = self.train_collator or others
+        if self.train_collator is not None:
+            self.data_collator = self.train_collator.with_lengths
         try:
             return super().get_train_dataloader()
         finally:
@@ -71,24 +69,19 @@ class TaskTraining(_Trainer):
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Any]:
         """HF's. Rows that `accelerate` takes again to fill the last batches of an epoch on several processes have no
-        answers: the step is that of one process.
-
-        Not where a penalty reads the batch: its mean over answers may have none then.
-        """
+        answers: the step is that of one process."""
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        flat = self.train_collator is not None
+        lengths = [batch.pop("row_lengths") if flat else None for batch in batches]
         args, accelerator, size = self.args, self.accelerator, self._train_batch_size
         filled = args.world_size > 1 and accelerator.gradient_state.end_of_dataloader and accelerator.even_batches
-        reading = any(penalty.reads_outputs or penalty.reads_rows for penalty in self.parts.penalties)
-        counted = items is not None and args.average_tokens_across_devices and not reading
+        counted = items is not None and args.average_tokens_across_devices
         if not (filled and counted and has_length(self.train_dataset)) or args.dataloader_drop_last:
             return batches, items
         own = len(self.train_dataset) % (size * args.world_size)
-        # A batch without padding is one row of labels for all of its examples.
-        if not own or len(batches[-1]["labels"]) != size:
+        if not own:
             return batches, items
-        for name in LABELS:
-            if name in batches[-1]:
-                batches[-1][name][max(0, own - size * args.process_index) :] = IGNORE_INDEX
+        first_rows_learned(batches[-1], max(0, own - size * args.process_index), lengths[-1])
         return batches, self._get_num_items_in_batch(batches, device)
 
     def _forget_steps(self) -> None:
@@ -145,7 +138,10 @@ class TaskTraining(_Trainer):
         found = self._part_of_step(model, inputs, whole, num_items_in_batch)
         loss, outputs = found if whole else (found, None)
         step = self.state.global_step, self._micro_step
-        terms = self.parts.losses(self.model, batch, outputs, self.accelerator.autocast, *step)
+        share: torch.Tensor | float = 1.0
+        if num_items_in_batch is not None:
+            share = self._share(batch, num_items_in_batch) * self.current_gradient_accumulation_steps
+        terms = self.parts.losses(self.model, batch, outputs, self.accelerator.autocast, *step, share)
         for name, term in terms.items():
             self._penalties.setdefault(name, []).append(term.detach())
             loss = loss + term / self._micro_steps_in(num_items_in_batch)
@@ -248,7 +244,8 @@ class TaskTraining(_Trainer):
         if self._factors and "loss" in logs:
             logs["perturbation_factor"] = sum(self._factors) / len(self._factors)
             self._factors.clear()
-            logs |= {f"penalty/{name}": float(sum(terms) / len(terms)) for name, terms in self._penalties.items()}
+            for name, terms in self._penalties.items():  # of all processes, as the loss
+                logs[f"penalty/{name}"] = float(self.accelerator.gather(torch.stack(terms).mean()).mean())
             self._penalties.clear()
         super().log(logs, *args, **kwargs)
 

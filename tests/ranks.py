@@ -90,10 +90,16 @@ def run(words: list[str], rank: int, fails: str | None = None, untrained: bool =
         return go(trainer)
 
     def step(trainer, model, inputs, *given, go=PMTrainerMixin.training_step):  # noqa: ANN001, ANN002, ANN202
-        labels = inputs["labels"]
-        learned = (labels != IGNORE_INDEX).reshape(len(labels), -1).any(1)  # of a classifier, one label a row
-        pairs = zip(inputs["input_ids"][learned], inputs["attention_mask"][learned].bool(), strict=True)
-        seen = [" ".join(map(str, ids[mask].tolist())) for ids, mask in pairs]
+        labels, ids = inputs["labels"], inputs["input_ids"]
+        if "attention_mask" in inputs:
+            learned = (labels != IGNORE_INDEX).reshape(len(labels), -1).any(1)  # of a classifier, one label a row
+            pairs = zip(ids[learned], inputs["attention_mask"][learned].bool(), strict=True)
+            rows = [row[mask] for row, mask in pairs]
+        else:  # one after the other, without padding
+            starts = (inputs["position_ids"][0] == 0).nonzero()[1:, 0].tolist()
+            pairs = zip(ids[0].tensor_split(starts), labels[0].tensor_split(starts), strict=True)
+            rows = [row for row, answer in pairs if (answer != IGNORE_INDEX).any()]
+        seen = [" ".join(map(str, row.tolist())) for row in rows]
         tell("ROWS", [trainer.task_number, trainer.state.global_step, seen])
         return go(trainer, model, inputs, *given)
 

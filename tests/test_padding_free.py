@@ -14,7 +14,7 @@ from test_families import CAUSAL, REFUSED, tiny
 from transformers import DataCollatorForSeq2Seq, TrainerCallback
 
 from hf_pm import PMTrainer, TaskStream, UserError
-from hf_pm.tasks.encoding import AnswerCollator, FlatCollator
+from hf_pm.tasks.encoding import AnswerCollator, FlatCollator, first_rows_learned
 
 
 # Families whose layers read on from one example into the next, or that count positions on their own.
@@ -59,6 +59,26 @@ def test_loss_and_gradients_are_those_of_each_example_alone(kind, attention, tok
     for change in ({"position_ids": torch.arange(26)[None]}, {"use_cache": True}):
         found, _ = loss_and_gradients([flat | change])
         assert not torch.allclose(found, expected, rtol=1e-3)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("answers_only", [True, False])
+def test_only_the_first_rows_of_a_flat_batch_are_learned(answers_only, packed):
+    """What fills the batches of a rank at the end of an epoch."""
+    rows = examples((9, 5, 12, 7))
+    if packed:  # the first row holds two examples
+        first = {key: rows[0][key] + rows[1][key] for key in rows[0]} | {"seq_lengths": [9, 5]}
+        rows = [first, *(row | {"seq_lengths": [len(row["input_ids"])]} for row in rows[2:])]
+    model = build("llama").eval()
+    model.config.use_cache = False
+    collate = FlatCollator(answers_only)
+    for count in range(len(rows) + 1):
+        batch = collate.with_lengths(rows)
+        first_rows_learned(batch, count, batch.pop("row_lengths"))
+        assert batch.keys() == collate(rows).keys()
+        found = model(**batch, num_items_in_batch=torch.tensor(5)).loss
+        expected = model(**collate(rows[:count]), num_items_in_batch=torch.tensor(5)).loss if count else 0.0
+        assert float(found) == pytest.approx(float(expected), rel=1e-5)
 
 
 def test_the_first_token_of_an_example_is_nobodys_answer():

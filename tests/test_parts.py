@@ -203,15 +203,21 @@ def test_lwf_is_the_divergence_from_the_model_without_its_adapter(adapted):
     q = (predict(adapted, batch)[0][mask].double() / 4).softmax(-1)
     expected = 0.3 * 16 * (p * (p.log() - q.log())).sum(-1).mean()
     assert loss.item() == pytest.approx(expected.item(), rel=1e-4) and expected > 0
+    # Rows that fill a batch have no labels.
+    batch["labels"] = torch.full_like(batch["labels"], -100)
+    nothing = part.loss(step_of(adapted, outputs, batch))
+    assert nothing.item() == 0 and nothing.requires_grad
 
 
 def test_lwf_accumulates_like_one_large_batch(model, stream, tokenizer, lora, config):
-    """Two micro-batches of 4 are one batch of 8: the penalty is divided as the loss is."""
+    """Two micro-batches of 4 are one batch of 8, and one of 4 and one of 2 a batch of 6: the penalty is weighted as
+    the loss is."""
     found = []
     for size, accumulation in ((8, 1), (4, 2)):
         args = config(
             output_dir=f"{config().output_dir}-{size}", method="lwf", release="none", max_steps=3, max_grad_norm=0.0,
             per_device_train_batch_size=size, gradient_accumulation_steps=accumulation, optim="sgd", logging_steps=1,
+            max_train_samples=22, method_kwargs={"lwf_strength": 20.0},
         )  # fmt: skip
         trained(again(model), stream, tokenizer, lora, args)
         found.append(StoredAdapter(next(Path(args.output_dir).glob("tasks/02-*")) / "adapter"))

@@ -26,7 +26,7 @@ from hf_pm.methods.penalties.td_vcl import expanded, mixture
 from hf_pm.methods.rehearsal import Rehearsal, encoded, write_rows
 from hf_pm.runs.doctor import examine
 from hf_pm.store.ledger import Ledger
-from hf_pm.tasks.encoding import IGNORE_INDEX
+from hf_pm.tasks.encoding import IGNORE_INDEX, first_rows_learned
 from hf_pm.weights.adapters import ADAPTER, StoredAdapter, lora_layers
 from hf_pm.weights.states import StoredState
 
@@ -536,7 +536,11 @@ def test_sril_is_a_loop_over_rows(release, model, stream, tokenizer, lora, confi
                 B.data = torch.randn(B.shape, generator=generator) / 20
             self.model.eval()
             chosen = self._own_rows.select(range(6))
-            batch = self._prepare_input(dict(self.stream_collator(chosen.to_list())))
+            batch = self._prepare_input(dict(self.stream_collator(self._own_rows.select(range(8)).to_list())))
+            first_rows_learned(batch, 0)
+            nothing = penalty.loss(step_of(self.model, self.model(**batch), batch))
+            batch = self._prepare_input(dict(self.stream_collator(self._own_rows.select(range(8)).to_list())))
+            first_rows_learned(batch, 6)  # two rows fill the batch
             step = step_of(self.model, self.model(**batch), batch)
             loss = penalty.loss(step)
             terms, gammas = [], []
@@ -554,6 +558,7 @@ def test_sril_is_a_loop_over_rows(release, model, stream, tokenizer, lora, confi
                 with torch.no_grad(), self.model.disable_adapter():
                     old, _ = row_features(self.model, row)
                 kept.append((new - old).square())
+            assert float(nothing) == pytest.approx(0.3 * float(torch.cat(kept).mean()), rel=1e-4)
             expected = 0.3 * (torch.cat(terms).mean() + torch.cat(kept).mean())
             Bs = [layer.lora_B[ADAPTER].weight for layer in lora_layers(self.model).values()]
             for one, two in zip(*(torch.autograd.grad(each, Bs) for each in (loss, expected)), strict=True):

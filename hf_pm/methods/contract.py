@@ -219,7 +219,8 @@ class Step(NamedTuple):
     `model`: with its adapter. `batch`: model inputs with `labels`. `outputs`: of the model, if a penalty reads them.
     `layers`, `scales`: every adapted layer, and its nominal scale, which a perturbation does not change. `autocast`:
     context manager factory. `number`, `micro_step`: optimizer step of the task, and micro-batch of that step, both
-    from 0.
+    from 0. `share`: answer tokens of this micro-batch over the mean of all micro-batches of the step, those of other
+    processes too; 0 where the last one of an epoch has no rows of its own left.
     """
 
     model: PeftModel
@@ -230,6 +231,7 @@ class Step(NamedTuple):
     autocast: Callable[[], Any]
     number: int = 0
     micro_step: int = 0
+    share: torch.Tensor | float = 1.0
 
     def updates(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Name and dense update of every adapted matrix, float32, in the graph of the adapter's factors."""
@@ -253,6 +255,11 @@ class Step(NamedTuple):
         """Logits of this step where an answer is predicted, (answer tokens, vocabulary)."""
         logits, targets = aligned(self.outputs.logits, self.batch, self.model.config.is_encoder_decoder)
         return logits[targets != IGNORE_INDEX]
+
+    def mean(self, terms: torch.Tensor) -> torch.Tensor:
+        """Mean of `terms`, (answer tokens,), of this micro-batch, so that the mean over the micro-batches of the step
+        is the mean over all of its answer tokens."""
+        return terms.sum() / max(1, len(terms)) * self.share
 
 
 class Setting(NamedTuple):
@@ -376,7 +383,11 @@ class Penalty(Part):
     reads_rows: ClassVar[bool] = False
 
     def loss(self, step: Step) -> torch.Tensor | None:
-        """The term of one micro-batch, a scalar on the scale of a mean loss; `None` for nothing."""
+        """The term of one micro-batch, a scalar on the scale of a mean loss; `None` for nothing.
+
+        What is added to the step is the mean over its micro-batches, of all processes. A row without labels fills the
+        batch only, and has no part in it ([`Step.mean`]).
+        """
         raise NotImplementedError
 
 

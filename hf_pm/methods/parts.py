@@ -299,10 +299,17 @@ class Parts:
             part.begin(task)
 
     def losses(
-        self, model: PeftModel, batch: Any, outputs: Any, autocast: Any, number: int = 0, micro_step: int = 0
+        self,
+        model: PeftModel,
+        batch: Any,
+        outputs: Any,
+        autocast: Any,
+        number: int = 0,
+        micro_step: int = 0,
+        share: torch.Tensor | float = 1.0,
     ) -> dict[str, torch.Tensor]:
         """Penalty -> its term of one micro-batch."""
-        step = Step(model, batch, outputs, self.layers, self.scales, autocast, number, micro_step)
+        step = Step(model, batch, outputs, self.layers, self.scales, autocast, number, micro_step, share)
         terms = {penalty.name: penalty.loss(step) for penalty in self.penalties}
         return {name: term for name, term in terms.items() if term is not None}
 

@@ -21,6 +21,8 @@ from .stream import Task
 
 
 IGNORE_INDEX = -100
+# What of a batch says which tokens are learned.
+LABELS = frozenset({"labels", "shift_labels"})
 PROMPTS = ("plain", "published", "chat")
 # Few different shapes: kernels are built and cached per shape, on CPUs too.
 SHAPE_STEP = 8
@@ -396,6 +398,11 @@ class FlatCollator:
         batch = dict(self.flatten([example for row in features for example in _examples_in(row)]))
         return _answers_only(batch) if self.answers_only else batch
 
+    def with_lengths(self, features: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """The batch with the tokens of each of its rows, `row_lengths`, which are for [`first_rows_learned`] and no
+        input of a model."""
+        return self(features) | {"row_lengths": torch.tensor([len(row["input_ids"]) for row in features])}
+
 
 def _examples_in(row: dict[str, Any]) -> list[dict[str, Any]]:
     ends = list(accumulate(row.get("seq_lengths", [len(row["input_ids"])])))
@@ -409,6 +416,24 @@ def _answers_only(batch: dict[str, Any]) -> dict[str, Any]:
     others = (~wanted).nonzero()[: -int(wanted.sum()) % SHAPE_STEP, 0]
     keep = torch.cat([wanted.nonzero()[:, 0], others]).sort().values
     return {**batch, "logits_to_keep": keep, "shift_labels": predicted[:, keep].contiguous()}
+
+
+def first_rows_learned(batch: dict[str, Any], count: int, lengths: torch.Tensor | None = None) -> None:
+    """Take the labels from the rows of a batch after the first `count`, in place.
+
+    Args:
+        batch (`dict`): Padded, or of a [`FlatCollator`].
+        count (`int`): Rows that keep their labels.
+        lengths (`torch.Tensor`, *optional*): Of a flat batch, the tokens of each of its rows.
+    """
+    if lengths is None:
+        for name in LABELS & batch.keys():
+            batch[name][count:] = IGNORE_INDEX
+        return
+    end = lengths[:count].sum()
+    batch["labels"][:, end:] = IGNORE_INDEX
+    if "shift_labels" in batch:
+        batch["shift_labels"][:, batch["logits_to_keep"] + 1 >= end] = IGNORE_INDEX
 
 
 def by_length(rows: Dataset) -> Dataset:

@@ -48,4 +48,4 @@ class Lwf(Penalty):
         temperature = self["lwf_temperature"]
         answers = (old[targets != IGNORE_INDEX], step.answers())
         p, q = (logits.float().div(temperature).log_softmax(-1) for logits in answers)
-        return self["lwf_strength"] * temperature**2 * (p.exp() * (p - q)).sum(-1).mean()
+        return self["lwf_strength"] * temperature**2 * step.mean((p.exp() * (p - q)).sum(-1))

@@ -78,9 +78,13 @@ class Mmkdda(RowsState, Penalty):
         ids, labels, real = (step.batch[key] for key in ("input_ids", "labels", "attention_mask"))
         kept = [[torch.tensor(part, device=ids.device) for part in (r["input_ids"], r["labels"])] for r in drawn]
         separate = step.model.config.is_encoder_decoder
-        count, share = min(len(ids), len(kept)), self.share(step)
-        new = [split(ids[i], labels[i], separate, real[i].bool()) for i in range(count)]
-        kept = [split(*row, separate) for row in kept[:count]]
+        share = self.share(step)
+        new = [split(*row, separate, mask.bool()) for *row, mask in zip(ids, labels, real, strict=True)]
+        kept = [split(*row, separate) for row in kept]
+        # Where no row is learned, `step.share` is 0, and the passes are made as other processes make them.
+        new = [row for row in new if len(row[1])] or kept
+        count = min(len(new), len(kept))
+        new, kept = new[:count], kept[:count]
         batch, masks = self.mixed(step.model, new, kept, share)
         logits, targets, features = self.see(step, batch)
         with torch.no_grad(), scaled_update(list(step.layers.values()), 0.0):
@@ -91,7 +95,7 @@ class Mmkdda(RowsState, Penalty):
         for width in (4**k for k in range(int(self["mmkdda_scales"]))):
             for f, g, decoder in zip(features, old, self.in_decoder, strict=True):
                 drift = drift + distance(f.float(), g.float(), masks[decoder], width) / len(old)
-        return self["mmkdda_replay"] * sum(terms) + self["mmkdda_strength"] * drift
+        return (self["mmkdda_replay"] * sum(terms) + self["mmkdda_strength"] * drift) * step.share
 
     def share(self, step: Step) -> float:
         """lambda of a step: a function of seed, task, step, micro-batch and rank."""

@@ -70,7 +70,7 @@ class Sril(RowsState, Penalty):
             together = followed(slope.float(), away.detach(), answered.nonzero()[:, 0])
         else:
             together = torch.ones_like(away[:, 0])
-        distance = (together * away.square().mean(-1)).mean() + self.of_kept_rows(step)
+        distance = step.mean(together * away.square().mean(-1)) + self.of_kept_rows(step)
         self.read = None
         return self["sril_strength"] * distance
 
@@ -98,5 +98,6 @@ def followed(slope: torch.Tensor, away: torch.Tensor, rows: torch.Tensor) -> tor
         away (`torch.Tensor`): Features minus those of the old model, (answer tokens, features).
         rows (`torch.Tensor`): Number of each answer token's row, (answer tokens,).
     """
-    dots = torch.zeros(int(rows.max()) + 1, device=rows.device).index_add_(0, rows, (slope * away).sum(-1))
+    count = int(rows.max()) + 1 if len(rows) else 0
+    dots = torch.zeros(count, device=rows.device).index_add_(0, rows, (slope * away).sum(-1))
     return (dots >= 0).float()[rows]
