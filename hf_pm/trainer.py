@@ -244,6 +244,9 @@ class PMTrainerMixin(TaskTraining):
         folder = Folder(base, self.run.ledger, names)
         adapter = self.model.peft_config[adapters.ADAPTER]
         self.run.open(folder, self.rows, adapter, self.task_type, self.parts, self.protection)
+        if len(self.run.ledger) < len(self.stages):
+            begun = self.run.task_dir(len(self.run.ledger) + 1) / "checkpoints"
+            recovery.check_engine(begun, self.engine, args.world_size)
         self._before_first = StoredState(None) if self.protection is None else self._protect(folder)
         if kinds := {kind for layer in self.parts.layers.values() if (kind := adapters.quantized_to(layer))}:
             self.run.results["quantized"] = ", ".join(sorted(kinds))

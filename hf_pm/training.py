@@ -34,9 +34,11 @@ class TaskTraining(_Trainer):
     Attributes:
         parts (`Parts`): Of the method.
         task_number (`int`): Of the task, counted from 1.
+        sharded (`bool`): Whether the model is sharded by FSDP2.
     """
 
     parts: Parts
+    sharded: bool
     data_collator: Callable[..., Any]
     optimizer: torch.optim.Optimizer | None
     model_accepts_loss_kwargs: bool  # whether steps count their labels
@@ -269,7 +271,8 @@ class TaskTraining(_Trainer):
         self._require_finite(loss)
         self.accelerator.wait_for_everyone()
         if self.is_world_process_zero() and not self.args.save_only_model:
-            recovery.seal(self._checkpoint_dir / f"checkpoint-{self.state.global_step}", self._starts_from, loss)
+            checkpoint = self._checkpoint_dir / f"checkpoint-{self.state.global_step}"
+            recovery.seal(checkpoint, self._starts_from, loss, self.engine, self.args.world_size)
             rotate_checkpoints(self._checkpoint_dir, limit, self.state.best_model_checkpoint, use_mtime=False)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
@@ -308,6 +311,15 @@ class TaskTraining(_Trainer):
         """Whether all that rounds is float32."""
         plain = self.model.get_base_model().dtype == torch.float32 and not adapters.quantized(self.model)
         return plain and self.accelerator.mixed_precision == "no"
+
+    @property
+    def engine(self) -> str:
+        """What keeps the processes together: `deepspeed`, `fsdp2`, `ddp`, or `none` for one alone."""
+        if self.is_deepspeed_enabled:
+            return "deepspeed"
+        if self.sharded:
+            return "fsdp2"
+        return "ddp" if self.args.world_size > 1 else "none"
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         # A stream publishes finished tasks; a half-trained adapter on `main` would be neither.

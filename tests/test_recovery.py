@@ -22,7 +22,7 @@ from hf_pm import PMTrainer, Task, TaskStream, UserError
 from hf_pm.cli import main
 from hf_pm.evaluation.answers import predict
 from hf_pm.methods.measuring import NoMemory, measure
-from hf_pm.runs.recovery import SEAL, Interrupted, newest_checkpoint, seal
+from hf_pm.runs.recovery import SEAL, Interrupted, check_engine, newest_checkpoint, seal
 from hf_pm.store.ledger import Ledger, read_json
 from hf_pm.store.lock import only_process
 
@@ -211,6 +211,52 @@ def test_a_damaged_checkpoint_is_passed_over(run_twice, caplog, damage, said):
     assert f"checkpoint-6 is not used: {said}" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("was", "now", "refused"),
+    [
+        (("deepspeed", 2), ("deepspeed", 2), False),
+        (("deepspeed", 2), ("deepspeed", 4), True),
+        (("deepspeed", 1), ("none", 1), True),
+        (("deepspeed", 2), ("fsdp2", 2), True),
+        (("ddp", 2), ("deepspeed", 2), True),
+        (("none", 1), ("deepspeed", 2), True),
+        (("ddp", 2), ("fsdp2", 4), False),
+        (("none", 1), ("ddp", 2), False),
+    ],
+)
+def test_a_checkpoint_of_deepspeed_is_for_as_many_of_its_processes(was, now, refused, tmp_path):
+    for step, by in ((9, ("fsdp2", 7)), (10, was)):  # of which the newest counts
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        seal(tmp_path / f"checkpoint-{step}", "weights", 1.0, *by)
+    (tmp_path / "checkpoint-11").mkdir()  # that a process was writing when it died
+    check_engine(tmp_path / "missing", *now)
+    if refused:
+        with pytest.raises(UserError, match=f"{was[0]} and {was[1]} there, {now[0]} and {now[1]} now"):
+            check_engine(tmp_path, *now)
+    else:
+        check_engine(tmp_path, *now)
+
+
+def test_a_task_that_deepspeed_began_is_refused_before_anything_is_done(run_twice):
+    with pytest.raises(KeyboardInterrupt):
+        run_twice.start(callbacks=[StopAt(2, 8)])
+    checkpoints = run_twice.path / "tasks" / "02-mood" / "checkpoints"
+    kept = {}
+    for path in sorted(checkpoints.glob(f"*/{SEAL}")):
+        kept[path] = read_json(path)
+        assert (kept[path]["engine"], kept[path]["world_size"]) == ("none", 1)
+        path.write_text(json.dumps(kept[path] | {"engine": "deepspeed", "world_size": 2}))
+    before = {path: path.stat().st_mtime_ns for path in run_twice.path.rglob("*") if path.is_file()}
+    with pytest.raises(UserError, match="checkpoint-6.*deepspeed and 2 there, none and 1 now.* or delete the folder"):
+        run_twice.start()
+    after = {path: path.stat().st_mtime_ns for path in run_twice.path.rglob("*") if path.is_file()}
+    assert {path for path in after if after[path] != before.get(path)} <= {run_twice.path / ".lock"}
+    # Sealed by a version that did not say.
+    for path, sealed in kept.items():
+        path.write_text(json.dumps({key: sealed[key] for key in sealed if key not in ("engine", "world_size")}))
+    run_twice.finish_and_compare()
+
+
 def test_an_adapter_that_was_begun_again_is_noticed_before_the_first_step(run_twice):
     with pytest.raises(KeyboardInterrupt):
         run_twice.start(callbacks=[StopAt(2, 8)])
@@ -221,7 +267,7 @@ def test_an_adapter_that_was_begun_again_is_noticed_before_the_first_step(run_tw
 
     def put(tensors):
         save_file(tensors, weights, metadata={"format": "pt"})
-        seal(checkpoint, sealed["starts_from"], sealed["loss"])
+        seal(checkpoint, sealed["starts_from"], sealed["loss"], "none", 1)
 
     class NoStep(TrainerCallback):
         def on_step_begin(self, *args, **kwargs):

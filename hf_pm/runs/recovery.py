@@ -49,13 +49,15 @@ COLLECTIVES = (
 # Checkpoints
 
 
-def seal(checkpoint: Path, starts_from: str, loss: float) -> None:
+def seal(checkpoint: Path, starts_from: str, loss: float, engine: str, processes: int) -> None:
     """Make a checkpoint durable and say that it is whole.
 
     Args:
         checkpoint (`Path`): A `checkpoint-<step>` folder that `Trainer` has written.
         starts_from (`str`): Names the merged weights that its task began with.
         loss (`float`): Of its model on rows that are always the same.
+        engine (`str`): `none`, `ddp`, `fsdp2` or `deepspeed`.
+        processes (`int`): How many trained it.
     """
     files = {}
     for path in sorted(checkpoint.rglob("*")):
@@ -65,7 +67,8 @@ def seal(checkpoint: Path, starts_from: str, loss: float) -> None:
             files[path.relative_to(checkpoint).as_posix()] = sha256_file(path)
     sync_folder(checkpoint)
     sync_folder(checkpoint.parent)
-    write_json(checkpoint / SEAL, {"starts_from": starts_from, "loss": loss, "files": files})
+    sealed = {"starts_from": starts_from, "loss": loss, "engine": engine, "world_size": processes, "files": files}
+    write_json(checkpoint / SEAL, sealed)
 
 
 def newest_checkpoint(folder: Path, starts_from: str) -> tuple[Path, float] | None:
@@ -80,6 +83,38 @@ def newest_checkpoint(folder: Path, starts_from: str) -> tuple[Path, float] | No
             return checkpoint, read_json(checkpoint / SEAL)["loss"]
         logger.warning("%s is not used: %s.", checkpoint, problem)
     return None
+
+
+def check_engine(folder: Path, engine: str, processes: int) -> None:
+    """Check whether this start can read the newest sealed checkpoint in `folder`; nothing of it is hashed.
+
+    Adapter and optimizer are whole in every process of the other engines, and in their checkpoints, so that these may
+    change at every start.
+
+    Args:
+        folder (`Path`): `checkpoints` of the task that would go on; may be missing.
+        engine (`str`): Of this start, as in [`seal`].
+        processes (`int`): Of this start.
+
+    Raises:
+        UserError: If DeepSpeed wrote it or is to read it, and the engine or the number of processes is another.
+    """
+    for checkpoint in sorted(folder.glob("checkpoint-*"), key=_steps, reverse=True):
+        if not (checkpoint / SEAL).is_file():
+            continue
+        try:
+            sealed = read_json(checkpoint / SEAL)
+            was = sealed.get("engine", engine), sealed.get("world_size", processes)
+        except (UserError, AttributeError):
+            continue
+        if "deepspeed" in (was[0], engine) and was != (engine, processes):
+            raise UserError(
+                f"The task cannot go on from {str(checkpoint)!r}: engine and processes are {was[0]} and {was[1]} "
+                f"there, {engine} and {processes} now, and a checkpoint of DeepSpeed has a part of the optimizer for "
+                "each of its processes. Start as it was started until this task is committed, or delete the folder "
+                f"{str(folder)!r} to begin it again."
+            )
+        return
 
 
 def remove_newer(folder: Path, checkpoint: Path | None) -> None:
