@@ -17,8 +17,7 @@ from ..perturbation import scaled_update
 from ..rows_state import RowsState, mix, split
 
 
-# Prompt and answer of each row, token ids.
-Rows = list[tuple[torch.Tensor, torch.Tensor]]
+Rows = list[tuple[torch.Tensor, torch.Tensor]]  # prompt and answer of each, token ids
 
 
 class Mmkdda(RowsState, Penalty):
@@ -77,8 +76,7 @@ class Mmkdda(RowsState, Penalty):
         drawn = self.rows.select(self.draw(step, self.name, len(self.rows)))
         ids, labels, real = (step.batch[key] for key in ("input_ids", "labels", "attention_mask"))
         kept = [[torch.tensor(part, device=ids.device) for part in (r["input_ids"], r["labels"])] for r in drawn]
-        separate = step.model.config.is_encoder_decoder
-        share = self.share(step)
+        separate, share = step.model.config.is_encoder_decoder, self.share(step)
         new = [split(*row, separate, mask.bool()) for *row, mask in zip(ids, labels, real, strict=True)]
         kept = [split(*row, separate) for row in kept]
         # Where no row is learned, `step.share` is 0, and the passes are made as other processes make them.
@@ -91,10 +89,8 @@ class Mmkdda(RowsState, Penalty):
             _, _, old = self.see(step, batch)
         halves = zip(logits.float().split(count), targets.split(count), (1 - share, share), strict=False)
         terms = [weight * cross_entropy(z.flatten(0, 1), y.flatten()) for z, y, weight in halves]
-        drift = torch.zeros((), device=ids.device)
-        for width in (4**k for k in range(int(self["mmkdda_scales"]))):
-            for f, g, decoder in zip(features, old, self.in_decoder, strict=True):
-                drift = drift + distance(f.float(), g.float(), masks[decoder], width) / len(old)
+        scales, blocks = range(int(self["mmkdda_scales"])), list(zip(features, old, self.in_decoder, strict=True))
+        drift = sum(distance(f.float(), g.float(), masks[d], 4**k) for k in scales for f, g, d in blocks) / len(old)
         return (self["mmkdda_replay"] * sum(terms) + self["mmkdda_strength"] * drift) * step.share
 
     def share(self, step: Step) -> float:
