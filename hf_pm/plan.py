@@ -104,7 +104,7 @@ def method_bytes(shapes: Mapping[str, Sequence[int]], config: PMConfig) -> Metho
     # For one matrix at a time, old and new values of everything that is kept, and dense updates.
     at_once = 2 * len(keeps) + 1 if keeps else 0
     at_once += 3 if dense else 0
-    squares = 8 * parts.merge.squares * max(sum(side**2 for side in shape) for shape in shapes.values())
+    squares = 8 * parts.merge.squares * max(sum(side**2 for side in shape[-2:]) for shape in shapes.values())
     return MethodBytes(
         state=state_bytes(keeps, shapes, dtype=config.curvature_dtype, rank=MAX_RANK, cut=parts.cut_rank),
         dense=4 * sum(math.prod(shape) for shape in shapes.values()) if dense else 0,

@@ -170,8 +170,7 @@ class TaskTraining(_Trainer):
         if items is None:
             return self._mean_loss(model, inputs, return_outputs)
         share = self._share(inputs, items)
-        if not share:  # the mean over no labels is no number, also if it is multiplied by 0
-            inputs = {key: _last_known(value) if key in LABELS else value for key, value in inputs.items()}
+        inputs = {key: _some_known(value, share) if key in LABELS else value for key, value in inputs.items()}
         found = self._mean_loss(model, inputs, return_outputs)
         return (found[0] * share, found[1]) if return_outputs else found * share
 
@@ -327,6 +326,8 @@ class TaskTraining(_Trainer):
             super()._push_from_checkpoint(checkpoint_folder)
 
 
-def _last_known(labels: torch.Tensor) -> torch.Tensor:
-    """`labels` with a class in the last place."""
-    return torch.cat([labels[..., :-1], torch.zeros_like(labels[..., -1:])], -1)
+def _some_known(labels: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
+    """`labels`, and where their share is 0, a class in the last place: the mean over no labels is no number, also if it
+    is multiplied by 0. Decided on their device, which nobody waits for."""
+    last = torch.where(share > 0, labels[..., -1:], 0)
+    return torch.cat([labels[..., :-1], last], -1)
