@@ -327,7 +327,7 @@ class TaskTraining(_Trainer):
 
 
 def _some_known(labels: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
-    """`labels`, and where their share is 0, a class in the last place: the mean over no labels is no number, also if it
-    is multiplied by 0. Decided on their device, which nobody waits for."""
+    """`labels`, and where their share is 0, a class in the last place: the mean over no labels is no number, even if
+    it is multiplied by 0. Decided on their device, which nobody waits for."""
     last = torch.where(share > 0, labels[..., -1:], 0)
     return torch.cat([labels[..., :-1], last], -1)
