@@ -71,6 +71,7 @@ PREDICTED = {
     "kronecker": "step + r (d_in^2 + d_out^2) / (tokens d_in d_out); G and A, constant in T",
     "gram": "as kronecker, with inputs' moments for A, and of G its mean diagonal",
     "subspace": "no step cost; r x r work a matrix",
+    "refit": "no step cost; r solves with a sum of low rank a side",
     "spectral": "no step cost; two generalized eigenproblems a matrix",
     "pm-kronecker": "the step of kronecker, the merge of subspace",
     "olora": "two thin products a step; A of every task, T r d_in",

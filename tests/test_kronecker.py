@@ -13,10 +13,12 @@ from hf_pm.weights.kronecker import (
     matrix_terms,
     mean_diagonal,
     price,
+    refit,
     remaining,
     sandwich,
     scaled,
     size,
+    solved,
     spectral,
     subspace,
     times,
@@ -107,7 +109,15 @@ def test_a_cut_behaves_like_its_dense_matrix():
     assert sandwich(Cut(matrix.roots.float(), matrix.diagonal.float()), B.bfloat16()).dtype == torch.float32
 
 
-@pytest.mark.parametrize("solve", [lambda *a, **k: DELTA.left @ subspace(*a, **k) @ DELTA.right, spectral])
+def mixed(delta, *args, **settings):
+    return delta.left @ subspace(delta, *args, **settings) @ delta.right
+
+
+def refitted(delta, *args, **settings):
+    return refit(delta, *args, **settings).dense()
+
+
+@pytest.mark.parametrize("solve", [mixed, refitted, spectral])
 def test_weightless_old_tasks_keep_the_update_and_equal_ones_half_of_it(solve):
     torch.testing.assert_close(solve(DELTA, OLD, NEW, mu=0.0), DELTA.dense())
     torch.testing.assert_close(solve(DELTA, NEW, NEW, damping=0.0), DELTA.dense() / 2, rtol=1e-9, atol=1e-9)
@@ -171,6 +181,71 @@ def test_more_freedom_is_never_worse(mu, R):
         assert loss(D) < loss(D + 0.01 * randn(seed, 3, 4))
 
 
+def alternated(delta, old, new, mu, sweeps):
+    """Slow twin of `refit`, without damping: normal equations of one factor after the other, G (x) A whole."""
+    past, present = mu * curvature(old), curvature(new)
+    (out, r), width = delta.left.shape, delta.right.shape[1]
+    wanted, left = present @ delta.dense().reshape(-1), delta.left
+    for _ in range(sweeps):
+        J = torch.kron(left, torch.eye(width, dtype=left.dtype))
+        right = torch.linalg.solve(J.mT @ (past + present) @ J, J.mT @ wanted).reshape(r, width)
+        J = torch.kron(torch.eye(out, dtype=left.dtype), right.mT.clone(memory_format=torch.contiguous_format))
+        left = torch.linalg.solve(J.mT @ (past + present) @ J, J.mT @ wanted).reshape(out, r)
+    return left @ right
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 2**31),
+    out=st.integers(2, 6),
+    width=st.integers(2, 6),
+    mu=st.sampled_from([0.1, 1.0, 30.0]),
+    sweeps=st.integers(1, 4),
+)
+def test_refitting_solves_for_one_factor_after_the_other(seed, out, width, mu, sweeps):
+    r = min(out, width) - 1
+    delta, old, new = update(seed, out, width, r), factors(seed + 2, out, width), factors(seed + 4, out, width)
+    found = refit(delta, old, new, mu=mu, damping=0.0, sweeps=sweeps)
+    assert found.left.shape == (out, r) and found.right.shape == (r, width)
+    torch.testing.assert_close(found.dense(), alternated(delta, old, new, mu, sweeps), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found.left.norm(dim=0), found.right.norm(dim=1))
+
+
+def test_a_refitted_adapter_lies_between_the_mixed_one_and_the_best_of_all_updates():
+    """And where the rank is that of the layer, it is the best of all; and it converges to a minimum of its rank."""
+    for seed in range(4):
+        delta, old, new = update(seed, 5, 6, 2), factors(seed + 2, 5, 6), factors(seed + 4, 5, 6)
+
+        def loss(D, delta=delta, old=old, new=new):
+            return float(objective(D, delta, old, new))
+
+        mixed = loss(delta.left @ subspace(delta, old, new, damping=0.0) @ delta.right)
+        steps = [loss(refit(delta, old, new, damping=0.0, sweeps=sweeps).dense()) for sweeps in (1, 2, 3, 50)]
+        assert loss(spectral(delta, old, new, damping=0.0)) < steps[-1] < steps[2] < steps[1] < steps[0] < mixed
+        best = refit(delta, old, new, damping=0.0, sweeps=300)
+        slope = old[0] @ best.dense() @ old[1] + new[0] @ (best.dense() - delta.dense()) @ new[1]
+        assert max((best.left.mT @ slope).abs().max(), (slope @ best.right.mT).abs().max()) < 1e-5
+    whole = update(1, 4, 4, 4)
+    old, new = factors(2, 4, 4), factors(4, 4, 4)
+    for damping in (0.0, 1e-3, 0.5):
+        found = refit(whole, old, new, damping=damping, sweeps=1).dense()
+        torch.testing.assert_close(found, spectral(whole, old, new, damping=damping), rtol=1e-6, atol=1e-7)
+
+
+def test_a_refit_from_cut_factors_is_that_from_their_dense_matrices():
+    delta = update(1, 9, 7, 3)
+    old, new = (tuple(Cut(randn(s + n, n, 4), randn(s + n + 1, n).abs() + 0.1) for n in (9, 7)) for s in (10, 40))
+    dense = [tuple(matrix.dense() for matrix in pair) for pair in (old, new)]
+    for mixed in ((old, new), (dense[0], new), (old, dense[1])):
+        found = refit(delta, *mixed)
+        torch.testing.assert_close(found.dense(), refit(delta, *dense).dense(), rtol=1e-8, atol=1e-9)
+    B = randn(3, 9, 2)
+    torch.testing.assert_close(solved(old[0], B), torch.linalg.solve(dense[0][0], B))
+    single = refit(LowRank(delta.left.float(), delta.right.float()), old, new)
+    assert single.left.dtype == single.right.dtype == torch.float32
+    torch.testing.assert_close(single.dense().double(), refit(delta, *dense).dense(), rtol=1e-4, atol=1e-5)
+
+
 def test_terms_are_the_inner_products():
     D = DELTA.dense().reshape(-1)
     terms = matrix_terms(DELTA, OLD, NEW, SLOPE)
@@ -189,6 +264,12 @@ def test_degenerate_updates_and_curvatures_stay_finite():
     torch.testing.assert_close(subspace(empty, OLD, NEW), eye)
     torch.testing.assert_close(subspace(DELTA, zero, NEW), eye)
     torch.testing.assert_close(subspace(DELTA, zero, zero), eye)
+    for delta in (empty, column, twice):
+        for damping in (0.0, 1e-3):
+            assert refitted(delta, OLD, NEW, damping=damping).isfinite().all()
+    torch.testing.assert_close(refitted(DELTA, zero, NEW), DELTA.dense())
+    torch.testing.assert_close(refitted(DELTA, zero, zero), DELTA.dense())
+    assert refitted(DELTA, OLD, zero).abs().max() < 1e-6 and not refitted(empty, OLD, NEW).any()
     for solve in (subspace, spectral):
         assert solve(DELTA, OLD, zero).abs().max() < 1e-6, "only the old tasks count"
         for delta in (empty, column, twice):
@@ -212,6 +293,7 @@ def test_float32_sums_that_are_not_quite_semidefinite_do_not_fail():
     for damping in (0.0, 1e-3):
         assert spectral(delta, old, new, damping=damping).isfinite().all()
         assert subspace(delta, old, new, damping=damping).isfinite().all()
+        assert refitted(delta, old, new, damping=damping).isfinite().all()
 
 
 @pytest.mark.parametrize("n", [10, 300])
@@ -343,6 +425,13 @@ def test_nothing_wide_is_formed():
     torch.testing.assert_close(M, 0.75 * torch.eye(2), rtol=1e-2, atol=1e-2)
     kept = LowRank(delta.left @ M, delta.right)
     assert remaining(None, kept, delta, (G, wide), (G, wide)).right.shape[-1] == n
+    kept = refit(delta, (G, wide), (G, scaled(wide, 3.0)))
+    torch.testing.assert_close(
+        kept.left @ (kept.right @ randn(5, n, 3).float()),
+        0.75 * (delta.left @ (delta.right @ randn(5, n, 3).float())),
+        rtol=1e-2,
+        atol=1e-2,
+    )
 
 
 def test_experts_are_a_loop_over_matrices():
@@ -362,6 +451,7 @@ def test_experts_are_a_loop_over_matrices():
         total += price(*t, single)
         torch.testing.assert_close(subspace(delta, old, new, R=R)[i], subspace(single, o, t, R=slope))
         torch.testing.assert_close(spectral(delta, old, new, R=R)[i], spectral(single, o, t, R=slope))
+        torch.testing.assert_close(refitted(delta, old, new)[i], refitted(single, o, t))
         torch.testing.assert_close(cut(old[0], 2).dense()[i], cut(o[0], 2).dense())
         left = remaining(slope, expert(kept, i), single, o, t)
         torch.testing.assert_close(remaining(R, kept, delta, old, new).dense()[i], left.dense())
@@ -420,6 +510,7 @@ def test_the_global_random_state_is_left_alone():
     kronecker.random_columns(300, 4)
     subspace(DELTA, OLD, NEW, R=SLOPE)
     spectral(DELTA, OLD, NEW, R=SLOPE)
+    refit(DELTA, OLD, NEW)
     assert torch.equal(before, torch.get_rng_state())
 
 

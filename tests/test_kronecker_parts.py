@@ -457,6 +457,45 @@ def test_subspace_end_to_end(model, stream, tokenizer, lora, config):
     assert costs[1] < costs[0]
 
 
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_other_factors_have_the_orientation_of_the_layer(kind):
+    for update in updates(adapted(kind)).values():
+        left, right = update.factors()
+        other = update.with_factors(2 * left, right)
+        assert other.A.shape == update.A.shape and other.B.shape == update.B.shape
+        assert torch.allclose(other.delta(), 2 * update.delta(), atol=1e-6)
+
+
+def test_refit_end_to_end(model, stream, tokenizer, lora, config):
+    """mu = 0 is sequential; what is kept of the second task is the function's, and an adapter of the same rank."""
+    plain = config(output_dir=config().output_dir + "-plain", method="sequential")
+    plain_trainer, _ = trained(again(model), stream, tokenizer, lora, plain)
+    kept = {}
+    for mu in (0.0, 1.0):
+        args = config(output_dir=f"{config().output_dir}-{mu}", method="refit", method_kwargs={"refit_mu": mu})
+        trainer, results = trained(again(model), stream, tokenizer, lora, args)
+        assert all(task["parity"]["folded"]["relative_difference"] < 1e-5 for task in results["per_task"])
+        assert not [finding for finding in examine(args.output_dir) if finding.problem]
+        kept[mu] = trainer
+    folder, run = plain_trainer.run.folder, kept[1.0].run
+    first, second = (StoredState(run.path / "curvature" / f"state-0{number}.safetensors") for number in (1, 2))
+    raw, refitted = (
+        StoredAdapter(path / "tasks" / "02-mood" / "adapter") for path in (Path(plain.output_dir), run.path)
+    )
+    costs = torch.zeros(2, dtype=torch.float64)
+    for name in folder.names:
+        assert torch.allclose(kept[0.0].run.folder.merged(name), folder.merged(name), atol=1e-4)
+        trained_update, update = raw.read(name), refitted.read(name)
+        assert update.A.shape == trained_update.A.shape and not torch.equal(update.A, trained_update.A)
+        old = kronecker.split(*(first.get(key, name) for key in "GA"))
+        sums = (second.get(key, name).double() - first.get(key, name).double() for key in "GA")
+        found = kronecker.refit(LowRank(*trained_update.factors()), old, kronecker.split(*sums))
+        assert torch.allclose(update.delta(), found.dense(), rtol=1e-2, atol=1e-4)
+        costs += torch.tensor([float(price(*old, LowRank(*each.factors()))) for each in (trained_update, update)])
+    # In the old tasks' curvature, what is kept costs less than what was trained.
+    assert costs[1] < costs[0]
+
+
 @pytest.mark.slow
 def test_a_penalty_and_a_merge_keep_one_state(model, stream, tokenizer, lora, config):
     args = config(method="pm", penalty="kronecker", merge="spectral", release="none")
@@ -498,13 +537,13 @@ def test_parts_with_other_factors_keep_prices_of_their_own(model, stream, tokeni
     assert not torch.allclose(mine, other, rtol=1e-2)
 
 
-@pytest.mark.parametrize("kind", ["mixtral", "gpt_oss"])
-def test_experts_have_a_penalty_a_merge_and_a_state(kind, tmp_path, stream, tokenizer, config):
+@pytest.mark.parametrize(("kind", "merge"), [("mixtral", "subspace"), ("gpt_oss", "subspace"), ("gpt_oss", "refit")])
+def test_experts_have_a_penalty_a_merge_and_a_state(kind, merge, tmp_path, stream, tokenizer, config):
     """Matrices of every expert along a leading dimension, in the orientation of the live weight."""
     moe(kind).save_pretrained(tmp_path / "base")
     lora = LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj"], target_parameters=EXPERTS)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
-    args = config(method="subspace", penalty="kronecker", num_train_epochs=1, method_kwargs={"kronecker_rank": 48})
+    args = config(method=merge, penalty="kronecker", num_train_epochs=1, method_kwargs={"kronecker_rank": 48})
     trainer, results = trained(model, stream, tokenizer, lora, args)
     assert not [finding for finding in examine(args.output_dir) if finding.problem]
     assert all(task["parity"]["folded"]["relative_difference"] < 1e-5 for task in results["per_task"])

@@ -34,7 +34,7 @@ def learned(monkeypatch, stream, tokenizer, args, mode=None):
 
 
 # Enough for every way to solve and to keep state; the others are slow.
-FEW = ("pm", "subspace", "opcm", "regmean", "kronecker")
+FEW = ("pm", "subspace", "refit", "opcm", "regmean", "kronecker")
 WITHOUT = {"joint", "single"}  # nothing is merged
 # Of these the merge computes with no matrix.
 NO_MATRIX = set("sequential seq-lora average fixed task-arithmetic lwf olora ella n-lora sd-lora badam".split())

@@ -44,7 +44,7 @@ from hf_pm.weights.merging import Factored
 from hf_pm.weights.states import StoredState, write_state
 
 
-NEW = ("ewc", "lwf", "replay", "ties", "kronecker", "spectral", "subspace", "sd-lora")
+NEW = ("ewc", "lwf", "replay", "ties", "kronecker", "spectral", "subspace", "refit", "sd-lora")
 # One of each kind by default: a penalty with state, rows, a dense payload, a mixed adapter.
 SOME_SLOW = [name if name in ("kronecker", "replay") else pytest.param(name, marks=pytest.mark.slow) for name in NEW]
 SETTINGS = {"ewc": {"ewc_strength": 50.0}, "replay": {"replay_fraction": 0.3}}
@@ -498,6 +498,7 @@ REFUSED = [
     ({"method": "spectral", "start": "base"}, "`merge: spectral` weighs the update since the merged weights against"),
     ({"method": "subspace", "coefficient_search": "report"}, "`merge: subspace` has none. Switch it off"),
     ({"method": "joint", "merge": "subspace"}, "`merge: subspace` weighs the update since the merged weights against"),
+    ({"method": "single", "merge": "refit"}, "`merge: refit` weighs the update since the merged weights against"),
     ({"method": "joint", "merge": "spectral"}, "`merge: spectral` weighs the update since the merged weights against"),
     ({"method": "gram", "method_kwargs": {"kronecker_rank": 0}}, "must be a whole number of at least 1, but got 0"),
     ({"method": "single", "merge": "ties"}, "`merge: ties` merges the tasks of a sequence"),

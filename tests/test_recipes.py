@@ -15,7 +15,7 @@ RECIPES = [path for path in RECIPES if path.parent.name != "accelerate_configs"]
 
 
 def test_count():
-    assert len(RECIPES) == 25
+    assert len(RECIPES) == 26
     assert [str(path.relative_to(ROOT)) for path in RECIPES if path.parent.name == "bench"] == [
         f"recipes/bench/{name}.yaml"
         for name in (
@@ -27,6 +27,7 @@ def test_count():
             "lwf",
             "merge-only",
             "pm",
+            "refit",
             "replay",
             "sequential",
             "single",

@@ -35,6 +35,7 @@ from .merges.fisher import Cofima, Fisher
 from .merges.isotropic import IsoC
 from .merges.magmax import MagMax
 from .merges.opcm import Opcm
+from .merges.refit import Refit
 from .merges.regmean import RegMean
 from .merges.reptile import Reptile
 from .merges.selective import Selective
@@ -125,6 +126,7 @@ PARTS: dict[str, dict[str, type[Part]]] = {
         "iso_c": IsoC,
         "spectral": Spectral,
         "subspace": Subspace,
+        "refit": Refit,
         "experts": Experts,
         "slao": TimeAware,
         "selective": Selective,

@@ -38,7 +38,8 @@ def check_protect(source: str, protects: bool, method: str, task_type: str) -> N
     if not protects:
         raise UserError(
             f"`protect: {source}` adds the curvature of a text to Kronecker factors, but `method: {method}` with its "
-            "overrides keeps none. Use `penalty: kronecker` or `gram`, `merge: subspace` or `spectral`, or remove it."
+            "overrides keeps none. Use `penalty: kronecker` or `gram`, `merge: subspace`, `refit` or `spectral`, or "
+            "remove it."
         )
     if task_type == "SEQ_CLS":
         raise UserError(

@@ -65,6 +65,7 @@ METHODS: dict[str, Method] = {
     "kronecker": Method("online structured Laplace, arXiv 1805.07810, on LoRA updates", penalties=("kronecker",)),
     "gram": Method("as `kronecker`, with the inputs' moments for A, and of G its mean diagonal", penalties=("gram",)),
     "subspace": Method("P&M's closed form over (r, r) matrices, with such curvature", merge="subspace"),
+    "refit": Method("P&M's closed form over every adapter of the same rank, with such curvature", merge="refit"),
     "spectral": Method("P&M's closed form over every update, with such curvature", merge="spectral"),
     "pm-kronecker": Method(
         "P&M's perturbation and subspace merge with a Kronecker penalty, arXiv 2505.22389 and 1805.07810",
@@ -135,6 +136,7 @@ WHEN: dict[str, str] = {
     "kronecker": "no row may be kept, the state must not grow, and one plain checkpoint remains",
     "gram": "as `kronecker`, to leave alone what the old inputs use, whatever the answers",
     "subspace": "as `kronecker`, where the training must stay as it is",
+    "refit": "as `subspace`",
     "spectral": "as `subspace`, for layers up to a few thousand wide",
     "pm-kronecker": "to see what the perturbation adds to `kronecker` and `subspace`",
     "olora": "the usual baseline of LoRA streams, for few tasks",

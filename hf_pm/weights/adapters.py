@@ -56,6 +56,11 @@ class Update(NamedTuple):
         scaled = self.B * self.scale
         return (self.A.mT, scaled.mT) if self.transposed else (scaled, self.A)
 
+    def with_factors(self, left: torch.Tensor, right: torch.Tensor) -> "Update":
+        """The same layer's update with the factors `left` and `right` of [`Update.factors`]."""
+        A, B = (left.mT, right.mT) if self.transposed else (right, left)
+        return self._replace(A=A, B=B / self.scale)
+
     def shape(self) -> tuple[int, ...]:
         """Shape of the live weight before quantization."""
         left, right = self.factors()

@@ -25,6 +25,9 @@ ROUNDS, SPARE = 8, 32
 # Columns that a sketch has beyond the wanted ones. On pm-lm-8m, rank 32, they keep the price of a task's update within
 # 2 % of that of the exact eigenpairs.
 OVERSAMPLING = 16
+# Rounds of the alternating least squares of `refit`. On pm-lm-8m, rank 8, what it minimizes is 26 % above what they
+# converge to after one, 8 % after two.
+SWEEPS = 3
 # Smallest damping, relative to the mean diagonal: what float64 can still invert.
 FLOOR = 1e-12
 # Rows of a wide float32 matrix that are widened to float64 at a time.
@@ -334,6 +337,65 @@ def spectral(
     return _minimize(start, old, new, linear, mu, damping).to(_result_dtype(delta))
 
 
+def refit(
+    delta: LowRank, old: Factors, new: Factors, *, mu: float = 1.0, damping: float = 1e-3, sweeps: int = SWEEPS
+) -> LowRank:
+    """The minimum of [`spectral`], without R, over the updates D' = left @ right of the rank of D.
+
+    By alternating least squares from D. For a fixed left, in columns that make left^T G_t left the identity and
+    left^T G_o left = diag(g), the rows of right are independent of each other:
+
+        (mu g_i A_o + A_t) right_i = A_t D^T G_t left_i,
+
+    and likewise for a fixed right. No step makes the objective larger. A `Cut` is inverted by its roots, so that the
+    work and the memory are linear in the sides.
+    """
+    dtype = _result_dtype(delta)
+    left, right = delta.left.double(), delta.right.double().mT
+    G_old, A_old, G_new, A_new = (_in_float64(matrix) for matrix in (*old, *new))
+    old, new = (G_old, A_old), (_damped(G_new, G_old, damping), _damped(A_new, A_old, damping))
+    pull = times(new[0], left), times(new[1], right)  # G_t D A_t is the first times the transpose of the second
+    for _ in range(sweeps):
+        left, right = _other_side(left, *pull, old, new, mu)
+        right, left = _other_side(right, *pull[::-1], old[::-1], new[::-1], mu)
+    # Columns of equal length on both sides: a product says nothing about the size of its factors.
+    lengths = [side.norm(dim=-2, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny) for side in (left, right)]
+    ratio = (lengths[1] / lengths[0]).sqrt()
+    return LowRank((left * ratio).to(dtype), (right / ratio).mT.to(dtype))
+
+
+def _other_side(side, pull, other_pull, old, new, mu) -> tuple[torch.Tensor, torch.Tensor]:
+    """`side` (..., n, r) in other columns, and the best columns (..., m, r) on the other side of the product."""
+    (P_o, Q_o), (P_t, Q_t) = old, new
+    V, _, values = _simultaneous(sandwich(P_o, side), sandwich(P_t, side), 0.0)
+    side = side @ V
+    wanted = other_pull @ (pull.mT @ side)
+    columns = [
+        solved(_sum(scaled(Q_o, mu * values[..., i]), Q_t), wanted[..., i : i + 1]) for i in range(values.shape[-1])
+    ]
+    return side, torch.cat(columns, dim=-1)
+
+
+def solved(matrix: Symmetric, B: torch.Tensor) -> torch.Tensor:
+    """matrix^-1 B, (..., n, r), of a positive definite matrix; that of a `Cut` by Woodbury's identity."""
+    if not isinstance(matrix, Cut):
+        return torch.linalg.solve(matrix, B)
+    by_diagonal, roots = B / matrix.diagonal[..., None], matrix.roots / matrix.diagonal[..., None]
+    inner = torch.eye(roots.shape[-1], dtype=roots.dtype, device=roots.device) + matrix.roots.mT @ roots
+    return by_diagonal - roots @ torch.linalg.solve(inner, matrix.roots.mT @ by_diagonal)
+
+
+def _sum(a: Symmetric, b: Symmetric) -> Symmetric:
+    """a + b with all roots of both."""
+    if isinstance(a, Cut) and isinstance(b, Cut):
+        return Cut(torch.cat([a.roots, b.roots], dim=-1), a.diagonal + b.diagonal)
+    return _dense(a) + _dense(b)
+
+
+def _in_float64(matrix: Symmetric) -> Symmetric:
+    return Cut(matrix.roots.double(), matrix.diagonal.double()) if isinstance(matrix, Cut) else matrix.double()
+
+
 def _result_dtype(delta: LowRank) -> torch.dtype:
     return torch.promote_types(delta.left.dtype, torch.float32)
 
@@ -355,17 +417,29 @@ def _simultaneous(old: torch.Tensor, new: torch.Tensor, damping: float) -> tuple
 
     By two eigendecompositions and not by Cholesky's, which fails at the small negative eigenvalues of a float32 sum.
     """
-    mean_new, mean_old = (diagonal(matrix).mean(-1, keepdim=True) for matrix in (new, old))
-    shift = max(damping, FLOOR) * mean_new
-    # Without any curvature of the new task the old tasks' decide, and without either every solution is as good.
-    shift = torch.where(shift > 0, shift, FLOOR * mean_old)
-    shift = torch.where(shift > 0, shift, 1.0)
+    shift = _shift(new, old, damping)
     values, vectors = torch.linalg.eigh(new)
     root = (values.clamp(min=0) + shift).sqrt()
     whitened = vectors / root[..., None, :]
     inner = whitened.mT @ old @ whitened
     g, rotation = torch.linalg.eigh((inner + inner.mT) / 2)
     return whitened @ rotation, rotation.mT @ (vectors * root[..., None, :]).mT, g.clamp(min=0)
+
+
+def _shift(new: Symmetric, old: Symmetric, damping: float) -> torch.Tensor:
+    """What damping adds to the diagonal of `new`, (..., 1)."""
+    mean_new, mean_old = (diagonal(matrix).mean(-1, keepdim=True) for matrix in (new, old))
+    shift = max(damping, FLOOR) * mean_new
+    # Without any curvature of the new task the old tasks' decide, and without either every solution is as good.
+    shift = torch.where(shift > 0, shift, FLOOR * mean_old)
+    return torch.where(shift > 0, shift, 1.0)
+
+
+def _damped(new: Symmetric, old: Symmetric, damping: float) -> Symmetric:
+    shift = _shift(new, old, damping)
+    if isinstance(new, Cut):
+        return Cut(new.roots, new.diagonal + shift)
+    return new + torch.diag_embed(shift.expand(new.shape[:-1]))
 
 
 def remaining(R: LowRank | None, kept: LowRank, delta: LowRank, old: Factors | None, new: Factors) -> LowRank:
