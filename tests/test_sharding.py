@@ -168,6 +168,7 @@ MERGES = {
     "pm": ["--method", "pm"],
     "subspace": ["--method", "subspace"],
     "pic": ["--method", "pic"],
+    "refit": ["--method", "refit"],
     "ties": ["--method", "ties"],
     "selective": ["--method", "sril", "--merge", "selective"],
 }
@@ -180,7 +181,7 @@ def test_the_main_process_alone_solves_and_all_have_its_result(written, tmp_path
     written.write_text(yaml.safe_dump(values | {"num_train_epochs": 1, "release": "none", "save_strategy": "no"}))
     jobs = []
     for name, words in MERGES.items():
-        job = f"{name}-shards" if name in ("subspace", "selective") else name
+        job = f"{name}-shards" if name in ("subspace", "refit", "selective") else name
         words = ["run", str(written), "--output_dir", str(tmp_path / job), *words]
         jobs.append({"name": job, "world": 2, "env": FSDP2 if "shards" in job else {}, "words": words})
     codes = run_jobs(tmp_path, jobs)
