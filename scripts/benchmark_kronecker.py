@@ -173,7 +173,7 @@ def merging_seconds(lora: int) -> dict[str, float]:
         "layer_solve_seconds": solved - started,
         "layer_state_seconds": written - solved,
         "model_seconds": (written - started) * LLAMA_8B.num_hidden_layers,
-        "refit_layer_solve_seconds": refitted - written,
+        "refit_model_solve_seconds": (refitted - written) * LLAMA_8B.num_hidden_layers,
         "subspace_layer_bytes": size,
         f"spectral_{out}x{width}_seconds": dense,
     }

@@ -25,8 +25,8 @@ ROUNDS, SPARE = 8, 32
 # Columns that a sketch has beyond the wanted ones. On pm-lm-8m, rank 32, they keep the price of a task's update within
 # 2 % of that of the exact eigenpairs.
 OVERSAMPLING = 16
-# Rounds of the alternating least squares of `refit`. On pm-lm-8m, rank 8, what it minimizes is 26 % above what they
-# converge to after one, 8 % after two.
+# Rounds of the alternating least squares of `refit`. On pm-lm-8m, rank 8, they end 2 to 5 % above the best of all
+# updates, which is where they converge to, and one round 12 to 29 % (scripts/benchmark_merges.py).
 SWEEPS = 3
 # Smallest damping, relative to the mean diagonal: what float64 can still invert.
 FLOOR = 1e-12
