@@ -96,7 +96,20 @@ class Timed(Exception):
     """Raised once the steps are timed: nothing after that is needed."""
 
 
-class Costs(PMTrainer):
+class Unscored(PMTrainer):
+    """A stream without scores and releases."""
+
+    def _score_base(self) -> None:
+        pass
+
+    def _evaluate_stage(self, number: int, stage: Any) -> None:
+        pass
+
+    def _publish(self, number: int) -> None:
+        pass
+
+
+class Costs(Unscored):
     """Two tasks of a stream, with clocks around the second (or the only one, of `joint`); nothing is scored."""
 
     before_last: Callable[["Costs"], None] | None = None
@@ -125,15 +138,6 @@ class Costs(PMTrainer):
 
     def _merge(self, number: int, measured: Any) -> None:
         self._clocked("merge", number, lambda: super(Costs, self)._merge(number, measured))
-
-    def _score_base(self) -> None:
-        pass
-
-    def _evaluate_stage(self, number: int, stage: Any) -> None:
-        pass
-
-    def _publish(self, number: int) -> None:
-        pass
 
 
 def trainer_of(options: argparse.Namespace, method: str, folder: Path) -> Costs:

@@ -14,11 +14,10 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
+from benchmark_costs import Unscored
 
-from hf_pm import PMTrainer
 from hf_pm.config import parse_recipe
 from hf_pm.loading import build_trainer, quiet
 from hf_pm.methods.contract import Ended, Merged
@@ -42,19 +41,6 @@ MERGES: dict[str, Callable[..., torch.Tensor]] = {
     },
     "spectral": kronecker.spectral,
 }
-
-
-class Unscored(PMTrainer):
-    """A stream without scores and releases."""
-
-    def _score_base(self) -> None:
-        pass
-
-    def _evaluate_stage(self, number: int, stage: Any) -> None:
-        pass
-
-    def _publish(self, number: int) -> None:
-        pass
 
 
 def costs(delta: LowRank, old: kronecker.Factors, new: kronecker.Factors, mu: float, damping: float) -> torch.Tensor:
