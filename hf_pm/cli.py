@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import textwrap
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
@@ -233,11 +234,25 @@ def run_command(options: argparse.Namespace, words: list[str]) -> None:
         raise UserError(f"Two recipes are given, {named[0]!r} and {named[1]!r}. Name one.")
     if not named and not words:
         raise UserError("There is no recipe. Give a YAML file: `hf-pm run recipes/bench/pm.yaml`.")
-    with _apart(options):
+    with _apart(options), _parting():
         recipe = parse_recipe(named[0] if named else None, words)
         results = run_recipe(recipe)
     if options.json and recipe.process_index == 0:
         _print_json(results)
+
+
+@contextmanager
+def _parting() -> Iterator[None]:
+    """Let gloo's threads drop the tensors of the last collective before the interpreter ends: one that does it while
+    Python shuts down aborts the process, whatever its exit code, and one that does it while `destroy_process_group`
+    waits for it never gets Python's lock.
+    """
+    try:
+        yield
+    finally:
+        distributed = sys.modules.get("torch.distributed")  # nobody has a group where it was not imported
+        if distributed is not None and distributed.is_available() and distributed.is_initialized():
+            time.sleep(0.5)  # they need microseconds, and offer nothing to wait for
 
 
 def run_recipe(recipe: Any) -> dict[str, Any]:
