@@ -252,7 +252,7 @@ def _parting() -> Iterator[None]:
     finally:
         distributed = sys.modules.get("torch.distributed")  # nobody has a group where it was not imported
         if distributed is not None and distributed.is_available() and distributed.is_initialized():
-            time.sleep(0.5)  # they need microseconds, and offer nothing to wait for
+            time.sleep(0.5)  # they offer nothing to wait for
 
 
 def run_recipe(recipe: Any) -> dict[str, Any]:
