@@ -360,6 +360,8 @@ class PMTrainerMixin(TaskTraining):
                 self.train(resume_from_checkpoint=str(self._resumed[0]) if self._resumed is not None else None)
             if self.interruption.agreed:
                 raise recovery.Interrupted(f"Stopped at step {self.state.global_step} of {self._label()}.")
+            if not self.args.load_best_model_at_end:
+                self.parts.optimizer.finish()
         finally:
             self._checkpoint_dir = self._resumed = self._loss = None
             self.args.num_train_epochs = default_epochs

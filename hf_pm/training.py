@@ -236,6 +236,7 @@ class TaskTraining(_Trainer):
         """The optimizer of the method, or the one that `optim` names."""
         if self.optimizer is None:
             self.optimizer = self.parts.optimizer.create(self.model)
+            self.parts.optimizer.watch(super().create_optimizer(*args, **kwargs))
         return super().create_optimizer(*args, **kwargs)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:

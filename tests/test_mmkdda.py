@@ -1,4 +1,7 @@
-"""MMKDDA: mixed prompts, distances of features at several scales, and the loss as a loop over rows."""
+"""MMKDDA: mixed prompts, distances of features at several scales, the loss as a loop over rows, and the outer step."""
+
+import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,14 +13,12 @@ from test_trainer import again, trained
 from torch.nn.functional import cross_entropy
 
 from hf_pm import PMSeq2SeqConfig, PMSeq2SeqTrainer, UserError
-from hf_pm.methods.contract import Ended
-from hf_pm.methods.merges.reptile import Reptile
+from hf_pm.methods.optimizers.reptile import Reptile
+from hf_pm.methods.parts import Parts, resolve
 from hf_pm.methods.penalties.mmkdda import Mmkdda, distance
 from hf_pm.methods.rows_state import mix, split
 from hf_pm.tasks.encoding import first_rows_learned
 from hf_pm.weights.adapters import ADAPTER, attach, lora_layers
-from hf_pm.weights.merging import COEFFICIENTS
-from hf_pm.weights.states import StoredState
 
 
 def test_windows_of_one_token_are_pointwise_and_wider_ones_see_means():
@@ -138,13 +139,13 @@ def test_the_loss_is_a_loop_over_rows(mixup, model, stream, tokenizer, lora, con
             return loss.item(), expected.item(), share, float(drift), count
 
     kwargs = {"mmkdda_replay": 0.6, "mmkdda_strength": 0.4, "mmkdda_scales": 2, "mmkdda_mixup": mixup}
-    kwargs |= {"replay_fraction": 0.1, "reptile_power": 0.5}
+    kwargs |= {"replay_fraction": 0.1}
     args = config(method="mmkdda", method_kwargs=kwargs, release="none", num_train_epochs=1)
     _, results = trained(model, stream, tokenizer, lora, args, cls=Watches)
     ((loss, expected, share, drift, count),) = found
     assert loss == pytest.approx(expected, rel=1e-4) and drift > 1e-3 and count == 4
     assert (0.0 < share < 1.0) if mixup else share == 0.0
-    assert results["keeps_rows"] is True and results["coefficients"] == [1.0, pytest.approx(0.5**0.5)]
+    assert results["keeps_rows"] is True and results["coefficients"] == [1.0, 1.0]
 
 
 @pytest.mark.slow
@@ -168,13 +169,70 @@ def test_a_model_without_blocks_is_refused():
         Mmkdda(None).attach(model)
 
 
-def test_the_rate_is_averaging_at_power_one_and_whole_at_zero():
-    for power, rule in ((0.0, "last"), (1.0, "average")):
-        part = Reptile(arguments(method_kwargs={"reptile_power": power}))
-        for number in range(1, 6):
-            ended = Ended(number, "a", None, {}, StoredState(None), (), None, None, 0)
-            assert part.solve(ended).alpha == COEFFICIENTS[rule](None, number, None)
-    assert Reptile(arguments(method_kwargs={"reptile_power": 2.0})).solve(ended).alpha == pytest.approx(1 / 25)
+def moved(part, optimizer, gradients, start=0):
+    """The weights after each gradient, and the optimizer's state after each."""
+    (first, second), found, states = optimizer.param_groups[0]["params"], [], []
+    for n, (one, two) in enumerate(gradients[start:], start):
+        first.grad, second.grad = one.clone(), two.clone() if n > 3 else None
+        optimizer.step()
+        found.append([first.detach().clone(), second.detach().clone()])
+        states.append(copy.deepcopy(optimizer.state_dict()))
+    part.finish()
+    found.append([first.detach().clone(), second.detach().clone()])
+    return found, states
+
+
+def reptile(kind, number, weights, **settings):
+    part = Reptile(arguments(method_kwargs=settings))
+    part.begin(SimpleNamespace(number=number))
+    optimizer = kind([torch.nn.Parameter(w.clone()) for w in weights], lr=0.1)
+    part.watch(optimizer)
+    return part, optimizer
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
+def test_the_outer_step_is_a_loop_over_windows(kind):
+    """Eight steps in windows of three, the last one short; one weight has its first gradient inside a window. Stopped
+    after any of the steps, it goes on with the same bits."""
+    generator = torch.Generator().manual_seed(0)
+    weights = [torch.randn(3, 2, generator=generator), torch.randn(4, generator=generator)]
+    gradients = [[torch.randn(w.shape, generator=generator) for w in weights] for _ in range(8)]
+    settings = {"reptile_steps": 3, "reptile_power": 0.5}
+    found, states = moved(*reptile(kind, 2, weights, **settings), gradients)
+
+    plain = [torch.nn.Parameter(w.clone()) for w in weights]
+    inner, theta = kind(plain, lr=0.1), [w.clone() for w in weights]
+    for n, each in enumerate(gradients):
+        for i, p in enumerate(plain):
+            p.grad = None if i and n <= 3 else each[i].clone()
+        inner.step()
+        if n in (2, 5, 7):
+            theta = [old + 0.5**0.5 * (p.detach() - old) for old, p in zip(theta, plain, strict=True)]
+            for p, new in zip(plain, theta, strict=True):
+                p.data.copy_(new)
+        at = -1 if n == 7 else n
+        for p, ours in zip(plain, found[at], strict=True):
+            torch.testing.assert_close(ours, p.detach())
+
+    for n in range(8):
+        part, optimizer = reptile(kind, 2, found[n], **settings)
+        optimizer.load_state_dict(states[n])
+        again, _ = moved(part, optimizer, gradients, n + 1)
+        assert all(torch.equal(a, b) for a, b in zip(again[-1], found[-1], strict=True)), n
+
+
+def test_one_inner_step_of_plain_descent_is_a_shorter_one():
+    weights, gradients = [torch.ones(3), torch.ones(2)], [[torch.ones(3), torch.ones(2)]] * 6
+    found, _ = moved(*reptile(torch.optim.SGD, 4, weights, reptile_steps=1), gradients)
+    torch.testing.assert_close(found[-1], [torch.full((3,), 1 - 6 * 0.1 / 4), torch.full((2,), 1 - 2 * 0.1 / 4)])
+
+
+def test_an_optimizer_of_its_own_is_refused_with_deepspeed(config):
+    for method in ("mmkdda", "badam"):
+        args = config(method=method, release="none")
+        args.deepspeed_plugin = object()
+        with pytest.raises(UserError, match=f"`method: {method}` moves the adapter by an optimizer of its own"):
+            Parts(resolve(args), args).check("CAUSAL_LM")
 
 
 @pytest.fixture

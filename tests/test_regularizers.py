@@ -33,7 +33,7 @@ from hf_pm.weights.states import StoredState
 
 SETTINGS = {"der": {"replay_fraction": 0.3}, "badam": {"badam_sigma": 0.05}, "td-vcl": {"replay_fraction": 0.3}}
 SETTINGS["sril"] = {"replay_fraction": 0.3, "selective_margin": -1.0}
-SETTINGS["mmkdda"] = {"replay_fraction": 0.3, "mmkdda_mixup": 0.5}
+SETTINGS["mmkdda"] = {"replay_fraction": 0.3, "mmkdda_mixup": 0.5, "reptile_steps": 2}
 SETTINGS["rehearsal"] = {"rehearsal_fraction": 0.3}
 NEW = tuple(SETTINGS)
 
@@ -172,7 +172,7 @@ def test_senseless_combinations_are_refused_before_loading(overrides, message, r
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["badam", "der", "td-vcl", "sril"])
+@pytest.mark.parametrize("name", ["badam", "der", "td-vcl", "sril", "mmkdda"])
 def test_two_processes_learn_a_stream(name, recipe, tmp_path):  # noqa: F811
     """Every rank draws rows for itself, and all of them the same noise: BAdam's weights are those of one process."""
     path, values = recipe

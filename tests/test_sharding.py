@@ -125,6 +125,26 @@ def test_sharded_runs_have_the_bits_of_whole_ones(written, tmp_path):
                 torch.testing.assert_close(second[key], value, rtol=1e-5, atol=1e-6)
 
 
+def test_a_window_of_inner_steps_outlives_a_kill(written, tmp_path):
+    """Where it began is in the optimizer's state, which the ranks write and read together."""
+    words = ["--method", "mmkdda", "--method_kwargs", "{reptile_steps: 2, replay_fraction: 0.3}", "--release", "none"]
+
+    def job(name: str, **more) -> dict:
+        run = str(tmp_path / name.partition("-")[0])
+        return {"name": name, "world": 2, "words": ["run", str(written), "--output_dir", run, *words]} | more
+
+    inside = str(tmp_path / "killed" / "tasks" / "02-mood" / "checkpoints" / "checkpoint-3" / "checkpoint.json")
+    jobs = [job("whole", env=FSDP2), job("killed", env=FSDP2, kill_when=inside), job("killed-again", env=FSDP2)]
+    codes = run_jobs(tmp_path, jobs)
+    assert codes == {"whole": [0, 0], "killed": [-9, -9], "killed-again": [0, 0]}, said(tmp_path, "killed-again")
+    for task in ("01-colour", "02-mood"):
+        first, second = (
+            sha256_file(tmp_path / name / "tasks" / task / "adapter" / "adapter_model.safetensors")
+            for name in ("whole", "killed")
+        )
+        assert first == second, task
+
+
 def test_shards_that_are_wider_than_the_checkpoint_hold_what_is_released(written, tmp_path):
     """A checkpoint in bfloat16, computed with in float32 and in mixed precision: live weights are rounded as the
     release is."""

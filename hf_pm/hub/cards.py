@@ -40,7 +40,6 @@ ALPHA = {
     "last": "1, every update is kept whole.",
     "selective": "1; less (1 - `selective_beta`) for matrices whose update raises\nthe loss of kept rows of earlier "
     "tasks, if the model is less sure of them than before.",
-    "reptile": "t^-`reptile_power`, a rate that\nfalls with the number of tasks.",
     "magnitudes": "the magnitude that was trained\ntogether with the task's update. Later tasks train it again: the "
     "model has other ones than this table for all tasks but\nthe last (SD-LoRA, arXiv 2501.13198).",
     "ties": "none here.\nTIES merges the task vectors so far into one dense update, in which no task has a fraction "

@@ -12,10 +12,11 @@ with the task's commit, hashed, resumed, rolled back, pushed, restored, checked 
 | `begin` | before the first step of a task, also when it is resumed | every part |
 | `adapter` | then: the adapter the task starts from | `Start` |
 | `join` | then: the training rows | `Replay` |
-| `create` | then: the optimizer | `Optimizer` |
+| `create`, `watch` | then: the optimizer, and what else was made where that is none | `Optimizer` |
 | `step` | around the forward and backward pass of a step | `Perturbation` |
 | `sampled` | inside that: the weights that the pass sees | `Optimizer` |
 | `loss` | inside it, after the forward pass | `Penalty` |
+| `finish` | after the last step | `Optimizer` |
 | `solve` | after training and measuring, on the main process | `Merge` |
 | `end`, `end_matrix` | then, there: new state from the old and from what was measured | every part |
 
@@ -410,10 +411,16 @@ class Optimizer(Part):
         """A fresh optimizer for one task; `None` for what `optim` names."""
         return None
 
+    def watch(self, optimizer: torch.optim.Optimizer) -> None:
+        """The optimizer of a task, its own or the one that `optim` names, is there, and has made no step."""
+
     @contextmanager
     def sampled(self, task_number: int, step: int) -> Iterator[None]:
         """Encloses forward and backward, within which the weights may be a draw around the live ones."""
         yield
+
+    def finish(self) -> None:
+        """The task has made its last step, and its weights are about to be kept."""
 
 
 class Merge(Part):

@@ -37,13 +37,13 @@ from .merges.magmax import MagMax
 from .merges.opcm import Opcm
 from .merges.refit import Refit
 from .merges.regmean import RegMean
-from .merges.reptile import Reptile
 from .merges.selective import Selective
 from .merges.spectral import Spectral
 from .merges.subspace import Subspace
 from .merges.task_arithmetic import TaskArithmetic
 from .merges.ties import Ties
 from .optimizers.badam import Badam
+from .optimizers.reptile import Reptile
 from .penalties.der import Der
 from .penalties.ella import Ella
 from .penalties.ewc import Ewc
@@ -105,7 +105,7 @@ PARTS: dict[str, dict[str, type[Part]]] = {
         "mmkdda": Mmkdda,
     },
     "replay": {"none": Replay, "buffer": Buffer, "memory": Memory, "rehearsal": Rehearsal},
-    "optimizer": {"optim": Optimizer, "badam": Badam},
+    "optimizer": {"optim": Optimizer, "badam": Badam, "reptile": Reptile},
     "merge": {
         "pm": ClosedForm,
         "pm_modules": MatrixClosedForm,
@@ -131,7 +131,6 @@ PARTS: dict[str, dict[str, type[Part]]] = {
         "slao": TimeAware,
         "selective": Selective,
         "magnitudes": TrainedMagnitudes,
-        "reptile": Reptile,
     },
     "serve": {"folded": Serve, "routed": Routed},
 }
@@ -228,6 +227,11 @@ class Parts:
             raise UserError(
                 f"`{args.joins_examples}: true` makes one row of the examples of a batch, for a causal language model "
                 f"and penalties that look at all its tokens together, but {why}. Switch it off."
+            )
+        if method.optimizer != "optim" and getattr(args, "deepspeed_plugin", None) is not None:
+            raise UserError(
+                f"`method: {args.method}` moves the adapter by an optimizer of its own, but DeepSpeed moves copies of "
+                "the weights. Use FSDP2 or plain data parallelism."
             )
         for part in self:
             reason = part.check(method, task_type)

@@ -94,10 +94,10 @@ METHODS: dict[str, Method] = {
         merge="selective",
     ),
     "mmkdda": Method(
-        "MMKDDA, after arXiv 2209.06107: a reconstruction; outer step once a task, not online",
+        "MMKDDA, after arXiv 2209.06107: a reconstruction",
         penalties=("mmkdda",),
         replay="memory",
-        merge="reptile",
+        optimizer="reptile",
     ),
     "td-vcl": Method("TD-VCL, arXiv 2410.07812, with Laplace posteriors", penalties=("td-vcl",), replay="memory"),
     # A posterior over the weights of one adapter, which all tasks share.
@@ -149,7 +149,7 @@ WHEN: dict[str, str] = {
     "rehearsal": "no row may be kept, and the model writes plausible ones",
     "der": "rows may be kept, and steps may be slower",
     "sril": "rows may be kept; a baseline that distills features",
-    "mmkdda": "rows may be kept; a baseline that mixes them with new ones",
+    "mmkdda": "rows may be kept, and new ones are seen once (`num_train_epochs: 1`); a baseline",
     "td-vcl": "rows may be kept, and the last posterior alone is not to be trusted",
     "badam": "one adapter has to remain, with a state no larger than it",
     "joint": "to know what all rows at once would give",

@@ -24,10 +24,10 @@ class Mmkdda(RowsState, Penalty):
     """The loss of MMKDDA (Han and Liu 2022, arXiv 2209.06107), carried over to language models.
 
     The paper's equations could not be checked: this follows its abstract, and is a reconstruction. It is about images
-    in an online stream; the reading for text is ours, and so are all defaults. As many kept rows as a micro-batch has
-    are drawn, and each is paired with a row of the batch. The embeddings of both prompts, aligned at their ends, are
-    mixed with the share lambda ~ Beta(a, a) of the new one, a = `mmkdda_mixup`, drawn for each step; the answers are
-    not mixed. To the loss
+    that are seen once (`num_train_epochs: 1`); the reading for text is ours, and so are all defaults. As many kept
+    rows as a micro-batch has are drawn, and each is paired with a row of the batch. The embeddings of both prompts,
+    aligned at their ends, are mixed with the share lambda ~ Beta(a, a) of the new one, a = `mmkdda_mixup`, drawn for
+    each step; the answers are not mixed. To the loss
 
         `mmkdda_replay` * (lambda CE(new answer | mixed) + (1 - lambda) CE(old answer | mixed))
         + `mmkdda_strength` * sum over scales of mean |P(f - f')|^2 / |P(f')|^2
@@ -53,21 +53,21 @@ class Mmkdda(RowsState, Penalty):
     def attach(self, model: PeftModel) -> None:
         base = model.get_base_model()
         self.accepted = inspect.signature(base.forward).parameters
-        kinds = base._no_split_modules or ()
-        blocks = {name: module for name, module in base.named_modules() if type(module).__name__ in kinds}
-        if not blocks:
+        kinds = set(base._no_split_modules or ())  # FSDP2 puts a class of its own before a block's
+        own = [(n, m) for n, m in base.named_modules() if kinds & {kind.__name__ for kind in type(m).__mro__}]
+        if not own:
             raise UserError(
                 f"`penalty: mmkdda` compares what the blocks of a model give, but {type(base).__name__} names none "
                 "(`_no_split_modules`). Use `penalty: sril`."
             )
-        self.in_decoder = [base.config.is_encoder_decoder and "decoder" in name for name in blocks]
+        self.in_decoder = [base.config.is_encoder_decoder and "decoder" in name for name, _ in own]
         self.read: list[torch.Tensor] | None = None
 
         def keep(module: torch.nn.Module, inputs: Any, output: Any) -> None:
             if self.read is not None:
                 self.read.append(output[0] if isinstance(output, tuple) else output)
 
-        for block in blocks.values():
+        for _, block in own:
             block.register_forward_hook(keep)
 
     def loss(self, step: Step) -> torch.Tensor | None:
