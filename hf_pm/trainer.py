@@ -444,10 +444,13 @@ class PMTrainerMixin(TaskTraining):
         self.parity.expect(number, merged)
         record |= {"merge_seconds": time.monotonic() - started, "peak_memory_bytes": _peak_memory()}
 
-        def commit(there: Ended) -> None:
-            self.run.commit(there, self.model, self.parts, record)
+        ended = ended._replace(merged=merged)
+        beside = self.parts.end(ended, runs_model=True)
 
-        recovery.on_main(lambda: on_gpu_or_host(device, ended._replace(merged=merged), commit))
+        def commit(there: Ended) -> None:
+            self.run.commit(there, self.model, self.parts, record, beside)
+
+        recovery.on_main(lambda: on_gpu_or_host(device, ended, commit))
         self.run.ledger.reload()
 
     def _evaluate_stage(self, number: int, stage: Stage) -> None:

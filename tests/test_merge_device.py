@@ -37,7 +37,8 @@ def learned(monkeypatch, stream, tokenizer, args, mode=None):
 FEW = ("pm", "subspace", "refit", "opcm", "regmean", "kronecker")
 WITHOUT = {"joint", "single"}  # nothing is merged
 # Of these the merge computes with no matrix.
-NO_MATRIX = set("sequential seq-lora average fixed task-arithmetic lwf olora ella n-lora sd-lora badam".split())
+NO_MATRIX = {"sequential", "seq-lora", "average", "fixed", "task-arithmetic", "lwf", "olora", "ella", "n-lora"}
+NO_MATRIX |= {"sd-lora", "badam", "rehearsal"}
 SETTINGS = {"pm": {"coefficient_first_order": True}}
 
 

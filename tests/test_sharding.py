@@ -145,6 +145,36 @@ def test_a_window_of_inner_steps_outlives_a_kill(written, tmp_path):
         assert first == second, task
 
 
+def test_parts_that_change_weights_or_run_the_model_have_the_bits_of_whole_ones(written, tmp_path):
+    """Noise on the rows that a process has, and at the end of a task passes that every process has to make."""
+    methods = {"gaussian": "{}", "der": "{replay_fraction: 0.3}", "rehearsal": "{rehearsal_fraction: 0.3}"}
+    jobs = [
+        {
+            "name": f"{method}-{place}",
+            "world": 2,
+            "env": env,
+            "words": ["run", str(written), "--output_dir", str(tmp_path / f"{method}-{place}"), "--method", method]
+            + ["--method_kwargs", settings, "--release", "none", "--save_strategy", "no"],
+        }
+        for method, settings in methods.items()
+        for place, env in (("whole", {}), ("shards", FSDP2))
+    ]
+    codes = run_jobs(tmp_path, jobs)
+    failed = [name for name, code in codes.items() if code != [0, 0]]
+    assert not failed, said(tmp_path, failed[0])[-4000:]
+    for method in methods:
+        for task in ("01-colour", "02-mood"):
+            first, second = (
+                sha256_file(tmp_path / f"{method}-{place}" / "tasks" / task / "adapter" / "adapter_model.safetensors")
+                for place in ("whole", "shards")
+            )
+            assert first == second, (method, task)
+    for method in ("der", "rehearsal"):
+        first, second = state_of(tmp_path / f"{method}-whole"), state_of(tmp_path / f"{method}-shards")
+        assert first.keys() == second.keys() and len(first) > 0
+        assert all(torch.equal(value, second[key]) for key, value in first.items()), method
+
+
 def test_shards_that_are_wider_than_the_checkpoint_hold_what_is_released(written, tmp_path):
     """A checkpoint in bfloat16, computed with in float32 and in mixed precision: live weights are rounded as the
     release is."""

@@ -286,7 +286,8 @@ class Part:
     whether it needs what is kept of every update as an adapter (`Merged.kept`). `protects`: whether it takes the
     curvature of the text of `protect` as that of a task before the first, by `protect_matrix`; it then measures
     `kronecker`. `temperature`: `curvature_temperature` where the recipe has none; the largest of a method's parts
-    counts, since there is one pass for all.
+    counts, since there is one pass for all. `runs_model`: whether its `solve` or `end` runs the model. Then every
+    process calls it, for a pass gathers the weights of a sharded base; otherwise the main process alone does.
     """
 
     settings: ClassVar[dict[str, Setting]] = {}
@@ -298,6 +299,7 @@ class Part:
     writes_rows: ClassVar[bool] = False
     sums_updates: ClassVar[bool] = False
     protects: ClassVar[bool] = False
+    runs_model: ClassVar[bool] = False
     temperature: ClassVar[float] = 1.0
 
     def __init__(self, args: Any) -> None:
@@ -431,9 +433,8 @@ class Merge(Part):
     entries before although the task began on the base. `vectors`: whether it merges the tasks' weights wherever they
     began, so that `Start.on_trained` makes sense. `expert`: whether its payload is an expert, which joins those of the
     entries before. `reweights`: whether it also changes what is kept of the entries before (`Merged.earlier`).
-    `runs_model`: whether `solve` runs the model. Then every process calls it; otherwise the main process alone does,
-    and sends the others `Merged.shared`. `squares`: how many float64 matrices of (out, out), and as many of (in, in),
-    solving one matrix holds at once.
+    `squares`: how many float64 matrices of (out, out), and as many of (in, in), solving one matrix holds at once.
+    Where the main process alone solves, it sends the others `Merged.shared`.
     """
 
     dense: ClassVar[bool] = False
@@ -442,7 +443,6 @@ class Merge(Part):
     vectors: ClassVar[bool] = False
     expert: ClassVar[bool] = False
     reweights: ClassVar[bool] = False
-    runs_model: ClassVar[bool] = False
     squares: ClassVar[int] = 0
 
     def solve(self, ended: Ended) -> Merged:

@@ -326,9 +326,10 @@ class Parts:
         """State of one matrix before the first task, by key, from the curvature of the protected text."""
         return {key: value for part in self for key, value in part.protect_matrix(measured, name).items()}
 
-    def end(self, ended: Ended) -> dict[str, torch.Tensor]:
-        """State that the parts keep beside the matrices, by key."""
-        return {key: tensor for part in self for key, tensor in part.end(ended).items()}
+    def end(self, ended: Ended, runs_model: bool) -> dict[str, torch.Tensor]:
+        """State beside the matrices, by key: of the parts that run the model for it, or of the others."""
+        parts = [part for part in self if part.runs_model is runs_model]
+        return {key: tensor for part in parts for key, tensor in part.end(ended).items()}
 
     def end_matrix(self, ended: Ended, name: str) -> dict[str, Value]:
         """State that the parts keep of one matrix, by key."""

@@ -13,6 +13,7 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 
 from ..weights.adapters import ADAPTER, lora_layers
+from ..weights.sharding import free_gathered, own_part
 from .contract import Perturbation
 
 
@@ -63,9 +64,10 @@ def gaussian_noise(layers: list[LoraLayer], factor: float, seed: int) -> Iterato
                 A, B = layer.lora_A[ADAPTER].weight.float(), layer.lora_B[ADAPTER].weight.float()
                 norm = layer.scaling[ADAPTER] * ((B.T @ B) * (A @ A.T)).sum().clamp(min=0).sqrt()
                 weight = layer.get_base_layer().weight
-                saved.append((weight, weight.detach().clone()))
                 noise = torch.randn(weight.shape, generator=generator).to(weight.device)
-                weight.add_((noise * (factor * norm / noise.norm())).to(weight.dtype))
+                weight, rows = own_part(weight)
+                saved.append((weight, weight.detach().clone()))
+                weight.add_((noise[rows] * (factor * norm / noise.norm())).to(weight.dtype))
         yield
     finally:
         with torch.no_grad():
@@ -106,7 +108,12 @@ class Gaussian(TaskVector):
 
     cost = {"step": "if perturbed, a copy of the adapted weights, and as much noise"}
 
+    def attach(self, model: PeftModel) -> None:
+        super().attach(model)
+        self.model = model
+
     def perturbed(self, size: float, task_number: int, step: int) -> AbstractContextManager[None]:
+        free_gathered(self.model)  # a copy of a sharded weight that was gathered before would have no noise
         key = f"noise/{self.args.seed}/{task_number}/{step}".encode()
         return gaussian_noise(
             self.layers, size, seed=int.from_bytes(hashlib.blake2b(key, digest_size=7).digest(), "big")

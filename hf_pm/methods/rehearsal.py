@@ -36,6 +36,7 @@ class Rehearsal(Buffer):
     growth = "4 bytes a token of every written row"
     keeps_rows = False
     writes_rows = True
+    runs_model = True
     cost = Buffer.cost | {"end": "rows written token by token"}
     sums_updates = True
 

@@ -242,7 +242,14 @@ class RunFolder:
         last = self.ledger.entries[-1].state if len(self.ledger) else None
         return StoredState(self.path / last if last is not None else None)
 
-    def commit(self, ended: Ended, model: torch.nn.Module, parts: Parts, record: dict[str, Any]) -> None:
+    def commit(
+        self,
+        ended: Ended,
+        model: torch.nn.Module,
+        parts: Parts,
+        record: dict[str, Any],
+        beside: dict[str, torch.Tensor],
+    ) -> None:
         """Adapter, payload, state and record onto the disk; then the ledger's entry, which commits the task.
 
         Args:
@@ -250,12 +257,13 @@ class RunFolder:
             model (`torch.nn.Module`): With its adapter.
             parts (`Parts`): Of the method.
             record (`dict`): What is known of the task besides, for task.json.
+            beside (`dict`): State beside the matrices of the parts that ran the model for it, by key.
         """
         number, merged = ended.number, ended.merged
         task_dir, base = self.task_dir(number), self.folder.base
         adapters.save(model, task_dir / "adapter", base.model_id, base.revision)
         dense_file, dense_sha256 = self._write_dense(task_dir, ended) if merged.dense is not None else (None, None)
-        state_file, state_sha256 = self._write_state(ended, parts)
+        state_file, state_sha256 = self._write_state(ended, parts, beside)
         record = {
             "name": self.stages[number - 1],
             "coefficient": merged.alpha,
@@ -300,8 +308,10 @@ class RunFolder:
         specs = {name: (torch.float32, shape) for name, shape in shapes.items()}
         return path, write_streaming(path, specs, ((name, ended.merged.dense(name)) for name in shapes))
 
-    def _write_state(self, ended: Ended, parts: Parts) -> tuple[Path, str] | tuple[None, None]:
-        beside = parts.end(ended)
+    def _write_state(
+        self, ended: Ended, parts: Parts, beside: dict[str, torch.Tensor]
+    ) -> tuple[Path, str] | tuple[None, None]:
+        beside = beside | parts.end(ended, runs_model=False)
         if not self.keeps and not beside:
             return None, None
         path = self.path / "curvature" / f"state-{ended.number:02d}.safetensors"

@@ -93,6 +93,11 @@ def rows_here(weight: DTensor) -> tuple[int, int]:
     return offset[0], offset[0] + shape[0]
 
 
+def own_part(weight: torch.Tensor) -> tuple[torch.Tensor, slice]:
+    """What this process holds of a weight, to change it in place, and which of its rows these are."""
+    return (weight.to_local(), slice(*rows_here(weight))) if isinstance(weight, DTensor) else (weight, slice(None))
+
+
 def whole_weight(weight: torch.Tensor) -> torch.Tensor:
     """One weight, gathered where it is spread: all processes must ask for it."""
     return weight.full_tensor() if isinstance(weight, DTensor) else weight

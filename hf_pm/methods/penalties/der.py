@@ -35,6 +35,7 @@ class Der(RowsState, Penalty):
         "step": "two forward and backward passes over drawn rows",
         "end": "one forward pass over the rows that are kept",
     }
+    runs_model = True
     growth = "8 bytes for each of `der_top_k` logits at each answer token of a kept row"
 
     def begin(self, task: Task) -> None:
