@@ -744,3 +744,16 @@ def test_a_record_does_not_write_over_a_finished_run(benchmark, tmp_path):
     record.write_text(json.dumps(line) + "\n")
     assert benchmark.module.restore(record, tmp_path / "runs") == {folder}
     assert json.loads((folder / "results.json").read_text())["matrix"][-1][0] == 0.75
+
+
+def test_the_micro_average_has_a_column_where_it_differs_from_the_average(tmp_path):
+    def run(name: str, micro: float) -> Path:
+        metrics = {"average_accuracy": 0.4125, "micro_average_accuracy": micro}
+        return write_run(
+            tmp_path / name, make_results(["a", "b"], [[0.5], [0.6, 0.225]], method=name, metrics=metrics)
+        )
+
+    same = [run("pm", 0.4125 - 1e-12), run("average", 0.4125)]
+    assert "AA micro" not in compare(same).markdown
+    text = compare([*same, run("fixed", 0.5)]).markdown
+    assert "| Method | AA | AA micro |" in text and "| average | 1: no interval | 0.000 | 0.000 |" in text

@@ -154,6 +154,14 @@ def _table(title: str, rows: Sequence[Mapping[str, Any]], columns: Sequence[Colu
     return Table(title, ["Method", *(column.title for column in columns)], lines, numbers, frozenset(best))
 
 
+def _shown(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The metrics that some row has. The micro average is one only where tasks have different numbers of test rows:
+    elsewhere it would be the average again, rounded another way."""
+    micro, macro = "micro_average_accuracy", "average_accuracy"
+    same = all(abs((row[micro]["mean"] or 0.0) - (row[macro]["mean"] or 0.0)) < 1e-9 for row in rows)
+    return [name for name in COMPARED if any(row[name]["n"] for row in rows) and not (same and name == micro)]
+
+
 def _tables(rows: Sequence[Mapping[str, Any]], tasks: Sequence[str], prefix: str) -> list[Table]:
     """The tables of a group; a column that no row has a value for is left out."""
 
@@ -163,8 +171,7 @@ def _tables(rows: Sequence[Mapping[str, Any]], tasks: Sequence[str], prefix: str
 
     columns = [
         column(METRICS[name][1], name, lambda value, name=name: metric_text(name, value), _better(name))
-        for name in COMPARED
-        if any(row[name]["n"] for row in rows)
+        for name in _shown(rows)
     ]
     if any(row["released_average"]["n"] for row in rows):
         columns.append(column("AA of releases", "released_average", fixed_text, max))
@@ -182,7 +189,7 @@ def _tables(rows: Sequence[Mapping[str, Any]], tasks: Sequence[str], prefix: str
         pairs = [_pairs(row) for row in others]
         texts = [f"{count}: no interval" if count == 1 else str(count) for count in pairs]
         counts = Column("Pairs", texts, pairs)
-        differing = [name for name in PAIRED if any(name in row["paired"] for row in others)]
+        differing = [name for name in _shown(rows) if any(name in row["paired"] for row in others)]
         columns = [
             _differences(METRICS[name][1], [row["paired"].get(name) for row in others], pairs) for name in differing
         ]
@@ -360,7 +367,7 @@ def compare(
 
     tasks = {number: group[0].results["tasks"] for number, group in enumerate(groups.values(), start=1)}
     quoted = "".join(f"> **Note:** {tables.markdown_text(note)}\n\n" for note in apart + notes)
-    shown = [name for name in COMPARED if any(row[name]["n"] for row in rows)]
+    shown = _shown(rows)
     legend = LEGEND
     if any(table.best for table in made):
         legend += BEST_LEGEND + (BOUND_LEGEND if any(row["method"] in REFERENCES for row in rows) else "")
