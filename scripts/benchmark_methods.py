@@ -130,11 +130,16 @@ def main() -> None:
             for folder, (method, seed, words) in runs.items()
             if folder not in recorded
         ]
-        for job in as_completed(jobs):
-            folder = job.result()
-            if options.record and is_finished(folder):
-                with open(options.record, "a", encoding="utf-8") as file:
-                    file.write(json.dumps(line_of(folder, folder.relative_to(options.output_dir).as_posix())) + "\n")
+        try:
+            for job in as_completed(jobs):
+                folder = job.result()
+                if options.record and is_finished(folder):
+                    line = line_of(folder, folder.relative_to(options.output_dir).as_posix())
+                    with open(options.record, "a", encoding="utf-8") as file:
+                        file.write(json.dumps(line) + "\n")
+        except KeyboardInterrupt:
+            pool.shutdown(cancel_futures=True)  # those that are running end first, or were interrupted as well
+            raise
     for folder, _ in orders:
         finished = [run for run in runs if run.parent == folder and (run / "results.json").is_file()]
         if finished:
