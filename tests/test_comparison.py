@@ -721,6 +721,19 @@ def test_a_record_replaces_the_runs_in_a_comparison(benchmark, tmp_path, capsys)
     assert "pm-seed3: failed with 1" in capsys.readouterr().out
 
 
+def test_an_interrupted_comparison_starts_no_further_run(benchmark, tmp_path, monkeypatch):
+    started = []
+
+    def interrupted(*words):
+        started.append(words)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(benchmark.module, "run", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        benchmark("recipe.yaml", "--seeds", *range(300), "--jobs", 1, "--output_dir", tmp_path)
+    assert len(started) < 300  # of 900
+
+
 def test_a_folder_of_recipes_gives_each_method_its_own(benchmark, tmp_path, capsys):
     seen = tmp_path / "seen"
     command = f"import sys; print(sys.argv[sys.argv.index('run') + 1], file=open({str(seen)!r}, 'a'))"
