@@ -256,6 +256,20 @@ def test_a_whole_step_is_replay_with_this_penalty_to_the_bit(learn):
     assert all(torch.equal(ours[name], weight) for name, weight in plain.items())
 
 
+def test_a_window_that_a_task_does_not_fill_ends_with_it(model, stream, tokenizer, lora, config, no_pictures):  # noqa: F811
+    """B begins at 0, so that half of the way back is half of it."""
+    found = {}
+    for power in (0.0, 1.0):
+        settings = {"replay_fraction": 0.2, "reptile_power": power, "reptile_steps": 1000}
+        args = config(output_dir=f"{config().output_dir}-{power}", method="mmkdda", method_kwargs=settings)
+        args.release, args.num_train_epochs, args.max_eval_samples = "none", 1, 4
+        trainer, _ = trained(again(model), stream, tokenizer, lora, args)
+        found[power] = trainer.run.earlier_adapters()[1]
+    for name in found[0.0].names:
+        whole, half = (found[power].read(name).B for power in (0.0, 1.0))
+        assert torch.equal(half, whole / 2) and whole.abs().sum() > 0
+
+
 def test_without_distillation_and_mixture_it_replays_as_der_does(learn):
     """Two ways to one loss, on so few kept rows that both draw all of them."""
     common = {"replay_fraction": 0.1}

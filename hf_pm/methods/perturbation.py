@@ -13,7 +13,7 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 
 from ..weights.adapters import ADAPTER, lora_layers
-from ..weights.sharding import free_gathered, own_part
+from ..weights.sharding import own_part
 from .contract import Perturbation
 
 
@@ -108,12 +108,7 @@ class Gaussian(TaskVector):
 
     cost = {"step": "if perturbed, a copy of the adapted weights, and as much noise"}
 
-    def attach(self, model: PeftModel) -> None:
-        super().attach(model)
-        self.model = model
-
     def perturbed(self, size: float, task_number: int, step: int) -> AbstractContextManager[None]:
-        free_gathered(self.model)  # a copy of a sharded weight that was gathered before would have no noise
         key = f"noise/{self.args.seed}/{task_number}/{step}".encode()
         return gaussian_noise(
             self.layers, size, seed=int.from_bytes(hashlib.blake2b(key, digest_size=7).digest(), "big")
