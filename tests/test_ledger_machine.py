@@ -258,7 +258,7 @@ def commit(world: World, session: tuple, lesson: Lesson, number: int, start: str
     parts = Parts(run.args.resolved_method()._replace(start=start), run.args)
     with only_process(run.path):
         (run.task_dir(number) / "checkpoints" / "checkpoint-1").mkdir(parents=True, exist_ok=True)
-        run.commit(ended, model, parts, {"train_seconds": 1.0})
+        run.commit(ended, model, parts, {"train_seconds": 1.0}, parts.end(ended, runs_model=True))
     run.ledger.reload()
 
 
