@@ -176,8 +176,7 @@ def steps(options: argparse.Namespace, method: str) -> dict[str, Any]:
             trainer.state.global_step += 1
 
     def ready(trainer: Costs) -> Costs:
-        if not hasattr(trainer.model, "_original_forward"):  # before a first task it has no autocast yet
-            trainer.accelerator.prepare_model(trainer.model)
+        trainer.accelerator.prepare(trainer.model)  # autocast, which a model has only since its first task
         trainer.current_gradient_accumulation_steps = 1
         trainer.state.global_step = 0
         trainer.create_optimizer()
